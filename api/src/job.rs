@@ -1,0 +1,336 @@
+//! The job as submitted, with every default filled in. [`parse`] is the one door: it reads JSON and names all faults at once.
+//!
+//! Field names and defaults are CONTRACT section 5. What is not built yet has no field here and is refused by `parse` with `not_supported`.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::time::Millis;
+
+mod parse;
+pub use parse::{Fault, FaultKind, parse};
+
+/// Ranks of one job at most.
+pub const WORLD_SIZE_MAX: u32 = 65_536;
+/// Characters of a job's name at most.
+pub const NAME_CHARS_MAX: usize = 128;
+/// Bytes of a request body at most.
+pub const BODY_BYTES_MAX: usize = 1024 * 1024;
+
+/// What a user submitted, complete: everything that decides how the job runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct JobSpec {
+    /// For people; several jobs may share one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// For filters.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// What kind of work.
+    #[serde(default)]
+    pub kind: JobKind,
+    /// Order in the queue: higher first, then older first.
+    #[serde(default)]
+    pub priority: Priority,
+    /// Ranks.
+    pub world_size: u32,
+    /// A job id or a checkpoint's path to start from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume_from: Option<String>,
+    /// The built-in program's settings; null when `command` is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<WorkerSpec>,
+    /// Program and arguments of each rank; empty when the built-in program runs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub command: Vec<String>,
+    /// Added to each rank's environment.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// Added to each rank's environment and never shown again. In answers the values are `"***"`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub secrets: BTreeMap<String, String>,
+    /// Folder that each rank starts in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workdir: Option<String>,
+    /// How to read progress from the output of a program without heartbeats; empty means the defaults.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub log_metrics: Vec<LogMetric>,
+    /// What each rank reserves.
+    #[serde(default)]
+    pub resources: Resources,
+    /// What happens when a rank fails.
+    #[serde(default)]
+    pub restart: RestartPolicy,
+    /// When a rank counts as silent.
+    #[serde(default)]
+    pub heartbeat: HeartbeatPolicy,
+    /// When state is saved and how much is kept.
+    #[serde(default)]
+    pub checkpoint: CheckpointPolicy,
+    /// Data shards, assigned round-robin to the ranks.
+    #[serde(default)]
+    pub data: DataSpec,
+    /// From SIGTERM to SIGKILL at a stop.
+    #[serde(default = "default_stop_grace")]
+    pub stop_grace: Millis,
+    /// Time in `starting`, `running` and `recovering` after which the job fails; null for none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_limit: Option<Millis>,
+}
+
+/// CONTRACT: 30 s.
+pub fn default_stop_grace() -> Millis {
+    Millis::secs(30)
+}
+
+/// What kind of work a job is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum JobKind {
+    /// A gang that runs to its end.
+    #[default]
+    Train,
+}
+
+/// Order in the queue.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Priority {
+    /// After everything else.
+    Low,
+    /// The default.
+    #[default]
+    Normal,
+    /// Before normal.
+    High,
+    /// Before everything else.
+    Critical,
+}
+
+/// The built-in program's settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct WorkerSpec {
+    /// A preset's name, like `llama-1m` or `mlp-10k`.
+    pub model: String,
+    /// A text file or a folder of `*.txt`; null for the sample text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<String>,
+    /// Optimizer updates in all.
+    pub steps: u64,
+    /// Samples per update over all ranks; at least the world size.
+    pub batch_size: u64,
+    /// Bytes of text per sample.
+    pub sequence_length: u32,
+    /// AdamW's learning rate.
+    pub learning_rate: f64,
+    /// Seed of every random number.
+    pub seed: u64,
+    /// Where tensors live.
+    #[serde(default)]
+    pub device: Device,
+    /// Ask for the same bits on every run (always so on a CPU).
+    #[serde(default)]
+    pub deterministic: bool,
+}
+
+impl WorkerSpec {
+    /// The defaults for a job of `world_size` ranks: about 1M parameters, 2,000 steps.
+    pub fn for_world(world_size: u32) -> Self {
+        Self {
+            model: "llama-1m".into(),
+            data: None,
+            steps: 2_000,
+            batch_size: 8 * u64::from(world_size),
+            sequence_length: 128,
+            learning_rate: 3e-3,
+            seed: 0,
+            device: Device::Auto,
+            deterministic: false,
+        }
+    }
+}
+
+/// Models that the built-in program knows by name.
+pub const MODEL_PRESETS: [&str; 6] = ["llama-1m", "llama-10m", "llama-30m", "llama-124m", "mlp-10k", "mlp-500k"];
+
+/// Where tensors live.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Device {
+    /// A GPU each if every rank can have one, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU each.
+    Cuda,
+}
+
+/// A pattern that reads one number from a line of output.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LogMetric {
+    /// A regular expression; its first capture group (or one named `value`) is the number.
+    pub pattern: String,
+    /// Where it goes: `step`, `total_steps`, `loss`, `samples`, or any name for a metric.
+    pub field: String,
+}
+
+/// What each rank reserves. Nothing by default: a node then takes a bounded number of ranks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Resources {
+    /// CPUs, fractions allowed.
+    #[serde(default)]
+    pub cpus: f64,
+    /// Bytes of memory.
+    #[serde(default)]
+    pub memory: u64,
+    /// Whole GPUs.
+    #[serde(default)]
+    pub gpus: u32,
+}
+
+/// What happens when a rank fails.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct RestartPolicy {
+    /// Counted restarts in the job's life.
+    pub max_restarts: u32,
+    /// Consecutive failures without a new step.
+    pub max_start_failures: u32,
+    /// Wait before a restart.
+    pub backoff: Backoff,
+    /// How much is restarted.
+    pub scope: RestartScope,
+    /// Committed progress over this time forgives counted restarts.
+    pub heal_after: Millis,
+    /// Exit codes that end the job at once.
+    pub no_retry_exit_codes: Vec<i32>,
+}
+
+impl Default for RestartPolicy {
+    fn default() -> Self {
+        Self {
+            max_restarts: 50,
+            max_start_failures: 5,
+            backoff: Backoff::default(),
+            scope: RestartScope::Auto,
+            heal_after: Millis::secs(600),
+            no_retry_exit_codes: vec![78],
+        }
+    }
+}
+
+/// Exponential backoff: `initial · factor^n`, at most `max`, spread by ± `jitter`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct Backoff {
+    /// First wait.
+    pub initial: Millis,
+    /// Growth per consecutive failure without a new step.
+    pub factor: f64,
+    /// Longest wait before jitter.
+    pub max: Millis,
+    /// Fraction of the wait, 0 to 1.
+    pub jitter: f64,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self { initial: Millis(500), factor: 2.0, max: Millis::secs(30), jitter: 0.2 }
+    }
+}
+
+/// How much is restarted when a rank fails.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RestartScope {
+    /// The cheapest way that works; today the gang.
+    #[default]
+    Auto,
+    /// All ranks, from the newest verified checkpoint.
+    Gang,
+}
+
+/// When a rank counts as silent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct HeartbeatPolicy {
+    /// Longest time without a new `seq`.
+    pub timeout: Millis,
+    /// Longest time from start to the first heartbeat or line of output.
+    pub startup_timeout: Millis,
+    /// Longest time without output and CPU time for programs without heartbeats; null: 5 min for gangs, none for one rank.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub idle_timeout: Option<Millis>,
+    /// The program must write heartbeats: output alone is no sign of life.
+    pub required: bool,
+}
+
+impl Default for HeartbeatPolicy {
+    fn default() -> Self {
+        Self { timeout: Millis::secs(10), startup_timeout: Millis::secs(120), idle_timeout: None, required: false }
+    }
+}
+
+/// When state is saved and how much is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct CheckpointPolicy {
+    /// Steps between checkpoints of the built-in program.
+    pub every_steps: u64,
+    /// Checkpoints kept, the newest verified always among them.
+    pub keep: u32,
+}
+
+impl Default for CheckpointPolicy {
+    fn default() -> Self {
+        Self { every_steps: 50, keep: 3 }
+    }
+}
+
+/// Data shards, assigned round-robin to the ranks.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct DataSpec {
+    /// Paths of files, in order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub shards: Vec<String>,
+}
+
+impl JobSpec {
+    /// `{"world_size": N}` and nothing else.
+    pub fn default_for(world_size: u32) -> Self {
+        Self {
+            name: None,
+            labels: BTreeMap::new(),
+            kind: JobKind::Train,
+            priority: Priority::Normal,
+            world_size,
+            resume_from: None,
+            worker: Some(WorkerSpec::for_world(world_size)),
+            command: Vec::new(),
+            env: BTreeMap::new(),
+            secrets: BTreeMap::new(),
+            workdir: None,
+            log_metrics: Vec::new(),
+            resources: Resources::default(),
+            restart: RestartPolicy::default(),
+            heartbeat: HeartbeatPolicy::default(),
+            checkpoint: CheckpointPolicy::default(),
+            data: DataSpec::default(),
+            stop_grace: default_stop_grace(),
+            time_limit: None,
+        }
+    }
+
+    /// The same with every secret's value hidden, as answers show it.
+    pub fn redacted(&self) -> Self {
+        let mut shown = self.clone();
+        for value in shown.secrets.values_mut() {
+            *value = "***".into();
+        }
+        shown
+    }
+}

@@ -1,0 +1,19 @@
+//! The words of everlit: every type that crosses a boundary (HTTP, the agent link, a file on disk) is written down here, once.
+//!
+//! Behind feature `server` stand the doors (an axum router over [`control::Control`]), behind `client` the typed client.
+//! This crate knows no engine, no database and no process; it never decides anything.
+
+pub mod agent;
+pub mod control;
+pub mod ids;
+pub mod job;
+pub mod manifest;
+pub mod problem;
+pub mod rank;
+pub mod status;
+pub mod time;
+
+#[cfg(feature = "client")]
+pub mod client;
+#[cfg(feature = "server")]
+pub mod server;
