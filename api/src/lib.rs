@@ -4,12 +4,14 @@
 //! This crate knows no engine, no database and no process; it never decides anything.
 
 pub mod agent;
+#[cfg(feature = "server")]
 pub mod control;
 pub mod ids;
 pub mod job;
 pub mod manifest;
 pub mod problem;
 pub mod rank;
+pub mod request;
 pub mod status;
 pub mod time;
 

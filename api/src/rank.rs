@@ -1,0 +1,127 @@
+//! One rank as everybody speaks of it: its state, its exit, and why an attempt ended.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::time::Timestamp;
+
+/// Where a rank is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RankState {
+    /// Not started in this attempt.
+    Pending,
+    /// Asked of the agent.
+    Starting,
+    /// Its process lives.
+    Running,
+    /// Told to stop.
+    Stopping,
+    /// Its process ended.
+    Exited,
+    /// Gone without an exit record: its shim or its node died.
+    Lost,
+}
+
+/// How a process ended, as its parent saw it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RankExit {
+    /// Exit code, null when a signal ended it or nobody saw.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<i32>,
+    /// Signal number, null when it exited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<i32>,
+    /// The shim saw no exit: it was killed itself, or the program could not be started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// When the parent saw it (the kernel's order on one node).
+    pub at: Timestamp,
+    /// Last lines of output, at most 20 lines and 4 KiB.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tail: Vec<String>,
+    /// The message of torchrun's error file, when the program wrote one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
+impl RankExit {
+    /// Exit code 0.
+    pub fn is_success(&self) -> bool {
+        self.code == Some(0)
+    }
+
+    /// Like `exit code 1`, `signal 9 (SIGKILL)` or the error.
+    pub fn describe(&self) -> String {
+        match (self.code, self.signal, &self.error) {
+            (Some(code), _, _) => format!("exit code {code}"),
+            (_, Some(signal), _) => format!("signal {signal} ({})", signal_name(signal)),
+            (_, _, Some(error)) => error.clone(),
+            _ => "an unknown end".into(),
+        }
+    }
+}
+
+fn signal_name(signal: i32) -> &'static str {
+    match signal {
+        1 => "SIGHUP",
+        2 => "SIGINT",
+        3 => "SIGQUIT",
+        4 => "SIGILL",
+        6 => "SIGABRT",
+        7 => "SIGBUS",
+        8 => "SIGFPE",
+        9 => "SIGKILL",
+        11 => "SIGSEGV",
+        13 => "SIGPIPE",
+        15 => "SIGTERM",
+        _ => "another signal",
+    }
+}
+
+/// What made an attempt end, for budgets and for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// A rank exited with a code other than 0.
+    Exit,
+    /// A signal that we did not send ended a rank.
+    Signal,
+    /// No heartbeat within the timeout.
+    Silent,
+    /// Neither a heartbeat nor output after the start.
+    NoStart,
+    /// No output and no CPU time.
+    Idle,
+    /// Some ranks finished and the others did not follow.
+    Straggler,
+    /// The program could not be started (126, 127, a missing folder).
+    CannotStart,
+    /// A shim or an agent was lost: not the program's fault, and free.
+    Infrastructure,
+    /// The node went away: free.
+    NodeLost,
+    /// The node was drained: free.
+    Drain,
+    /// A user asked for a restart: free.
+    User,
+}
+
+impl Cause {
+    /// Free causes count against no budget.
+    pub fn is_free(self) -> bool {
+        matches!(self, Self::Infrastructure | Self::NodeLost | Self::Drain | Self::User)
+    }
+}
+
+/// What an agent concludes about a living rank by its own monotonic clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// No new `seq` for `heartbeat.timeout`.
+    Silent,
+    /// Neither a heartbeat nor a line of output within `startup_timeout`.
+    NoStart,
+    /// No output and no CPU time for `idle_timeout`.
+    Idle,
+}
