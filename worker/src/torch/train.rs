@@ -65,6 +65,16 @@ struct Trainer<'a> {
 
 /// Trains as `config` says. Answers when the last step is done and saved.
 pub fn run(config: &TrainConfig, environment: &Environment) -> Result<(), TrainError> {
+    prepare_and_train(config, environment).map_err(|error| match error {
+        // The group was aborted for it, or fell apart while all ranks were ending.
+        TrainError::PeerLost(why) if signals::terminate_requested() => {
+            TrainError::Terminated(format!("told to end while a peer was lost ({why}): not saved"))
+        }
+        other => other,
+    })
+}
+
+fn prepare_and_train(config: &TrainConfig, environment: &Environment) -> Result<(), TrainError> {
     let worker = &config.worker;
     let pulse = Pulse::start(environment, worker.steps);
     check(config, environment)?;
