@@ -1,1 +1,4 @@
-//! worker
+//! What runs on a node: the agent that supervises ranks, the shim beside each rank, and the built-in libtorch program.
+
+pub mod checkpoint;
+pub mod train_config;
