@@ -1,1 +1,4 @@
-//! coordinator
+//! The everlit coordinator and its command line.
+
+pub mod cli;
+pub mod config;
