@@ -1,0 +1,145 @@
+//! Checkpoints on a file system: drafts, commits, verification, the choice of the newest good one, and pruning.
+//!
+//! Layout of a job's folder: `step-000000000100/{*.safetensors, MANIFEST.json}`, drafts beside it as
+//! `.draft-step-000000000100-a<attempt>`, `quarantine/`, `FENCE` (the lowest attempt that may commit), `LATEST` (a hint
+//! for people, never read) and `.lock`. A step folder appears by one rename of a draft whose files and manifest are on
+//! the disk already, so a crash at any point leaves a whole checkpoint of that step or none.
+//!
+//! Pure files: no libtorch, no async runtime. Agent and training program share it, and a program that is not ours can
+//! write the same layout. The trap: folders without `MANIFEST.json` are not checkpoints and nobody here touches them.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+mod choose;
+mod commit;
+mod fence;
+mod verify;
+
+pub use choose::{Chosen, Quarantined, newest_verified, prune, quarantine};
+pub use commit::{begin, commit, describe_file, sweep_drafts};
+pub use fence::{fence, raise_fence};
+pub use verify::{Damage, hex_sha256, read_file, read_manifest, verify};
+
+/// The manifest's name; its presence under the final folder name is the commit.
+pub const MANIFEST_NAME: &str = "MANIFEST.json";
+/// Where damaged checkpoints go.
+pub const QUARANTINE: &str = "quarantine";
+/// The file inside a quarantined folder that says why it is there.
+pub const REASON_NAME: &str = "REASON";
+
+/// Why a checkpoint operation did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The attempt is older than the fence: its rank must end, nothing it wrote counts.
+    #[error("attempt {attempt} is fenced off: attempt {fence} may commit now")]
+    Fenced {
+        /// Who asked.
+        attempt: u32,
+        /// The lowest attempt that may commit.
+        fence: u32,
+    },
+    /// What is to be committed contradicts itself or its files; asking again does not help.
+    #[error("checkpoint refused: {0}")]
+    Refused(String),
+    /// Another process holds the folder's lock for too long; ask again later.
+    #[error("`{0}` is locked by another process")]
+    Busy(PathBuf),
+    /// The file system refused; nothing is known about the checkpoint. Ask again later.
+    #[error("could not {action} `{path}`: {source}")]
+    Io {
+        /// What was tried, as a verb.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+impl CheckpointError {
+    /// Whether the same call may work later.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Busy(_) | Self::Io { .. })
+    }
+}
+
+pub(crate) fn io_error<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> CheckpointError + 'a {
+    move |source| CheckpointError::Io { action, path: path.to_path_buf(), source }
+}
+
+/// A committed checkpoint, unverified.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// Updates done, from the folder's name.
+    pub step: u64,
+    /// Its folder.
+    pub path: PathBuf,
+}
+
+/// The folder's name for a step: twelve digits, so that names sort like steps.
+pub fn step_folder(step: u64) -> String {
+    format!("step-{step:012}")
+}
+
+/// The step of a folder's name, if it is one; each step has one spelling.
+pub fn folder_step(name: &str) -> Option<u64> {
+    let step = name.strip_prefix("step-")?.parse().ok()?;
+    (step_folder(step) == name).then_some(step)
+}
+
+/// The draft's name; attempt 0 marks what is being removed.
+pub(crate) fn draft_folder(step: u64, attempt: u32) -> String {
+    format!(".draft-{}-a{attempt}", step_folder(step))
+}
+
+/// The attempt of a draft's name, if it is one.
+pub(crate) fn draft_attempt(name: &str) -> Option<u32> {
+    let (step, attempt) = name.strip_prefix(".draft-")?.rsplit_once("-a")?;
+    folder_step(step)?;
+    attempt.parse().ok()
+}
+
+/// All committed checkpoints in `dir`, newest first, unverified. A missing folder has none.
+pub fn list(dir: &Path) -> Result<Vec<Found>, CheckpointError> {
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(io_error("list", dir)(error)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(io_error("list", dir))?;
+        let Some(step) = entry.file_name().to_str().and_then(folder_step) else { continue };
+        let path = entry.path();
+        match path.join(MANIFEST_NAME).symlink_metadata() {
+            Ok(_) => found.push(Found { step, path }),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+            Err(error) => return Err(io_error("look at", &path)(error)),
+        }
+    }
+    found.sort_by(|a, b| b.step.cmp(&a.step));
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_step_has_one_folder_name() {
+        assert_eq!(step_folder(100), "step-000000000100");
+        assert_eq!(folder_step("step-000000000100"), Some(100));
+        assert_eq!(folder_step(&step_folder(u64::MAX)), Some(u64::MAX));
+        for name in ["step-100", "step-", "step-+00000000100", "step-000000000100x", "STEP-000000000100", "quarantine"] {
+            assert_eq!(folder_step(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn drafts_name_their_attempt() {
+        assert_eq!(draft_attempt(&draft_folder(100, 7)), Some(7));
+        assert_eq!(draft_attempt(".draft-step-100-a7"), None);
+        assert_eq!(draft_attempt("step-000000000100"), None);
+    }
+}
