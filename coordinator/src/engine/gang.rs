@@ -35,7 +35,8 @@ impl Engine {
         if !job.ranks.start(rank, started.pid) || !job.ranks.all_alive() {
             return;
         }
-        let Some(gang) = job.gang.as_mut().filter(|g| g.ending.is_none()) else { return };
+        // Adoption is no change of state: a gang that ran before a restart of ours is not announced again.
+        let Some(gang) = job.gang.as_mut().filter(|g| g.ending.is_none() && g.running_at.is_none()) else { return };
         gang.running_at = Some(turn.now);
         job.started_at.get_or_insert(turn.now);
         job.state = JobState::Running;
@@ -395,6 +396,7 @@ fn cause_of(exit: &RankExit, lost: bool) -> Cause {
 fn failure_sentence(rank: u32, exit: &RankExit) -> String {
     let words = exit.message.as_ref().or(exit.tail.iter().rev().find(|line| !line.trim().is_empty()));
     match words {
+        _ if exit.error.is_some() => format!("rank {rank}: {}", exit.describe()),
         Some(words) => format!("rank {rank} ended with {}: {}", exit.describe(), words.trim().chars().take(500).collect::<String>()),
         None => format!("rank {rank} ended with {}", exit.describe()),
     }

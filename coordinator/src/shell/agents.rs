@@ -113,18 +113,23 @@ impl Agents {
                 break;
             }
         }
-        let mut links = self.links();
-        let newest = links.get(&node).is_none_or(|l| l.session == session);
-        if newest {
-            links.remove(&node);
-        }
-        drop(links);
+        let newest = self.unlink(&node, session);
         self.streams.node_gone(&node);
         if newest {
             tracing::warn!(%node, "an agent's link ended");
             let _ = inputs.send(Input::Unlinked(node)).await;
         }
         self.changed.send_modify(|n| *n += 1);
+    }
+
+    /// True when no newer link of the node is there.
+    fn unlink(&self, node: &NodeId, session: u64) -> bool {
+        let mut links = self.links();
+        let newest = links.get(node).is_none_or(|l| l.session == session);
+        if newest {
+            links.remove(node);
+        }
+        newest
     }
 
     /// False when the link must end.
