@@ -3,6 +3,4 @@
 pub mod agent;
 pub mod checkpoint;
 pub mod shim;
-#[cfg(feature = "torch")]
-pub mod torch;
 pub mod train_config;
