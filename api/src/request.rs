@@ -1,11 +1,12 @@
-//! Small bodies that are sent to the REST API and the answers that belong to them alone (CONTRACT section 6).
+//! Small bodies that are sent to the REST API and what belongs to them alone, lines of a log among it (CONTRACT section 6).
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::agent::log::Stream;
 use crate::ids::JobId;
 use crate::status::JobState;
-use crate::time::Millis;
+use crate::time::{Millis, Timestamp};
 
 /// The body of a stop; may be empty.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -35,4 +36,22 @@ pub struct Purged {
     pub removed: Vec<JobId>,
     /// Nothing was removed: these would be.
     pub dry_run: bool,
+}
+
+/// The data of an `event: log`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLine {
+    /// Who wrote it.
+    pub rank: u32,
+    /// In which attempt.
+    pub attempt: u32,
+    /// To which stream.
+    pub stream: Stream,
+    /// When it was read from the rank.
+    pub time: Timestamp,
+    /// Without its end; bytes that are not UTF-8 became U+FFFD.
+    pub line: String,
+    /// It goes on in the next line of the same rank and stream.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub partial: bool,
 }

@@ -1,4 +1,6 @@
-//! The coordinator: one engine decides, the shell around it does I/O, agents do the rest.
+//! The coordinator: one engine decides, the shell around it does I/O, agents do the rest. The command line is a client of its doors.
 
+pub mod cli;
+pub mod config;
 pub mod engine;
 pub mod shell;
