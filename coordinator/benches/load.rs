@@ -79,7 +79,7 @@ fn spread(mut values: Vec<f64>) -> Value {
 }
 
 /// A job that no node takes, so that only accepting is measured.
-const NEVER: &str = r#"{"command": ["true"], "resources": {"cpus": 100000}}"#;
+const NEVER: &str = r#"{"command": ["true"], "resources": {"cpus": 60000}}"#;
 const TRUE: &str = r#"{"command": ["true"]}"#;
 
 async fn submit(host: &str, clients: usize, seconds: u64) -> Result<Value, Fail> {
@@ -101,7 +101,12 @@ async fn submit(host: &str, clients: usize, seconds: u64) -> Result<Value, Fail>
 }
 
 /// Follows everybody's events and gives the time at which each wanted one was received.
-async fn events(host: &str, wanted: &'static str, count: usize, ready: tokio::sync::oneshot::Sender<()>) -> Result<Vec<(String, Instant)>, Fail> {
+async fn events(
+    host: &str,
+    wanted: &'static str,
+    count: usize,
+    ready: tokio::sync::oneshot::Sender<()>,
+) -> Result<Vec<(String, Instant)>, Fail> {
     let mut connection = Connection::open(host).await?;
     connection.send("GET", "/events/stream", "").await?;
     connection.headers().await?;
@@ -210,7 +215,9 @@ async fn tail(host: &str, count: usize) -> Result<Value, Fail> {
 }
 
 async fn lines(host: &str, count: usize) -> Result<Value, Fail> {
-    let program = format!("import sys\nfor n in range({count}): sys.stdout.write('%09d some text of a usual length that a training step prints\\n' % n)");
+    let program = format!(
+        "import sys\nfor n in range({count}): sys.stdout.write('%09d some text of a usual length that a training step prints\\n' % n)"
+    );
     let body = json!({ "command": ["python3", "-c", program], "env": { "PYTHONUNBUFFERED": "" } }).to_string();
     let job = Connection::open(host).await?.submit(&body).await?;
     let mut reader = LogReader::open(host, &job).await?;
@@ -225,7 +232,9 @@ async fn lines(host: &str, count: usize) -> Result<Value, Fail> {
     let seconds = started.map_or(0.0, |at| at.elapsed().as_secs_f64());
     let mut connection = Connection::open(host).await?;
     let state = connection.get(&format!("/jobs/{job}")).await?["state"].clone();
-    Ok(json!({ "lines": seen, "lost": count as u64 - seen, "out_of_order": wrong, "lines_per_second": seen as f64 / seconds, "state": state }))
+    Ok(
+        json!({ "lines": seen, "lost": count as u64 - seen, "out_of_order": wrong, "lines_per_second": seen as f64 / seconds, "state": state }),
+    )
 }
 
 #[tokio::main(flavor = "current_thread")]
