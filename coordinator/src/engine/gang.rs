@@ -234,7 +234,10 @@ impl Engine {
             }
             Verdict::NoStart => (
                 Cause::NoStart,
-                format!("rank {rank} did not start: neither a heartbeat nor output for {age_ms} ms (heartbeat.startup_timeout {})", beat.startup_timeout),
+                format!(
+                    "rank {rank} did not start: neither a heartbeat nor output for {age_ms} ms (heartbeat.startup_timeout {})",
+                    beat.startup_timeout
+                ),
             ),
             Verdict::Idle => {
                 (Cause::Idle, format!("rank {rank} is idle: neither output nor CPU time for {age_ms} ms (heartbeat.idle_timeout)"))
@@ -281,9 +284,19 @@ impl Engine {
                 job.progress.reached = step;
             }
             let facts = Facts::from([("step", step.into()), ("path", resumed.path.clone().unwrap_or_default().into())]);
-            turn.event(Some(id), "attempt_resumed", format!("attempt {} resumes from the checkpoint of step {step}", resumed.attempt), facts);
+            turn.event(
+                Some(id),
+                "attempt_resumed",
+                format!("attempt {} resumes from the checkpoint of step {step}", resumed.attempt),
+                facts,
+            );
         } else if gang.attempt > 1 {
-            turn.event(Some(id), "attempt_resumed", format!("attempt {} begins anew: there is no checkpoint", resumed.attempt), Facts::new());
+            turn.event(
+                Some(id),
+                "attempt_resumed",
+                format!("attempt {} begins anew: there is no checkpoint", resumed.attempt),
+                Facts::new(),
+            );
         }
         turn.touched.insert(id);
     }

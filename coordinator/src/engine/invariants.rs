@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::status::JobState;
 
+use super::Engine;
 use super::placement::{Need, Taken};
 use super::timers::Timer;
-use super::Engine;
 
 impl Engine {
     /// What an event touched.

@@ -154,7 +154,8 @@ impl Engine {
         for id in std::mem::take(&mut turn.touched) {
             self.check_job(id);
             let Some(job) = self.jobs.get(&id) else { continue };
-            let fresh = job.submitted_at == turn.now && turn.step.record.events.iter().any(|e| e.job == Some(id) && e.event == "job_submitted");
+            let fresh =
+                job.submitted_at == turn.now && turn.step.record.events.iter().any(|e| e.job == Some(id) && e.event == "job_submitted");
             turn.step.record.jobs.push(job.to_row(fresh));
             if job.state.is_final() {
                 let (state, delete, nodes) = (job.state, job.delete_when_final, job.nodes.clone());

@@ -183,11 +183,17 @@ impl Engine {
                 self.requeue(turn, job_id, &format!("{id} is draining"));
                 continue;
             }
-            let ends_for_good = job.gang.as_ref().and_then(|g| g.ending.as_ref()).is_some_and(|e| matches!(e.then, Then::Stop | Then::Fail));
+            let ends_for_good =
+                job.gang.as_ref().and_then(|g| g.ending.as_ref()).is_some_and(|e| matches!(e.then, Then::Stop | Then::Fail));
             if !ends_for_good {
                 let grace = job.spec.stop_grace;
                 let reason = format!("{id} is draining");
-                self.end_gang(turn, job_id, Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::Drain), reason }, grace);
+                self.end_gang(
+                    turn,
+                    job_id,
+                    Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::Drain), reason },
+                    grace,
+                );
             }
         }
     }

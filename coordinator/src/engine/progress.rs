@@ -89,7 +89,9 @@ pub struct Series {
 impl Series {
     /// Keeps a point unless the last one is too near.
     pub fn note(&mut self, point: MetricPoint) {
-        let near = |last: &MetricPoint| last.attempt == point.attempt && (point.time.since_ms(last.time) < self.stride_ms || last.step == point.step);
+        let near = |last: &MetricPoint| {
+            last.attempt == point.attempt && (point.time.since_ms(last.time) < self.stride_ms || last.step == point.step)
+        };
         if self.points.last().is_some_and(near) {
             return;
         }

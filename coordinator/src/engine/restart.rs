@@ -59,7 +59,9 @@ pub fn decide_restart(policy: &RestartPolicy, budget: &mut Budget, seed: u64, fa
     if !failure.cause.is_free() {
         if budget.start_failures >= policy.max_start_failures.max(1) {
             let times = budget.start_failures;
-            return Decision::GiveUp { reason: format!("it failed {times} times in a row without a new step (restart.max_start_failures)") };
+            return Decision::GiveUp {
+                reason: format!("it failed {times} times in a row without a new step (restart.max_start_failures)"),
+            };
         }
         if budget.counted >= policy.max_restarts {
             return Decision::GiveUp { reason: format!("all {} restarts are used (restart.max_restarts)", policy.max_restarts) };
@@ -146,7 +148,10 @@ mod tests {
         let policy = RestartPolicy { max_restarts: 3, ..RestartPolicy::default() };
         let mut budget = Budget::default();
         for _ in 0..3 {
-            assert!(matches!(decide_restart(&policy, &mut budget, 1, failure(Cause::Signal, true)), Decision::Again { delay_ms: 500..=600, .. }));
+            assert!(matches!(
+                decide_restart(&policy, &mut budget, 1, failure(Cause::Signal, true)),
+                Decision::Again { delay_ms: 500..=600, .. }
+            ));
         }
         assert!(matches!(decide_restart(&policy, &mut budget, 1, failure(Cause::Signal, true)), Decision::GiveUp { .. }));
         assert_eq!(budget.restarts, 3);

@@ -230,7 +230,14 @@ impl Ranks {
 
     /// After a restart in mid-wait: the record says that every rank had ended, not how.
     pub fn mark_all_ended(&mut self, at: Timestamp) {
-        let exit = RankExit { code: None, signal: None, error: Some("ended before the coordinator's restart".into()), at, tail: Vec::new(), message: None };
+        let exit = RankExit {
+            code: None,
+            signal: None,
+            error: Some("ended before the coordinator's restart".into()),
+            at,
+            tail: Vec::new(),
+            message: None,
+        };
         for rank in 0..self.list.len() as u32 {
             self.end(rank, exit.clone(), false);
         }

@@ -12,8 +12,8 @@ use everlit_api::ids::{JobId, NodeId};
 use everlit_api::job::JobSpec;
 use everlit_api::problem::{Code, Problem};
 use everlit_api::status::{
-    AttemptView, CheckpointView, EventView, Explanation, GpuCounts, JobState, JobView, MetricPoint, NodeCounts, NodeView, Page, PlacementPlan,
-    ServingCounts, StatusView, Summary,
+    AttemptView, CheckpointView, EventView, Explanation, GpuCounts, JobState, JobView, MetricPoint, NodeCounts, NodeView, Page,
+    PlacementPlan, ServingCounts, StatusView, Summary,
 };
 use everlit_api::time::Timestamp;
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -264,7 +264,10 @@ impl Control for Coordinator {
                 && let Some((used, id)) = self.store.idempotency(key).await?
             {
                 if used != hash {
-                    return Err(Problem::new(Code::IdempotencyMismatch, format!("this key made job {id} from another body: use a new key")));
+                    return Err(Problem::new(
+                        Code::IdempotencyMismatch,
+                        format!("this key made job {id} from another body: use a new key"),
+                    ));
                 }
                 return Ok(Accepted { job: self.view(id).await?, replayed: true });
             }

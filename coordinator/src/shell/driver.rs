@@ -140,7 +140,8 @@ impl Driver {
         let seeds = fresh_seed();
         let pending = Pending::default();
         let keys = BTreeMap::new();
-        let driver = Self { engine, store, agents, metrics, clock, news: news.clone(), pending, event_seq, last_job, seeds, keys, removals };
+        let driver =
+            Self { engine, store, agents, metrics, clock, news: news.clone(), pending, event_seq, last_job, seeds, keys, removals };
         Ok((driver, clock, news))
     }
 

@@ -366,7 +366,9 @@ mod tests {
             Some(LogItem::Record { at, .. }) => at.line,
             _ => 0,
         };
-        let text = held.iter().filter_map(|i| if let LogItem::Record { data, .. } = i { Some(String::from_utf8_lossy(data).into_owned()) } else { None });
+        let text = held
+            .iter()
+            .filter_map(|i| if let LogItem::Record { data, .. } = i { Some(String::from_utf8_lossy(data).into_owned()) } else { None });
         (text.collect(), first)
     }
 

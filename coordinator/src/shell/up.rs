@@ -65,7 +65,11 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
         bail!("--listen {} is open to others, and doors with locks (tokens, TLS) are not built yet: listen on 127.0.0.1", settings.listen);
     }
     let dir = &settings.data_dir;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).with_context(|| format!("--data-dir {} can not be made", dir.display()))?;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("--data-dir {} can not be made", dir.display()))?;
     let dir = std::fs::canonicalize(dir)?;
     let Some(lock) = try_lock(&dir.join("coordinator.lock")).with_context(|| format!("{}", dir.display()))? else {
         bail!("another coordinator runs on {}: end it, or use another --data-dir", dir.display());
@@ -82,7 +86,10 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let token = agent_token(&dir)?;
     let coordinator_file = dir.join("coordinator.json");
-    write_whole(&coordinator_file, &serde_json::json!({ "url": format!("http://{address}"), "token": token, "pid": std::process::id() }).to_string())?;
+    write_whole(
+        &coordinator_file,
+        &serde_json::json!({ "url": format!("http://{address}"), "token": token, "pid": std::process::id() }).to_string(),
+    )?;
 
     let (inputs, input_queue) = mpsc::channel(INPUTS_MAX);
     let handle = Handle { inputs: inputs.clone(), news };
@@ -142,7 +149,14 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
     let _ = driving.await;
     store.close().await;
     drop(lock);
-    println!("{}", if drained { "ended: jobs were saved and wait for the next `everlit up`" } else { "ended: ranks run on, the next `everlit up` adopts them" });
+    println!(
+        "{}",
+        if drained {
+            "ended: jobs were saved and wait for the next `everlit up`"
+        } else {
+            "ended: ranks run on, the next `everlit up` adopts them"
+        }
+    );
     Ok(())
 }
 

@@ -131,7 +131,8 @@ fn a_lost_shim_is_free() {
     scene.submit(0, 1, spec);
     scene.start_all(1, 1, 1, 1);
     scene.take();
-    let lost = RankExit { code: None, signal: None, error: Some("its shim was killed".into()), at: Timestamp(50), tail: vec![], message: None };
+    let lost =
+        RankExit { code: None, signal: None, error: Some("its shim was killed".into()), at: Timestamp(50), tail: vec![], message: None };
     scene.at(50, Event::RankExited(Exited { incarnation: rank(1, 1, 0), exit: lost, lost: true }));
     scene.expect(expect![[r#"
         50 job 1: gang_failed: rank 0 ended with its shim was killed

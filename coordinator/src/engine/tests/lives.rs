@@ -163,7 +163,10 @@ fn steps_checkpoints_and_repeats_are_counted() {
     scene.take();
     scene.exits(2_300, rank(1, 1, 1), killed(2_300)).exits(2_400, rank(1, 1, 0), exit(1, 2_400));
     scene.at(2_800, Event::Woke);
-    scene.at(2_810, Event::AttemptResumed(Resumed { job: job(1), attempt: 2, step: Some(10), path: Some("/c/10".into()), quarantined: vec![] }));
+    scene.at(
+        2_810,
+        Event::AttemptResumed(Resumed { job: job(1), attempt: 2, step: Some(10), path: Some("/c/10".into()), quarantined: vec![] }),
+    );
     scene.start_all(2_820, 1, 2, 2);
     // The step that was loaded is not a step done.
     scene.at(2_900, beats(2, 10));

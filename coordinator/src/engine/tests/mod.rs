@@ -137,7 +137,9 @@ impl Scene {
         }
         for command in step.commands {
             let said = match command {
-                Command::Final { job, state, delete, .. } => format!("final job {} {state}{}", job.as_u128(), if delete { ", delete" } else { "" }),
+                Command::Final { job, state, delete, .. } => {
+                    format!("final job {} {state}{}", job.as_u128(), if delete { ", delete" } else { "" })
+                }
                 Command::Tell { node, frame } => format!("{node} <- {}", frame_text(frame)),
             };
             writeln!(self.told, "{at}   {said}").unwrap();
@@ -179,7 +181,14 @@ fn frame_text(frame: ToAgent) -> String {
     match frame {
         ToAgent::StartGang(gang) => {
             let resume = gang.resume_from.map(|r| format!(" resume_from {r:?}")).unwrap_or_default();
-            format!("start job {} attempt {} ranks {}+{} port {}{resume}", gang.job.as_u128(), gang.attempt, gang.first_rank, gang.count, gang.master_port)
+            format!(
+                "start job {} attempt {} ranks {}+{} port {}{resume}",
+                gang.job.as_u128(),
+                gang.attempt,
+                gang.first_rank,
+                gang.count,
+                gang.master_port
+            )
         }
         ToAgent::StopGang { job, attempt, grace } => format!("stop job {} attempt {attempt} grace {grace}", job.as_u128()),
         ToAgent::Forget { incarnations } => {

@@ -55,7 +55,9 @@ fn stored_event(row: &SqliteRow) -> Result<StoredEvent, sqlx::Error> {
 impl Store {
     /// Every job that is not final, oldest first.
     pub async fn active_jobs(&self) -> Result<Vec<StoredJob>, StoreError> {
-        let rows = sqlx::query("SELECT job_id, spec, body, ranks FROM jobs WHERE finished_at IS NULL ORDER BY job_id").fetch_all(&self.readers).await?;
+        let rows = sqlx::query("SELECT job_id, spec, body, ranks FROM jobs WHERE finished_at IS NULL ORDER BY job_id")
+            .fetch_all(&self.readers)
+            .await?;
         Ok(rows.iter().map(stored_job).collect::<Result<_, _>>()?)
     }
 
@@ -112,7 +114,8 @@ impl Store {
     /// Events after a number, oldest first.
     pub async fn events(&self, job: Option<JobId>, after: u64, limit: u32) -> Result<Vec<StoredEvent>, StoreError> {
         let rows = match job {
-            None => sqlx::query("SELECT seq, job_id, time, event, reason, data FROM events WHERE seq > ? ORDER BY seq LIMIT ?").bind(after as i64),
+            None => sqlx::query("SELECT seq, job_id, time, event, reason, data FROM events WHERE seq > ? ORDER BY seq LIMIT ?")
+                .bind(after as i64),
             Some(job) => {
                 sqlx::query("SELECT seq, job_id, time, event, reason, data FROM events WHERE job_id = ? AND seq > ? ORDER BY seq LIMIT ?")
                     .bind(job.to_string())
@@ -125,7 +128,10 @@ impl Store {
 
     /// A job's attempts, oldest first.
     pub async fn attempts(&self, job: JobId) -> Result<Vec<AttemptView>, StoreError> {
-        let rows = sqlx::query("SELECT body FROM attempts WHERE job_id = ? ORDER BY attempt").bind(job.to_string()).fetch_all(&self.readers).await?;
+        let rows = sqlx::query("SELECT body FROM attempts WHERE job_id = ? ORDER BY attempt")
+            .bind(job.to_string())
+            .fetch_all(&self.readers)
+            .await?;
         let read = |row: &SqliteRow| {
             let text: String = row.try_get(0)?;
             serde_json::from_str(&text).map_err(|e| sqlx::Error::Decode(Box::new(e)))
@@ -167,7 +173,8 @@ impl Store {
     pub async fn last(&self) -> Result<(u64, Timestamp, Option<JobId>), StoreError> {
         let event = sqlx::query("SELECT seq, time FROM events ORDER BY seq DESC LIMIT 1").fetch_optional(&self.readers).await?;
         let job = sqlx::query("SELECT job_id FROM jobs ORDER BY job_id DESC LIMIT 1").fetch_optional(&self.readers).await?;
-        let (seq, time): (i64, i64) = event.map(|row| Ok::<_, sqlx::Error>((row.try_get(0)?, row.try_get(1)?))).transpose()?.unwrap_or_default();
+        let (seq, time): (i64, i64) =
+            event.map(|row| Ok::<_, sqlx::Error>((row.try_get(0)?, row.try_get(1)?))).transpose()?.unwrap_or_default();
         let job = job.map(|row| job_id(&row.try_get::<String, _>(0)?)).transpose()?;
         Ok((seq as u64, Timestamp(time as u64), job))
     }

@@ -116,7 +116,11 @@ impl Store {
                 .await?;
         }
         for (node, cordoned) in &batch.cordons {
-            sqlx::query("INSERT OR REPLACE INTO nodes (node, cordoned) VALUES (?, ?)").bind(&node.0).bind(cordoned).execute(&mut *tx).await?;
+            sqlx::query("INSERT OR REPLACE INTO nodes (node, cordoned) VALUES (?, ?)")
+                .bind(&node.0)
+                .bind(cordoned)
+                .execute(&mut *tx)
+                .await?;
         }
         for used in &batch.idempotency {
             sqlx::query("INSERT OR IGNORE INTO idempotency (key, body_hash, job_id, created_at) VALUES (?, ?, ?, ?)")
