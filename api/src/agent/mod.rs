@@ -319,6 +319,9 @@ pub struct GangSpec {
     pub log_metrics: Vec<LogMetric>,
     /// Bytes of log kept for the job on this node.
     pub log_bytes_max: u64,
+    /// From SIGTERM to SIGKILL when the agent itself is told to end and has no coordinator to ask.
+    #[serde(default = "crate::job::default_stop_grace")]
+    pub stop_grace: Millis,
 }
 
 /// What runs.

@@ -118,7 +118,7 @@ pub fn list(dir: &Path) -> Result<Vec<Found>, CheckpointError> {
             Err(error) => return Err(io_error("look at", &path)(error)),
         }
     }
-    found.sort_by(|a, b| b.step.cmp(&a.step));
+    found.sort_by_key(|found| std::cmp::Reverse(found.step));
     Ok(found)
 }
 

@@ -21,13 +21,17 @@ const WRITE_INTERVAL_MIN: Duration = Duration::from_millis(100);
 const WRITE_INTERVAL_MAX: Duration = Duration::from_secs(1);
 /// A step that takes this long after SIGTERM, and three times the longest so far, is blocked.
 const BLOCKED_AFTER: Duration = Duration::from_secs(3);
+/// A save has more time: its disk may be slow. The first one has no limit here.
+const SAVE_BLOCKED_AFTER: Duration = Duration::from_secs(10);
 
 struct State {
     beat: Heartbeat,
     changed: bool,
     ended: bool,
-    last_step: Instant,
+    /// When the step or phase that runs now began.
+    since: Instant,
     longest_step: Duration,
+    longest_save: Option<Duration>,
     group: Option<Arc<Group>>,
 }
 
@@ -60,7 +64,8 @@ impl Pulse {
             metrics: Default::default(),
             time: None,
         };
-        let state = State { beat, changed: false, ended: false, last_step: Instant::now(), longest_step: Duration::ZERO, group: None };
+        let (since, longest_step) = (Instant::now(), Duration::ZERO);
+        let state = State { beat, changed: false, ended: false, since, longest_step, longest_save: None, group: None };
         let path = environment.heartbeat_file.clone();
         let shared = Arc::new(Shared { state: Mutex::new(state), wake: Condvar::new(), path });
         shared.write();
@@ -72,10 +77,12 @@ impl Pulse {
     /// Enters a phase.
     pub fn phase(&self, phase: Phase) {
         let mut state = self.shared.lock();
+        if state.beat.phase == Some(Phase::Checkpoint) {
+            state.longest_save = state.longest_save.max(Some(state.since.elapsed()));
+        }
         state.beat.phase = Some(phase);
         state.changed = true;
-        // The time of a save or a load is no step's time.
-        state.last_step = Instant::now();
+        state.since = Instant::now();
     }
 
     /// Updates are done up to `step`.
@@ -89,8 +96,8 @@ impl Pulse {
             Some(known) => *known = rate,
             None => drop(state.beat.metrics.insert("lr".into(), rate)),
         }
-        state.longest_step = state.longest_step.max(now - state.last_step);
-        state.last_step = now;
+        state.longest_step = state.longest_step.max(now - state.since);
+        state.since = now;
         state.changed = true;
     }
 
@@ -128,8 +135,8 @@ impl Shared {
             }
             let (state, _) = self.wake.wait_timeout(state, WRITE_INTERVAL_MIN).unwrap_or_else(PoisonError::into_inner);
             if signals::terminate_requested() {
-                let since = *terminating.get_or_insert_with(Instant::now);
-                self.on_terminating(&state, since, &mut aborted);
+                let told = *terminating.get_or_insert_with(Instant::now);
+                self.on_terminating(&state, told, &mut aborted);
             }
             let age = written.elapsed();
             let due = (state.changed && age >= WRITE_INTERVAL_MIN) || age >= WRITE_INTERVAL_MAX;
@@ -141,14 +148,14 @@ impl Shared {
         }
     }
 
-    fn on_terminating(&self, state: &State, since: Instant, aborted: &mut bool) {
-        match state.beat.phase {
-            Some(Phase::Init | Phase::Load) => end_now("told to end before the first step: nothing to save"),
-            Some(Phase::Train) => {}
+    fn on_terminating(&self, state: &State, told: Instant, aborted: &mut bool) {
+        let patience = match (state.beat.phase, state.longest_save) {
+            (Some(Phase::Init | Phase::Load), _) => end_now("told to end before the first step: nothing to save"),
+            (Some(Phase::Checkpoint), Some(longest)) => SAVE_BLOCKED_AFTER.max(3 * longest),
+            (Some(Phase::Train), _) => BLOCKED_AFTER.max(3 * state.longest_step),
             _ => return,
-        }
-        let patience = BLOCKED_AFTER.max(3 * state.longest_step);
-        let blocked = state.last_step.max(since).elapsed();
+        };
+        let blocked = state.since.max(told).elapsed();
         if let Some(group) = &state.group {
             if blocked >= patience && !*aborted {
                 *aborted = true;
@@ -156,7 +163,7 @@ impl Shared {
                     eprintln!("could not abort the process group: {error}");
                 }
             } else if blocked >= patience + BLOCKED_AFTER {
-                end_now("told to end while a step was blocked: not saved");
+                end_now("told to end while a peer was stuck: not saved");
             }
         }
     }

@@ -1,5 +1,5 @@
 //! Real ranks of the real program, on a small text, with a rendezvous folder and heartbeats as an agent gives them.
-#![allow(dead_code, unreachable_pub)]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

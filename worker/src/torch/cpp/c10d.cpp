@@ -9,6 +9,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
+#include <torch/csrc/distributed/c10d/comm.hpp>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 
 #include <chrono>
@@ -142,6 +143,37 @@ struct Group {
   c10::intrusive_ptr<c10d::ProcessGroup> group;
 };
 
+// Bytes over all ranks up to which a bucket is gathered instead of reduced around the ring.
+constexpr int64_t kGatherBytesMax = 1 << 20;
+
+// For small models: every rank gathers all gradients and sums them in rank order. The ring takes several times as many
+// messages one after the other, and messages are what a tiny step is made of.
+class GatherHook : public c10d::CppCommHookInterface<c10::intrusive_ptr<c10d::ProcessGroup>> {
+ public:
+  using CppCommHookInterface::CppCommHookInterface;
+
+  c10::intrusive_ptr<c10::ivalue::Future> runHook(c10d::GradBucket& bucket) override {
+    at::Tensor own = bucket.getBufferRef();
+    const int64_t size = state_->getSize();
+    at::Tensor all = at::empty({size, own.numel()}, own.options());
+    std::vector<std::vector<at::Tensor>> outputs = {all.unbind(0)};
+    std::vector<at::Tensor> inputs = {own};
+    auto work = state_->allgather(outputs, inputs);
+    return work->getFuture()->then(
+        [own, all, size](c10::ivalue::Future& gathered) {
+          gathered.value();  // Throws what the gather threw.
+          at::NoGradGuard no_grad;
+          own.copy_(all[0]);
+          for (int64_t rank = 1; rank < size; ++rank) {
+            own.add_(all[rank]);
+          }
+          own.div_(size);
+          return c10::IValue(std::vector<at::Tensor>{own});
+        },
+        c10::ListType::ofTensors());
+  }
+};
+
 // Buckets that are rebuilt after the first step change the summing order, so a restart would change the bits at three
 // ranks and more. These are "rebuilt" from the start: fixed, and nothing is remembered for a rebuild.
 class FixedReducer : public c10d::Reducer {
@@ -223,6 +255,14 @@ int everlit_reducer_new(void* group, void* const* list, size_t count, const size
         std::unordered_map<size_t, std::string>{}, c10d::kDefaultFirstBucketBytes, /*skip_all_reduce_unused=*/false,
         /*use_python_reducer=*/false, std::vector<int64_t>{});
     reducer->fix_buckets();
+    int64_t bytes = 0;
+    for (const auto& tensor : tensors(list, count)) {
+      bytes += static_cast<int64_t>(tensor.nbytes());
+    }
+    const auto& ranks = static_cast<Group*>(group)->group;
+    if (bytes * ranks->getSize() <= kGatherBytesMax) {
+      reducer->register_comm_hook(std::make_unique<GatherHook>(ranks));
+    }
     *out = reducer.release();
   });
 }

@@ -80,10 +80,10 @@ impl Config {
         for layer in layers.chunks_exact(PER_LAYER) {
             let [attention_norm, qkv, attention_output, feed_norm, gate_up, down] = layer else { unreachable!("chunks of {PER_LAYER}") };
             let mixed = self.attention(&self.norm(&x, attention_norm), qkv, positions);
-            x = x + mixed.linear::<Tensor>(&attention_output.tensor, None);
+            x = mixed.linear::<Tensor>(&attention_output.tensor, None) + x;
             let both = self.norm(&x, feed_norm).linear::<Tensor>(&gate_up.tensor, None);
             let (gate, up) = (both.narrow(-1, 0, self.hidden), both.narrow(-1, self.hidden, self.hidden));
-            x = x + (gate.silu() * up).linear::<Tensor>(&down.tensor, None);
+            x = (gate.silu() * up).linear::<Tensor>(&down.tensor, None) + x;
         }
         let [norm, output] = last else { unreachable!("norm and output close the list") };
         let logits = self.norm(&x, norm).linear::<Tensor>(&output.tensor, None);

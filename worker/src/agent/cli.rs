@@ -1,0 +1,181 @@
+//! The command line of `everlit-agent`: `run`, the probe `health`, and `checkpoint` for programs that are not ours.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
+use everlit_api::manifest::{MANIFEST_FORMAT, Manifest};
+use everlit_api::time::{Millis, Timestamp};
+use tracing_subscriber::EnvFilter;
+
+use super::{driver, status};
+use crate::checkpoint;
+
+/// Supervises training processes on one node.
+#[derive(Debug, Parser)]
+#[command(name = "everlit-agent", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Run ranks for a coordinator; `everlit up` starts this on its own machine.
+    Run(RunArgs),
+    /// Exit 0 when the agent of this folder is alive and linked to its coordinator.
+    Health {
+        /// The agent's data folder.
+        #[arg(long, env = "EVERLIT_DATA_DIR")]
+        data_dir: PathBuf,
+    },
+    /// Checkpoints of programs that are not ours.
+    #[command(subcommand)]
+    Checkpoint(CheckpointVerb),
+}
+
+/// Settings of `run`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct RunArgs {
+    /// Folder for everything that this agent keeps; made if missing.
+    #[arg(long, env = "EVERLIT_DATA_DIR")]
+    pub data_dir: PathBuf,
+    /// File that says where the coordinator is (JSON: `url`, `token`); read before each try to connect.
+    #[arg(long, env = "EVERLIT_COORDINATOR_FILE")]
+    pub coordinator_file: PathBuf,
+    /// The node's name [default: the host's name].
+    #[arg(long, env = "EVERLIT_NODE")]
+    pub node: Option<String>,
+    /// Ranks that this node takes at most [default: 16 per CPU, at least 64].
+    #[arg(long, env = "EVERLIT_SLOTS")]
+    pub slots: Option<u32>,
+    /// End after so long with neither a coordinator nor living ranks.
+    #[arg(long, env = "EVERLIT_LINGER", default_value = "60s")]
+    pub linger: Millis,
+    /// What to log (`warn`, `info`, `debug`, or a filter).
+    #[arg(long, env = "EVERLIT_LOG", default_value = "info")]
+    pub log: String,
+}
+
+#[derive(Debug, Subcommand)]
+enum CheckpointVerb {
+    /// Make a folder of regular files a checkpoint: write its manifest and commit it as step-N beside it.
+    Commit {
+        /// The folder, directly in $EVERLIT_CHECKPOINT_DIR (or where the checkpoint shall be).
+        dir: PathBuf,
+        /// Updates done [default: the number at the end of the folder's name].
+        #[arg(long)]
+        step: Option<u64>,
+    },
+    /// Exit 0 when a checkpoint is whole, byte for byte.
+    Verify {
+        /// The checkpoint's folder.
+        dir: PathBuf,
+    },
+}
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    let done = match Cli::parse().verb {
+        Verb::Run(args) => run(args),
+        Verb::Health { data_dir } => health(&data_dir),
+        Verb::Checkpoint(CheckpointVerb::Commit { dir, step }) => commit(&dir, step),
+        Verb::Checkpoint(CheckpointVerb::Verify { dir }) => verify(&dir),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("everlit-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: RunArgs) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&args.log).context("--log")?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).with_target(false).init();
+    driver::run(args)
+}
+
+fn health(data_dir: &Path) -> anyhow::Result<()> {
+    let status = status::ask(data_dir).with_context(|| format!("no agent answers in `{}`", data_dir.display()))?;
+    println!("{}", serde_json::to_string(&status)?);
+    if status.linked { Ok(()) } else { bail!("the agent is not linked to a coordinator") }
+}
+
+fn verify(dir: &Path) -> anyhow::Result<()> {
+    let manifest = checkpoint::verify(dir)?;
+    println!("step {} is whole: {} files", manifest.step, manifest.files.len());
+    Ok(())
+}
+
+fn commit(dir: &Path, step: Option<u64>) -> anyhow::Result<()> {
+    let dir = dir.canonicalize().with_context(|| format!("could not open `{}`", dir.display()))?;
+    let parent = dir.parent().context("a file system's root can not be a checkpoint")?;
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let step = match step {
+        Some(step) => step,
+        None => trailing_number(&name).with_context(|| format!("`{name}` does not end in a number: say --step N"))?,
+    };
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let attempt = match variable("EVERLIT_ATTEMPT") {
+        Some(text) => text.parse().context("EVERLIT_ATTEMPT is not a number")?,
+        None => 1,
+    };
+    let world_size = variable("WORLD_SIZE").and_then(|text| text.parse().ok()).unwrap_or(0);
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(&dir)? {
+        let entry = entry?;
+        if entry.file_name() == checkpoint::MANIFEST_NAME {
+            continue;
+        }
+        if !entry.file_type()?.is_file() {
+            bail!("`{}` is not a regular file; a checkpoint holds nothing else", entry.path().display());
+        }
+        files.push(checkpoint::describe_file(&entry.path())?);
+    }
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    let manifest = Manifest {
+        format: MANIFEST_FORMAT,
+        job_id: variable("EVERLIT_JOB_ID").unwrap_or_default(),
+        attempt,
+        generation: 0,
+        step,
+        epoch: 0,
+        world_size,
+        global_batch: 0,
+        samples: 0,
+        seed: 0,
+        data: Default::default(),
+        model: None,
+        created_at: Timestamp::now(),
+        files,
+    };
+    let path = checkpoint::commit(parent, &dir, &manifest)?;
+    println!("{}", path.display());
+    Ok(())
+}
+
+fn trailing_number(name: &str) -> Option<u64> {
+    let digits = name.len() - name.trim_end_matches(|c: char| c.is_ascii_digit()).len();
+    name[name.len() - digits..].parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_step_is_the_number_at_the_end() {
+        assert_eq!(trailing_number("checkpoint-1500"), Some(1500));
+        assert_eq!(trailing_number("1500"), Some(1500));
+        assert_eq!((trailing_number("final"), trailing_number("step-1.tmp")), (None, None));
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,384 @@
+//! The agent's loop: everything that happens becomes an event of the engine, and its wishes are carried out ([`effects`]).
+//!
+//! One `select!`, one `match`. What an earlier agent left is adopted before the first connection, so that the first hello is complete.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use everlit_api::agent::{FromAgent, Hello, PROTOCOL, ToAgent};
+use everlit_api::ids::{Incarnation, NodeId};
+use everlit_api::time::Timestamp;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigHandler, Signal, signal};
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal as signals};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{MissedTickBehavior, interval, sleep_until};
+
+use super::cli::RunArgs;
+use super::effects::{Done, Effects};
+use super::engine::{Action, Engine, Event};
+use super::folders::Folders;
+use super::limits::{BLOCKING_THREADS, LOOK_EVERY};
+use super::link::{self, LinkEvent};
+use super::ranks::ShimNews;
+use super::shim::{Settled, Told};
+use super::start::Node;
+use super::watch::{Noticed, Watched, Watcher};
+use super::{adopt, environment, gpu, load, shim, status};
+
+/// Events that may wait for the loop.
+const QUEUE: usize = 1024;
+/// Longest wait for adopted shims to say who their ranks are.
+const ADOPTION_MAX: Duration = Duration::from_secs(2);
+/// Longest time in which the last frames leave.
+const FLUSH_MAX: Duration = Duration::from_millis(500);
+
+/// Runs the agent to its end.
+pub(super) fn run(args: RunArgs) -> anyhow::Result<()> {
+    let root = std::path::absolute(&args.data_dir)?;
+    let folders = Folders::new(root);
+    for folder in [folders.jobs(), folders.trash()] {
+        std::fs::create_dir_all(&folder).with_context(|| format!("could not make `{}`", folder.display()))?;
+    }
+    let lock = status::lock(&folders)?;
+    // SAFETY: sets a disposition to a constant. Shims are never waited for, and the kernel reaps them then.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn)? };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_stack_size(512 * 1024)
+        .build()?;
+    let reason = runtime.block_on(async { Driver::new(args, folders, lock)?.run().await })?;
+    tracing::info!(reason, "ended");
+    runtime.shutdown_timeout(FLUSH_MAX);
+    Ok(())
+}
+
+struct Driver {
+    started: Instant,
+    engine: Engine,
+    effects: Effects,
+    hello: Hello,
+    coordinator_file: PathBuf,
+    health: UnixListener,
+    link_events: mpsc::Receiver<LinkEvent>,
+    link_events_tx: mpsc::Sender<LinkEvent>,
+    shims: mpsc::Receiver<(Incarnation, ShimNews)>,
+    done: mpsc::Receiver<Done>,
+    file_changed: Arc<Notify>,
+    _lock: File,
+}
+
+/// Raises the agent's own limit of open files; answers what ranks get.
+fn raise_open_files() -> Option<u64> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).ok()?;
+    Some(soft)
+}
+
+impl Driver {
+    fn new(args: RunArgs, folders: Folders, lock: File) -> anyhow::Result<Self> {
+        let programs = std::env::current_exe()?.parent().map(PathBuf::from).unwrap_or_default();
+        let gpus = gpu::Gpus::find();
+        let capacity = load::capacity(&gpus, args.slots);
+        let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_string();
+        let env = environment::PASSED.iter().filter_map(|name| Some(((*name).to_string(), std::env::var(name).ok()?)));
+        let node = Node {
+            folders: folders.clone(),
+            programs,
+            env: env.collect(),
+            has_gpus: !capacity.gpus.is_empty(),
+            open_files: raise_open_files(),
+            boot_id: load::boot_id(),
+        };
+        let hello = Hello {
+            protocol: PROTOCOL,
+            node: NodeId(args.node.unwrap_or(name)),
+            boot_id: node.boot_id.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            capacity,
+            ranks: Vec::new(),
+            checkpoints: Vec::new(),
+            draining: false,
+        };
+        let health = status::listen(folders.root()).context("could not open the health socket")?;
+        let coordinator_file = std::path::absolute(&args.coordinator_file)?;
+        let watcher = Watcher::new(&coordinator_file).context("could not use inotify")?;
+        let (link_events_tx, link_events) = mpsc::channel(QUEUE);
+        let (shims_tx, shims) = mpsc::channel(QUEUE);
+        let (done_tx, done) = mpsc::channel(QUEUE);
+        let effects = Effects::new(node, gpus, watcher, shims_tx, done_tx);
+        let started = Instant::now();
+        Ok(Self {
+            started,
+            engine: Engine::new(0, args.linger.0),
+            effects,
+            hello,
+            coordinator_file,
+            health,
+            link_events,
+            link_events_tx,
+            shims,
+            done,
+            file_changed: Arc::default(),
+            _lock: lock,
+        })
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Hands an event to the engine and carries out what it wants; answers why to end, when it wants that.
+    fn handle(&mut self, event: Event) -> Option<&'static str> {
+        let now = self.now();
+        let mut end = None;
+        for action in self.engine.handle(now, event) {
+            tracing::debug!(?action);
+            if let Action::Exit(reason) = action {
+                end.get_or_insert(reason);
+            } else {
+                self.effects.carry_out(action);
+            }
+        }
+        end
+    }
+
+    async fn run(mut self) -> anyhow::Result<&'static str> {
+        self.adopt().await;
+        self.effects.empty_trash();
+        let link = tokio::spawn(link::run(self.coordinator_file.clone(), self.file_changed.clone(), self.link_events_tx.clone()));
+        let mut terminate = signals(SignalKind::terminate())?;
+        let mut interrupt = signals(SignalKind::interrupt())?;
+        let mut look = interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        tracing::info!(node = %self.hello.node, pid = self.hello.pid, "ready");
+        let reason = loop {
+            let deadline = self.engine.next_deadline().map(|at| self.started + Duration::from_millis(at));
+            let far = Instant::now() + Duration::from_secs(3600);
+            let (deadline, report_at) = (deadline.unwrap_or(far), self.effects.report_at());
+            let end = tokio::select! {
+                Some(event) = self.link_events.recv() => self.on_link(event),
+                Some((incarnation, news)) = self.shims.recv() => self.on_shim(incarnation, news),
+                Some(done) = self.done.recv() => self.on_done(done),
+                noticed = self.effects.watcher.next() => self.on_noticed(noticed),
+                () = sleep_until(deadline.into()) => self.handle(Event::DeadlinePassed),
+                _ = look.tick(), if self.effects.has_ranks() => self.look_everywhere(),
+                () = sleep_until(report_at.unwrap_or(far.into())), if report_at.is_some() => { self.effects.report(); None }
+                Ok((stream, _)) = self.health.accept() => { self.answer(&stream); None }
+                _ = terminate.recv() => self.handle(Event::EndAsked),
+                _ = interrupt.recv() => self.handle(Event::EndAsked),
+            };
+            if let Some(reason) = end {
+                break reason;
+            }
+        };
+        self.effects.unlink();
+        drop(self.link_events);
+        // The last frames; the coordinator learns the rest from the state files.
+        let _ = tokio::time::timeout(FLUSH_MAX, link).await;
+        Ok(reason)
+    }
+
+    /// Takes over what an earlier agent left.
+    async fn adopt(&mut self) {
+        let left = adopt::look(&self.effects.node);
+        let mut waiting = 0;
+        for news in left.checkpoints {
+            self.handle(Event::CheckpointSeen(Box::new(news)));
+        }
+        for gang in left.gangs {
+            let (job, ranks) = (gang.file.spec.job, gang.ranks.iter().map(|(incarnation, _)| incarnation.rank).collect());
+            tracing::info!(%job, attempt = gang.file.spec.attempt, ?ranks, "adopting a gang");
+            self.effects.watch_job(job);
+            self.handle(Event::GangFound { spec: Box::new(gang.file.spec), resumed: Some(gang.file.resumed), ranks });
+            for (incarnation, settled) in gang.ranks {
+                waiting += usize::from(matches!(settled, Settled::Alive(_)));
+                self.on_settled(incarnation, settled);
+            }
+        }
+        let until = tokio::time::Instant::now() + ADOPTION_MAX;
+        while waiting > 0 {
+            let Ok(Some((incarnation, news))) = tokio::time::timeout_at(until, self.shims.recv()).await else { return };
+            waiting -= usize::from(matches!(news, ShimNews::Told(Told::Started { .. }) | ShimNews::Settled(_)));
+            self.on_shim(incarnation, news);
+        }
+    }
+
+    fn on_link(&mut self, event: LinkEvent) -> Option<&'static str> {
+        match event {
+            LinkEvent::Up(link) => {
+                let (ranks, checkpoints, draining) = self.engine.hello(self.now());
+                tracing::info!(ranks = ranks.len(), "linked");
+                let hello = Hello { ranks, checkpoints, draining, ..self.hello.clone() };
+                self.effects.link(link, hello);
+                self.handle(Event::Linked)
+            }
+            LinkEvent::Down(id) if self.effects.is_linked_as(id) => {
+                self.effects.unlink();
+                self.handle(Event::Unlinked)
+            }
+            LinkEvent::Frame(id, frame) if self.effects.is_linked_as(id) => self.on_frame(*frame),
+            LinkEvent::Down(_) | LinkEvent::Frame(..) => None,
+        }
+    }
+
+    fn on_frame(&mut self, frame: ToAgent) -> Option<&'static str> {
+        match frame {
+            ToAgent::Welcome { protocol, report_interval } => {
+                if protocol != PROTOCOL {
+                    tracing::warn!(protocol, own = PROTOCOL, "the coordinator speaks another version");
+                }
+                self.effects.set_report_interval(report_interval.as_duration());
+                None
+            }
+            ToAgent::StartGang(spec) => self.handle(Event::GangOrdered(spec)),
+            ToAgent::StopGang { job, attempt, grace } => self.handle(Event::StopOrdered { job, attempt, grace }),
+            ToAgent::Forget { incarnations } => self.handle(Event::ForgetOrdered(incarnations)),
+            ToAgent::RemoveJob { job } => self.handle(Event::RemoveOrdered(job)),
+            ToAgent::JobEnded { job } => self.handle(Event::JobEnded(job)),
+            ToAgent::Shutdown => self.handle(Event::ShutdownOrdered),
+            ToAgent::OpenLog { stream, job, from, follow } => self.effects.open_log(stream, job, from, follow),
+            ToAgent::LogCredit { stream, bytes } => self.effects.credit_log(stream, bytes),
+            ToAgent::CloseLog { stream } => self.effects.close_log(stream),
+        }
+    }
+
+    fn on_shim(&mut self, incarnation: Incarnation, news: ShimNews) -> Option<&'static str> {
+        match news {
+            ShimNews::Told(Told::Started { shim, pid, at_ms }) => {
+                self.effects.ranks.set_shim(incarnation, shim);
+                self.handle(Event::RankStarted { incarnation, pid, at: Timestamp(at_ms) })
+            }
+            ShimNews::Told(Told::Output {}) => {
+                if let Some(spec) = self.engine.spec(incarnation.job, incarnation.attempt) {
+                    self.effects.on_output(incarnation, spec);
+                }
+                self.handle(Event::RankOutput(incarnation))
+            }
+            ShimNews::Told(told @ Told::Exit { .. }) => {
+                let folder = self.effects.node.folders.run(incarnation);
+                let (exit, lost) = shim::rank_exit(told, &folder)?;
+                self.on_ended(incarnation, exit, lost)
+            }
+            ShimNews::Settled(settled) => self.on_settled(incarnation, *settled),
+        }
+    }
+
+    fn on_settled(&mut self, incarnation: Incarnation, settled: Settled) -> Option<&'static str> {
+        match settled {
+            Settled::Alive(stream) => {
+                self.effects.connect(incarnation, stream);
+                None
+            }
+            Settled::Ended { started, exit, lost } => {
+                if let Some(Told::Started { pid, at_ms, .. }) = started {
+                    self.handle(Event::RankStarted { incarnation, pid, at: Timestamp(at_ms) });
+                }
+                self.on_ended(incarnation, exit, lost)
+            }
+        }
+    }
+
+    /// Everything that the rank did before its end comes before its end.
+    fn on_ended(&mut self, incarnation: Incarnation, exit: everlit_api::rank::RankExit, lost: bool) -> Option<&'static str> {
+        self.look_at(incarnation);
+        if let Some(beat) = self.effects.progress_in_tail(incarnation, &exit.tail) {
+            self.handle(Event::ProgressRead { incarnation, beat });
+        }
+        if let Some(news) = self.effects.new_checkpoint(incarnation.job) {
+            self.handle(Event::CheckpointSeen(news));
+        }
+        self.effects.on_ended(incarnation);
+        tracing::info!(%incarnation, exit = exit.describe(), lost, "a rank ended");
+        self.handle(Event::RankEnded { incarnation, exit, lost })
+    }
+
+    fn look_at(&mut self, incarnation: Incarnation) -> Option<&'static str> {
+        let (seq, beat) = self.effects.ranks.look(incarnation)?;
+        self.handle(Event::HeartbeatRead { incarnation, seq, beat })
+    }
+
+    fn look_everywhere(&mut self) -> Option<&'static str> {
+        self.effects.ranks.all().into_iter().fold(None, |end, incarnation| self.look_at(incarnation).or(end))
+    }
+
+    fn on_noticed(&mut self, noticed: Noticed) -> Option<&'static str> {
+        match noticed {
+            Noticed::In(Watched::Run(incarnation)) => self.look_at(incarnation),
+            Noticed::In(Watched::Checkpoints(job)) => {
+                let keep = self.engine.newest_spec(job).map_or(u32::MAX, |spec| spec.checkpoint.keep);
+                let news = self.effects.new_checkpoint(job);
+                let end = news.and_then(|news| self.handle(Event::CheckpointSeen(news)));
+                self.effects.check_checkpoint(job, keep);
+                end
+            }
+            Noticed::In(Watched::Coordinator) => {
+                self.file_changed.notify_one();
+                None
+            }
+            Noticed::Overflow => self.look_everywhere(),
+        }
+    }
+
+    fn on_done(&mut self, done: Done) -> Option<&'static str> {
+        match done {
+            Done::Prepared { job, attempt, outcome } => match outcome {
+                Ok(prepared) => {
+                    let resumed = prepared.resumed.clone();
+                    resumed.quarantined.iter().for_each(|(step, why)| tracing::warn!(%job, step, why, "a damaged checkpoint was put aside"));
+                    self.effects.keep_prepared(prepared);
+                    let end = self.handle(Event::GangPrepared { resumed, at: Timestamp::now() });
+                    self.effects.drop_prepared(job, attempt);
+                    end
+                }
+                Err(refused) => {
+                    tracing::warn!(%job, attempt, reason = refused.reason, "a gang can not be started");
+                    self.handle(Event::GangRefused { job, attempt, reason: refused.reason, permanent: refused.permanent })
+                }
+            },
+            Done::Spawned(ranks) => ranks.into_iter().fold(None, |end, (incarnation, outcome)| match outcome {
+                Ok(stream) => {
+                    self.effects.connect(incarnation, stream);
+                    end
+                }
+                Err(error) => {
+                    let exit = super::engine::no_exit(&format!("its shim could not be started: {error}"), Timestamp::now());
+                    self.handle(Event::RankEnded { incarnation, exit, lost: true }).or(end)
+                }
+            }),
+            Done::Checked { job, outcome } => {
+                let keep = self.engine.newest_spec(job).map_or(u32::MAX, |spec| spec.checkpoint.keep);
+                self.effects.on_checked(job, keep, outcome).and_then(|news| self.handle(Event::CheckpointSeen(news)))
+            }
+            Done::Scanned { job, scanner, progress } => {
+                self.effects.keep_scanner(job, scanner);
+                let news = |((attempt, rank), beat)| (Incarnation { job, attempt, rank }, Box::new(beat));
+                let progress: Vec<_> = progress.into_iter().map(news).collect();
+                progress.into_iter().fold(None, |end, (incarnation, beat)| self.handle(Event::ProgressRead { incarnation, beat }).or(end))
+            }
+            Done::CpuRead { incarnation, cpu_ms } => self.handle(Event::CpuRead { incarnation, cpu_ms }),
+            Done::Loaded { meter, load } => {
+                self.effects.keep_meter(meter);
+                self.effects.say(&FromAgent::Report(load));
+                None
+            }
+            Done::JobRemoved(job) => self.handle(Event::JobRemoved(job)),
+        }
+    }
+
+    fn answer(&self, stream: &tokio::net::UnixStream) {
+        let (_, _, draining) = self.engine.hello(self.now());
+        let ranks = self.engine.living().count();
+        let own = status::Status { pid: self.hello.pid, linked: self.effects.is_linked(), draining, ranks };
+        // Written in one piece or not at all; who asked sees a broken answer then.
+        if let (Ok(text), Ok(fd)) = (serde_json::to_string(&own), std::os::fd::AsFd::as_fd(stream).try_clone_to_owned()) {
+            let _ = std::io::Write::write_all(&mut std::os::unix::net::UnixStream::from(fd), text.as_bytes());
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! Carrying out what the engine wants, and keeping what that needs: connections, watches, prepared gangs, work on other threads.
+//!
+//! Decides nothing. Work that can block runs on blocking threads and comes back as [`Done`]; per job at most one check of checkpoints and
+//! one scan of output is under way. What fails here is logged: the engine learns of it from what then happens, or does not.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use everlit_api::agent::log::LogStart;
+use everlit_api::agent::{Beat, CheckpointNews, FromAgent, GangSpec, Hello};
+use everlit_api::ids::{Incarnation, JobId};
+use everlit_api::status::NodeLoad;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::spawn_blocking;
+use tokio::time::Instant;
+
+use super::checkpoints::{self, Checked, Tracker};
+use super::engine::Action;
+use super::folders::DRAINED_NAME;
+use super::gpu::Gpus;
+use super::limits::{REPORT_EVERY, VERIFY_AT_ONCE};
+use super::link::Link;
+use super::load::LoadMeter;
+use super::logs::Logs;
+use super::metrics::{Progress, Scanner};
+use super::procs;
+use super::progress::Outputs;
+use super::ranks::{Ranks, ShimNews};
+use super::start::{self, Node, Prepared, Refused};
+use super::watch::{Watched, Watcher};
+use crate::checkpoint::CheckpointError;
+
+/// Work that was done on another thread.
+#[derive(Debug)]
+pub(super) enum Done {
+    Prepared { job: JobId, attempt: u32, outcome: Result<Prepared, Refused> },
+    Spawned(Vec<(Incarnation, io::Result<UnixStream>)>),
+    Checked { job: JobId, outcome: Result<Checked, CheckpointError> },
+    Scanned { job: JobId, scanner: Scanner, progress: Progress },
+    CpuRead { incarnation: Incarnation, cpu_ms: u64 },
+    Loaded { meter: LoadMeter, load: NodeLoad },
+    JobRemoved(JobId),
+}
+
+pub(super) struct Effects {
+    pub(super) node: Arc<Node>,
+    pub(super) ranks: Ranks,
+    pub(super) watcher: Watcher,
+    gpus: Arc<Gpus>,
+    done: mpsc::Sender<Done>,
+    link: Option<Link>,
+    logs: Logs,
+    prepared: BTreeMap<(JobId, u32), Prepared>,
+    checkpoints: Tracker,
+    verifying: Arc<Semaphore>,
+    outputs: Outputs,
+    meter: Option<LoadMeter>,
+    report_every: Duration,
+    report_at: Instant,
+    trashed: u64,
+}
+
+impl Effects {
+    pub(super) fn new(
+        node: Node,
+        gpus: Gpus,
+        watcher: Watcher,
+        shims: mpsc::Sender<(Incarnation, ShimNews)>,
+        done: mpsc::Sender<Done>,
+    ) -> Self {
+        let folders = node.folders.clone();
+        Self {
+            node: Arc::new(node),
+            ranks: Ranks::new(folders.clone(), shims),
+            watcher,
+            gpus: Arc::new(gpus),
+            done,
+            link: None,
+            logs: Logs::new(folders.clone()),
+            prepared: BTreeMap::new(),
+            checkpoints: Tracker::default(),
+            verifying: Arc::new(Semaphore::new(VERIFY_AT_ONCE)),
+            outputs: Outputs::new(folders),
+            meter: Some(LoadMeter::default()),
+            report_every: REPORT_EVERY,
+            report_at: Instant::now(),
+            trashed: 0,
+        }
+    }
+
+    /// Runs work on a blocking thread and brings its result to the driver.
+    fn work(&self, work: impl FnOnce() -> Done + Send + 'static) {
+        let done = self.done.clone();
+        // The driver is gone only when the agent ends.
+        drop(spawn_blocking(move || drop(done.blocking_send(work()))));
+    }
+
+    pub(super) fn carry_out(&mut self, action: Action) {
+        match action {
+            Action::Say(frame) => self.say(&frame),
+            Action::Prepare(spec) => self.prepare(spec),
+            Action::Spawn { job, attempt } => self.spawn(job, attempt),
+            Action::Signal { incarnation, signal } => self.ranks.signal(incarnation, signal),
+            Action::MarkDrained(incarnation) => {
+                if let Err(error) = fs::write(self.node.folders.run(incarnation).join(DRAINED_NAME), "") {
+                    tracing::warn!(%incarnation, %error, "could not mark a drained rank");
+                }
+            }
+            Action::ReadCpu(incarnation) => {
+                if let Some(shim) = self.ranks.shim(incarnation) {
+                    self.work(move || Done::CpuRead { incarnation, cpu_ms: procs::session_cpu_ms(shim) });
+                }
+            }
+            Action::RemoveRuns(incarnations) => self.remove_runs(incarnations),
+            Action::RetireJob(job) => {
+                self.drop_job(job);
+                // A job that never had files needs no mark.
+                if let Err(error) = fs::write(self.node.folders.ended(job), "").or_else(not_found_is_fine) {
+                    tracing::warn!(%job, %error, "could not mark a final job");
+                }
+            }
+            Action::RemoveJob(job) => self.remove_job(job),
+            Action::Exit(_) => {}
+        }
+    }
+
+    fn prepare(&self, spec: Box<GangSpec>) {
+        let node = self.node.clone();
+        self.work(move || Done::Prepared { job: spec.job, attempt: spec.attempt, outcome: start::prepare(&node, &spec) });
+    }
+
+    pub(super) fn keep_prepared(&mut self, prepared: Prepared) {
+        self.prepared.insert((prepared.resumed.job, prepared.resumed.attempt), prepared);
+    }
+
+    pub(super) fn drop_prepared(&mut self, job: JobId, attempt: u32) {
+        self.prepared.remove(&(job, attempt));
+    }
+
+    fn spawn(&mut self, job: JobId, attempt: u32) {
+        let Some(prepared) = self.prepared.remove(&(job, attempt)) else { return };
+        self.watch_job(job);
+        let node = self.node.clone();
+        self.work(move || Done::Spawned(start::spawn(&node, prepared)));
+    }
+
+    pub(super) fn watch_job(&mut self, job: JobId) {
+        self.watcher.add(Watched::Checkpoints(job), &self.node.folders.checkpoints(job));
+    }
+
+    /// The newest checkpoint of a job, when the coordinator was not told yet.
+    pub(super) fn new_checkpoint(&mut self, job: JobId) -> Option<Box<CheckpointNews>> {
+        self.checkpoints.news(&self.node.folders, job).map(Box::new)
+    }
+
+    /// Has the newest checkpoint read back, and older ones removed.
+    pub(super) fn check_checkpoint(&mut self, job: JobId, keep: u32) {
+        if !self.checkpoints.begin(job) {
+            return;
+        }
+        let (node, verifying, done) = (self.node.clone(), self.verifying.clone(), self.done.clone());
+        tokio::spawn(async move {
+            let Ok(_permit) = verifying.acquire_owned().await else { return };
+            let check = spawn_blocking(move || checkpoints::check(&node.folders, job, keep));
+            if let Ok(outcome) = check.await {
+                // The driver is gone only when the agent ends.
+                let _ = done.send(Done::Checked { job, outcome }).await;
+            }
+        });
+    }
+
+    /// A check is done: what to tell of it.
+    pub(super) fn on_checked(&mut self, job: JobId, keep: u32, outcome: Result<Checked, CheckpointError>) -> Option<Box<CheckpointNews>> {
+        let checked = match outcome {
+            Ok(checked) => checked,
+            Err(error) => {
+                tracing::warn!(%job, %error, "a checkpoint could not be read back");
+                Checked { news: None, quarantined: Vec::new() }
+            }
+        };
+        for put_aside in &checked.quarantined {
+            tracing::warn!(%job, step = put_aside.step, reason = put_aside.reason, "a damaged checkpoint was put aside");
+        }
+        if self.checkpoints.end(job, checked.news.as_ref()) {
+            self.check_checkpoint(job, keep);
+        }
+        checked.news.map(Box::new)
+    }
+
+    /// A rank without heartbeats wrote something.
+    pub(super) fn on_output(&mut self, incarnation: Incarnation, spec: &GangSpec) {
+        if !self.ranks.beats(incarnation) {
+            self.outputs.on_output(spec);
+        }
+    }
+
+    pub(super) fn progress_in_tail(&self, incarnation: Incarnation, tail: &[String]) -> Option<Box<Beat>> {
+        if self.ranks.beats(incarnation) { None } else { self.outputs.in_tail(incarnation, tail) }
+    }
+
+    pub(super) fn connect(&mut self, incarnation: Incarnation, stream: UnixStream) {
+        self.watcher.add(Watched::Run(incarnation), &self.node.folders.run(incarnation));
+        if let Err(error) = self.ranks.connect(incarnation, stream) {
+            tracing::error!(%incarnation, %error, "could not talk to a shim");
+        }
+    }
+
+    pub(super) fn has_ranks(&self) -> bool {
+        !self.ranks.is_empty()
+    }
+
+    pub(super) fn on_ended(&mut self, incarnation: Incarnation) {
+        self.watcher.remove(Watched::Run(incarnation));
+        self.ranks.remove(incarnation);
+    }
+
+    fn remove_runs(&self, incarnations: Vec<Incarnation>) {
+        let folders = self.node.folders.clone();
+        drop(spawn_blocking(move || {
+            for incarnation in &incarnations {
+                if let Err(error) = fs::remove_dir_all(folders.run(*incarnation)).or_else(not_found_is_fine) {
+                    tracing::warn!(%incarnation, %error, "could not remove a run folder");
+                }
+                // Only when it was the last: a job without it has nothing to adopt.
+                let _ = fs::remove_dir(folders.runs(incarnation.job));
+            }
+        }));
+    }
+
+    fn drop_job(&mut self, job: JobId) {
+        self.watcher.remove(Watched::Checkpoints(job));
+        self.checkpoints.drop_job(job);
+        self.outputs.drop_job(job);
+    }
+
+    fn remove_job(&mut self, job: JobId) {
+        self.drop_job(job);
+        self.trashed += 1;
+        let folders = self.node.folders.clone();
+        let grave = folders.trash().join(format!("{job}-{}-{}", std::process::id(), self.trashed));
+        if let Err(error) = fs::rename(folders.job(job), &grave).or_else(not_found_is_fine) {
+            tracing::warn!(%job, %error, "could not remove a job's files");
+            return;
+        }
+        self.empty_trash();
+        self.work(move || Done::JobRemoved(job));
+    }
+
+    /// Deletes what was moved away, whenever.
+    pub(super) fn empty_trash(&self) {
+        let trash = self.node.folders.trash();
+        drop(spawn_blocking(move || {
+            for entry in fs::read_dir(trash).into_iter().flatten().flatten() {
+                if let Err(error) = fs::remove_dir_all(entry.path()).or_else(not_found_is_fine) {
+                    tracing::warn!(path = %entry.path().display(), %error, "could not remove");
+                }
+            }
+        }));
+    }
+
+    pub(super) fn link(&mut self, link: Link, hello: Hello) {
+        self.link = Some(link);
+        self.say(&FromAgent::Hello(hello));
+        self.report_at = Instant::now();
+    }
+
+    pub(super) fn unlink(&mut self) {
+        if let Some(link) = self.link.take() {
+            self.logs.link_down(link.id);
+        }
+    }
+
+    pub(super) fn is_linked(&self) -> bool {
+        self.link.is_some()
+    }
+
+    pub(super) fn is_linked_as(&self, id: u64) -> bool {
+        self.link.as_ref().is_some_and(|link| link.id == id)
+    }
+
+    /// Tells the coordinator, if there is one. One that takes no frames is given up: the next hello says everything again.
+    pub(super) fn say(&mut self, frame: &FromAgent) {
+        let Some(link) = &self.link else { return };
+        let sent = match serde_json::to_string(frame) {
+            Ok(text) => link.frames.try_send(text).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = sent {
+            tracing::warn!(error, "the coordinator does not keep up; linking anew");
+            self.unlink();
+        }
+    }
+
+    pub(super) fn set_report_interval(&mut self, every: Duration) {
+        self.report_every = every.clamp(Duration::from_millis(50), Duration::from_secs(3600));
+    }
+
+    /// When a report is due: never without a coordinator, nor while one is being made.
+    pub(super) fn report_at(&self) -> Option<Instant> {
+        (self.link.is_some() && self.meter.is_some()).then_some(self.report_at)
+    }
+
+    /// Measures, and looks for progress in output.
+    pub(super) fn report(&mut self) {
+        self.report_at = Instant::now() + self.report_every;
+        if let Some(mut meter) = self.meter.take() {
+            let (node, gpus) = (self.node.clone(), self.gpus.clone());
+            self.work(move || {
+                let load = meter.read(node.folders.root(), &gpus);
+                Done::Loaded { meter, load }
+            });
+        }
+        for (job, mut scanner) in self.outputs.take_due() {
+            self.work(move || {
+                let progress = scanner.scan(job);
+                Done::Scanned { job, scanner, progress }
+            });
+        }
+    }
+
+    pub(super) fn keep_meter(&mut self, meter: LoadMeter) {
+        self.meter = Some(meter);
+    }
+
+    pub(super) fn keep_scanner(&mut self, job: JobId, scanner: Scanner) {
+        self.outputs.put_back(job, scanner);
+    }
+
+    pub(super) fn open_log(&mut self, stream: u64, job: JobId, from: LogStart, follow: bool) -> Option<&'static str> {
+        if let Some(link) = &self.link {
+            self.logs.open(stream, job, from, follow, link.clone());
+        }
+        None
+    }
+
+    pub(super) fn credit_log(&self, stream: u64, bytes: u64) -> Option<&'static str> {
+        if let Some(link) = &self.link {
+            self.logs.credit(stream, link.id, bytes);
+        }
+        None
+    }
+
+    pub(super) fn close_log(&self, stream: u64) -> Option<&'static str> {
+        if let Some(link) = &self.link {
+            self.logs.close(stream, link.id);
+        }
+        None
+    }
+}
+
+fn not_found_is_fine(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
+}

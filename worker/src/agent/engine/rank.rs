@@ -1,0 +1,148 @@
+//! One rank as the engine sees it, and when a living one is judged.
+//!
+//! Ages are by the agent's monotonic clock and start anew when a rank is adopted: time in which no agent looked is nobody's silence. Which
+//! rule holds depends on what the rank has shown so far: heartbeats, output only, or nothing (CONTRACT section 3).
+
+use everlit_api::agent::{Beat, RankReport};
+use everlit_api::ids::Incarnation;
+use everlit_api::job::HeartbeatPolicy;
+use everlit_api::rank::{RankExit, Verdict};
+use everlit_api::time::Timestamp;
+
+use crate::agent::limits::{GANG_IDLE_MS, IDLE_CPU_PART, IDLE_LOOKS};
+
+/// One rank.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Rank {
+    pub(super) pid: Option<u32>,
+    pub(super) started_at: Option<Timestamp>,
+    pub(super) end: Option<(RankExit, bool)>,
+    pub(super) beat: Option<(u64, Beat)>,
+    pub(super) judged: Option<Verdict>,
+    /// SIGTERM or SIGKILL was sent.
+    pub(super) termed: bool,
+    pub(super) killed: bool,
+    /// It is stopped because this agent ends.
+    pub(super) drained: bool,
+    since: u64,
+    seq: Option<(u64, u64)>,
+    output: Option<u64>,
+    active: u64,
+    cpu: Option<(u64, u64)>,
+}
+
+/// What the clock says about a rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Look {
+    /// It is judged; the second is its age in milliseconds.
+    Judged(Verdict, u64),
+    /// Its CPU time is to be read.
+    ReadCpu,
+    /// Nothing before this time.
+    At(u64),
+    /// Nothing as things are.
+    Never,
+}
+
+impl Rank {
+    pub(super) fn is_alive(&self) -> bool {
+        self.pid.is_some() && self.end.is_none()
+    }
+
+    pub(super) fn on_started(&mut self, now: u64, pid: u32, at: Timestamp) {
+        self.pid = Some(pid);
+        self.started_at = Some(at);
+        self.since = now;
+        self.active = now;
+    }
+
+    pub(super) fn on_output(&mut self, now: u64) {
+        self.output = Some(now);
+        self.active = now;
+    }
+
+    /// `false` when it is not news.
+    pub(super) fn on_heartbeat(&mut self, now: u64, seq: u64, beat: Beat) -> bool {
+        if self.seq.is_some_and(|(last, _)| seq <= last) {
+            return false;
+        }
+        self.seq = Some((seq, now));
+        self.beat = Some((now, beat));
+        true
+    }
+
+    /// Adds what output told, unless the rank writes heartbeats.
+    pub(super) fn on_progress(&mut self, now: u64, news: Beat) -> bool {
+        if self.seq.is_some() {
+            return false;
+        }
+        let mut beat = self.beat.take().map(|(_, beat)| beat).unwrap_or_default();
+        beat.incarnation = news.incarnation;
+        beat.step = news.step.or(beat.step);
+        beat.total_steps = news.total_steps.or(beat.total_steps);
+        beat.samples = news.samples.or(beat.samples);
+        beat.loss = news.loss.or(beat.loss);
+        beat.metrics.extend(news.metrics);
+        while beat.metrics.len() > crate::agent::limits::METRICS_MAX {
+            beat.metrics.pop_last();
+        }
+        self.beat = Some((now, beat));
+        true
+    }
+
+    pub(super) fn on_cpu(&mut self, now: u64, cpu_ms: u64) {
+        if let Some((before, at)) = self.cpu {
+            let used = cpu_ms.saturating_sub(before) as f64;
+            if used > now.saturating_sub(at) as f64 * IDLE_CPU_PART {
+                self.active = now;
+            }
+        }
+        self.cpu = Some((cpu_ms, now));
+    }
+
+    /// The newest progress with its age.
+    pub(super) fn beat_at(&self, now: u64) -> Option<Beat> {
+        self.beat.as_ref().map(|(at, beat)| Beat { age_ms: now.saturating_sub(*at), ..beat.clone() })
+    }
+
+    pub(super) fn report(&self, now: u64, incarnation: Incarnation) -> RankReport {
+        let (exit, lost) = self.end.clone().map_or((None, false), |(exit, lost)| (Some(exit), lost));
+        RankReport { incarnation, pid: self.pid, started_at: self.started_at, exit, lost, beat: self.beat_at(now) }
+    }
+
+    /// How long ago the sign of life was that a verdict speaks of.
+    pub(super) fn age(&self, now: u64, verdict: Verdict) -> u64 {
+        let since = match verdict {
+            Verdict::Silent => self.seq.map_or(self.since, |(_, at)| at),
+            Verdict::NoStart => self.since,
+            Verdict::Idle => self.active,
+        };
+        now.saturating_sub(since)
+    }
+
+    /// What the rules say now. A rank is judged once.
+    pub(super) fn look(&self, now: u64, policy: &HeartbeatPolicy, world_size: u32) -> Look {
+        if !self.is_alive() || self.judged.is_some() || self.killed || self.termed {
+            return Look::Never;
+        }
+        let judge = |at: u64, verdict: Verdict| if now >= at { Look::Judged(verdict, self.age(now, verdict)) } else { Look::At(at) };
+        if let Some((_, at)) = self.seq {
+            return judge(at.saturating_add(policy.timeout.0), Verdict::Silent);
+        }
+        if self.output.is_none() || policy.required {
+            return judge(self.since.saturating_add(policy.startup_timeout.0), Verdict::NoStart);
+        }
+        let default = (world_size > 1).then_some(GANG_IDLE_MS);
+        let Some(timeout) = policy.idle_timeout.map(|timeout| timeout.0).or(default) else { return Look::Never };
+        // CPU time is read only of a rank that has been quiet for a while, and once more before it is judged.
+        let every = (timeout / IDLE_LOOKS).max(1);
+        let last = self.cpu.map_or(0, |(_, at)| at).max(self.active);
+        if now >= last + every {
+            Look::ReadCpu
+        } else if now >= self.active + timeout {
+            Look::Judged(Verdict::Idle, self.age(now, Verdict::Idle))
+        } else {
+            Look::At((last + every).min(self.active + timeout))
+        }
+    }
+}

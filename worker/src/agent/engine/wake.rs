@@ -1,0 +1,168 @@
+//! What the engine does because time has passed: verdicts, SIGKILL after the grace, sending news together, ending.
+//!
+//! `wake_at` may be too early but never too late: signs of life only move deadlines back, so they need not touch it; whatever can move a
+//! deadline forward says so with [`Engine::look_soon`]. One pass over everything finds the next time, so that beats cost no pass.
+
+use everlit_api::agent::FromAgent;
+use everlit_api::ids::Incarnation;
+use everlit_api::time::Millis;
+
+use super::rank::{Look, Rank};
+use super::{Action, BEATS_EVERY_MS, DRAIN_PATIENCE_MS, Engine, FORGET_PATIENCE_MS, SIGKILL, SIGTERM, Stage};
+
+impl Engine {
+    pub(super) fn wake(&mut self, at: u64) {
+        self.wake_at = Some(self.wake_at.map_or(at, |before| before.min(at)));
+    }
+
+    /// A rank's deadline may have moved forward.
+    pub(super) fn look_soon(&mut self, now: u64, incarnation: Incarnation) {
+        let Some(gang) = self.gangs.get(&(incarnation.job, incarnation.attempt)) else { return };
+        let Some(rank) = gang.ranks.get(&incarnation.rank) else { return };
+        match rank.look(now, &gang.spec.heartbeat, gang.spec.world_size) {
+            Look::At(at) => self.wake(at),
+            Look::Judged(..) | Look::ReadCpu => self.wake(now),
+            Look::Never => {}
+        }
+        if let Some(at) = gang_kill_at(self, incarnation) {
+            self.wake(at);
+        }
+    }
+
+    pub(super) fn on_news(&mut self, now: u64, incarnation: Incarnation) {
+        self.news.insert(incarnation);
+        self.wake((self.news_at + BEATS_EVERY_MS).max(now));
+    }
+
+    /// Tells what is new of all ranks in one frame.
+    pub(super) fn say_news(&mut self, now: u64, out: &mut Vec<Action>) {
+        let news = std::mem::take(&mut self.news);
+        let beats: Vec<_> = news.into_iter().filter_map(|incarnation| self.rank_mut(incarnation)?.beat_at(now)).collect();
+        if !beats.is_empty() {
+            self.news_at = now;
+            out.push(Action::Say(FromAgent::Beats { beats }));
+        }
+    }
+
+    /// SIGTERM to each living rank of a stopped gang that has not had it.
+    pub(super) fn term_stopped(&mut self, now: u64, out: &mut Vec<Action>) {
+        for gang in self.gangs.values_mut() {
+            let Some(kill_at) = gang.kill_at else { continue };
+            let (job, attempt) = (gang.spec.job, gang.spec.attempt);
+            for (rank, own) in gang.ranks.iter_mut().filter(|(_, own)| own.is_alive() && !own.killed) {
+                let incarnation = Incarnation { job, attempt, rank: *rank };
+                if now >= kill_at {
+                    own.killed = true;
+                    out.push(Action::Signal { incarnation, signal: SIGKILL });
+                } else if !own.termed {
+                    own.termed = true;
+                    out.push(Action::Signal { incarnation, signal: SIGTERM });
+                }
+            }
+        }
+    }
+
+    /// Stops every rank with its job's own grace, because this agent ends.
+    pub(super) fn stop_everything(&mut self, now: u64, out: &mut Vec<Action>) {
+        let Some(ending) = self.ending.as_mut().filter(|ending| !ending.stopped) else { return };
+        ending.stopped = true;
+        for gang in self.gangs.values_mut().filter(|gang| gang.kill_at.is_none()) {
+            let Millis(grace) = gang.spec.stop_grace;
+            gang.kill_at = Some(now.saturating_add(grace));
+            let (job, attempt) = (gang.spec.job, gang.spec.attempt);
+            for (rank, own) in gang.ranks.iter_mut().filter(|(_, own)| own.end.is_none()) {
+                own.drained = true;
+                out.push(Action::MarkDrained(Incarnation { job, attempt, rank: *rank }));
+            }
+        }
+        self.term_stopped(now, out);
+    }
+
+    /// Runs after every event; does the full pass only when its time has come.
+    pub(super) fn on_time(&mut self, now: u64, out: &mut Vec<Action>) {
+        let alive = self.is_busy();
+        if alive || self.linked {
+            self.alone_since = None;
+        } else if self.alone_since.is_none() {
+            self.alone_since = Some(now);
+            self.wake(now + self.linger_ms);
+        }
+        if self.ending.is_some() {
+            self.on_ending(now, alive, out);
+        }
+        if self.wake_at.is_none_or(|at| at > now) {
+            return;
+        }
+        self.wake_at = None;
+        if self.alone_since.is_some_and(|since| now >= since + self.linger_ms) {
+            out.push(Action::Exit("neither a coordinator nor ranks for too long"));
+        }
+        if let Some(since) = self.alone_since {
+            self.wake((since + self.linger_ms).max(now + 1));
+        }
+        if !self.news.is_empty() {
+            let due = self.news_at + BEATS_EVERY_MS;
+            if now >= due { self.say_news(now, out) } else { self.wake(due) }
+        }
+        self.term_stopped(now, out);
+        self.look_at_ranks(now, out);
+    }
+
+    fn look_at_ranks(&mut self, now: u64, out: &mut Vec<Action>) {
+        let mut next: Option<u64> = None;
+        let mut at_latest = |at: u64| next = Some(next.map_or(at, |before: u64| before.min(at)));
+        for gang in self.gangs.values_mut() {
+            let (job, attempt) = (gang.spec.job, gang.spec.attempt);
+            for (rank, own) in &mut gang.ranks {
+                let incarnation = Incarnation { job, attempt, rank: *rank };
+                if let Some(kill_at) = gang.kill_at.filter(|_| own.is_alive() && !own.killed) {
+                    at_latest(kill_at);
+                }
+                match own.look(now, &gang.spec.heartbeat, gang.spec.world_size) {
+                    Look::Judged(verdict, age_ms) => {
+                        own.judged = Some(verdict);
+                        out.push(Action::Say(FromAgent::Judged { incarnation, verdict, age_ms }));
+                    }
+                    Look::ReadCpu => {
+                        out.push(Action::ReadCpu(incarnation));
+                        // Asked again should no answer come.
+                        at_latest(now + BEATS_EVERY_MS);
+                    }
+                    Look::At(at) => at_latest(at),
+                    Look::Never => {}
+                }
+            }
+        }
+        if let Some(at) = next {
+            self.wake(at);
+        }
+    }
+
+    fn on_ending(&mut self, now: u64, alive: bool, out: &mut Vec<Action>) {
+        let Some(ending) = self.ending else { return };
+        if alive {
+            let patience = ending.since + DRAIN_PATIENCE_MS;
+            if ending.draining && !ending.stopped && self.gangs.values().any(|gang| gang.kill_at.is_none()) {
+                if now >= patience { self.stop_everything(now, out) } else { self.wake(patience) }
+            }
+            return;
+        }
+        let done_at = self.last_end.max(ending.since) + FORGET_PATIENCE_MS;
+        let told = self.gangs.values().all(|gang| gang.ranks.is_empty());
+        if told || !self.linked || now >= done_at {
+            out.push(Action::Exit("ended as asked, no rank is left"));
+        } else {
+            self.wake(done_at);
+        }
+    }
+
+    /// A rank lives or is about to.
+    fn is_busy(&self) -> bool {
+        let starting = |rank: &Rank| rank.end.is_none();
+        self.gangs.values().any(|gang| !matches!(gang.stage, Stage::Refused { .. }) && gang.ranks.values().any(starting))
+    }
+}
+
+fn gang_kill_at(engine: &Engine, incarnation: Incarnation) -> Option<u64> {
+    engine.gangs.get(&(incarnation.job, incarnation.attempt))?.kill_at
+}

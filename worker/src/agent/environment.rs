@@ -1,0 +1,222 @@
+//! The environment of a rank: CONTRACT section 2, and nothing else of the agent's own. Pure.
+//!
+//! A job's `env` may set anything but the names in [`RESERVED`]: those say where the rank is in its gang, and a job that lies about them
+//! would only break itself. What torch programs usually want (`OMP_NUM_THREADS`, …) is set unless the job sets it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use everlit_api::agent::{GangSpec, Program};
+
+/// What is passed on from the agent's own environment.
+pub(super) const PASSED: [&str; 4] = ["PATH", "HOME", "LANG", "LD_LIBRARY_PATH"];
+
+/// Names that a job's `env` can not set.
+pub(super) const RESERVED: [&str; 24] = [
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "ROLE_NAME",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
+    "TORCHELASTIC_ERROR_FILE",
+    "CUDA_VISIBLE_DEVICES",
+    "EVERLIT_JOB_ID",
+    "EVERLIT_ATTEMPT",
+    "EVERLIT_GENERATION",
+    "EVERLIT_HEARTBEAT_FILE",
+    "EVERLIT_CHECKPOINT_DIR",
+    "EVERLIT_RESUME_FROM",
+    "EVERLIT_DATA_SHARDS",
+    "EVERLIT_RENDEZVOUS",
+];
+
+/// Paths that a rank is told.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Paths<'a> {
+    /// Its heartbeat file.
+    pub heartbeat: &'a Path,
+    /// Its error file.
+    pub error: &'a Path,
+    /// The list of its shards.
+    pub shards: &'a Path,
+    /// The job's checkpoints.
+    pub checkpoints: &'a Path,
+    /// Where ranks of this attempt meet.
+    pub rendezvous: &'a Path,
+}
+
+/// The environment of the `local`-th rank here. `own`: the agent's variables named in [`PASSED`]. `node_has_gpus`: then a job sees only the
+/// GPUs granted to it, which may be none.
+pub(super) fn environment(
+    spec: &GangSpec,
+    local: u32,
+    paths: Paths<'_>,
+    resume_from: Option<&str>,
+    own: &BTreeMap<String, String>,
+    node_has_gpus: bool,
+) -> BTreeMap<String, String> {
+    let rank = spec.first_rank + local;
+    let mut env = own.clone();
+    env.insert("PYTHONUNBUFFERED".into(), "1".into());
+    if spec.count > 1 {
+        env.insert("OMP_NUM_THREADS".into(), "1".into());
+    }
+    if matches!(spec.program, Program::Command { .. }) {
+        env.insert("TORCH_NCCL_ASYNC_ERROR_HANDLING".into(), "1".into());
+    }
+    env.extend(spec.env.iter().filter(|(name, _)| !RESERVED.contains(&name.as_str())).map(|(name, value)| (name.clone(), value.clone())));
+    let path = |path: &Path| path.display().to_string();
+    let mut set = |name: &str, value: String| {
+        env.insert(name.into(), value);
+    };
+    set("RANK", rank.to_string());
+    set("LOCAL_RANK", local.to_string());
+    set("GROUP_RANK", spec.group_rank.to_string());
+    set("ROLE_RANK", rank.to_string());
+    set("ROLE_NAME", "default".into());
+    set("WORLD_SIZE", spec.world_size.to_string());
+    set("LOCAL_WORLD_SIZE", spec.count.to_string());
+    set("GROUP_WORLD_SIZE", spec.group_world_size.to_string());
+    set("ROLE_WORLD_SIZE", spec.world_size.to_string());
+    set("MASTER_ADDR", spec.master_addr.clone());
+    set("MASTER_PORT", spec.master_port.to_string());
+    set("TORCHELASTIC_RUN_ID", spec.job.to_string());
+    set("TORCHELASTIC_RESTART_COUNT", spec.restarts.to_string());
+    set("TORCHELASTIC_MAX_RESTARTS", spec.max_restarts.to_string());
+    set("TORCHELASTIC_ERROR_FILE", path(paths.error));
+    set("EVERLIT_JOB_ID", spec.job.to_string());
+    set("EVERLIT_ATTEMPT", spec.attempt.to_string());
+    set("EVERLIT_GENERATION", spec.generation.to_string());
+    set("EVERLIT_HEARTBEAT_FILE", path(paths.heartbeat));
+    set("EVERLIT_CHECKPOINT_DIR", path(paths.checkpoints));
+    set("EVERLIT_RESUME_FROM", resume_from.unwrap_or_default().into());
+    set("EVERLIT_DATA_SHARDS", path(paths.shards));
+    set("EVERLIT_RENDEZVOUS", format!("dir:{}", paths.rendezvous.display()));
+    if node_has_gpus {
+        let gpus: Vec<String> = spec.gpus.iter().map(ToString::to_string).collect();
+        set("CUDA_VISIBLE_DEVICES", gpus.join(","));
+    }
+    env
+}
+
+/// The shards of one rank of the whole gang: round-robin, so that each shard has one reader.
+pub(super) fn shards_of(spec: &GangSpec, rank: u32) -> String {
+    let own = spec.shards.iter().skip(rank as usize).step_by(spec.world_size.max(1) as usize);
+    own.map(|shard| format!("{shard}\n")).collect()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use everlit_api::ids::JobId;
+    use everlit_api::job::{CheckpointPolicy, HeartbeatPolicy, default_stop_grace};
+    use expect_test::expect;
+
+    pub(crate) fn spec(world_size: u32) -> GangSpec {
+        GangSpec {
+            job: JobId::from_parts(1, 2),
+            attempt: 1,
+            generation: 0,
+            world_size,
+            first_rank: 0,
+            count: world_size,
+            group_rank: 0,
+            group_world_size: 1,
+            master_addr: "127.0.0.1".into(),
+            master_port: 29_500,
+            restarts: 0,
+            max_restarts: 50,
+            gpus: Vec::new(),
+            program: Program::Command { argv: vec!["true".into()] },
+            env: BTreeMap::new(),
+            workdir: None,
+            shards: Vec::new(),
+            resume_from: None,
+            checkpoint: CheckpointPolicy::default(),
+            heartbeat: HeartbeatPolicy::default(),
+            log_metrics: Vec::new(),
+            log_bytes_max: 1 << 30,
+            stop_grace: default_stop_grace(),
+        }
+    }
+
+    fn text(spec: &GangSpec, local: u32, node_has_gpus: bool) -> String {
+        let at = |path| Path::new(path);
+        let paths = Paths { heartbeat: at("/r/HEARTBEAT"), error: at("/r/e"), shards: at("/r/s"), checkpoints: at("/c"), rendezvous: at("/m") };
+        let own = BTreeMap::from([("PATH".to_string(), "/bin".to_string())]);
+        let env = environment(spec, local, paths, Some("/c/step-000000000100"), &own, node_has_gpus);
+        env.iter().map(|(name, value)| format!("{name}={value}\n")).collect()
+    }
+
+    #[test]
+    fn a_rank_is_told_what_torchrun_tells_and_what_is_ours() {
+        let mut spec = spec(4);
+        spec.first_rank = 2;
+        spec.count = 2;
+        spec.gpus = vec![1, 0];
+        spec.env = [("RANK", "7"), ("LANG", "C"), ("SEED", "3"), ("EVERLIT_ATTEMPT", "9")].map(|(n, v)| (n.into(), v.into())).into();
+        expect![[r#"
+            CUDA_VISIBLE_DEVICES=1,0
+            EVERLIT_ATTEMPT=1
+            EVERLIT_CHECKPOINT_DIR=/c
+            EVERLIT_DATA_SHARDS=/r/s
+            EVERLIT_GENERATION=0
+            EVERLIT_HEARTBEAT_FILE=/r/HEARTBEAT
+            EVERLIT_JOB_ID=00000000010000000000000002
+            EVERLIT_RENDEZVOUS=dir:/m
+            EVERLIT_RESUME_FROM=/c/step-000000000100
+            GROUP_RANK=0
+            GROUP_WORLD_SIZE=1
+            LANG=C
+            LOCAL_RANK=1
+            LOCAL_WORLD_SIZE=2
+            MASTER_ADDR=127.0.0.1
+            MASTER_PORT=29500
+            OMP_NUM_THREADS=1
+            PATH=/bin
+            PYTHONUNBUFFERED=1
+            RANK=3
+            ROLE_NAME=default
+            ROLE_RANK=3
+            ROLE_WORLD_SIZE=4
+            SEED=3
+            TORCHELASTIC_ERROR_FILE=/r/e
+            TORCHELASTIC_MAX_RESTARTS=50
+            TORCHELASTIC_RESTART_COUNT=0
+            TORCHELASTIC_RUN_ID=00000000010000000000000002
+            TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+            WORLD_SIZE=4
+        "#]]
+        .assert_eq(&text(&spec, 1, true));
+    }
+
+    #[test]
+    fn one_rank_alone_keeps_its_threads_and_a_job_may_choose() {
+        let mut spec = spec(1);
+        let alone = text(&spec, 0, true);
+        assert!(!alone.contains("OMP_NUM_THREADS") && alone.contains("CUDA_VISIBLE_DEVICES=\n"));
+        assert!(!text(&spec, 0, false).contains("CUDA_VISIBLE_DEVICES"));
+        spec.count = 2;
+        spec.env = [("OMP_NUM_THREADS", "4"), ("PYTHONUNBUFFERED", "")].map(|(n, v)| (n.into(), v.into())).into();
+        let chosen = text(&spec, 0, false);
+        assert!(chosen.contains("OMP_NUM_THREADS=4\n") && chosen.contains("PYTHONUNBUFFERED=\n"));
+    }
+
+    #[test]
+    fn every_shard_has_one_reader() {
+        let mut spec = spec(2);
+        spec.shards = ["a", "b", "c"].map(String::from).into();
+        assert_eq!((shards_of(&spec, 0), shards_of(&spec, 1)), ("a\nc\n".into(), "b\n".into()));
+        spec.shards.clear();
+        assert_eq!(shards_of(&spec, 1), "");
+    }
+}

@@ -1,0 +1,60 @@
+//! Every limit and interval of the agent, in one place.
+//!
+//! Times are in milliseconds of the agent's monotonic clock unless the type says otherwise.
+
+use std::time::Duration;
+
+/// News of ranks are sent together, at most this often.
+pub(super) const BEATS_EVERY_MS: u64 = 50;
+/// Without an event from the kernel, heartbeat files are looked at this often.
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Named numbers of one rank at most, and characters of a name.
+pub(super) const METRICS_MAX: usize = 32;
+/// Characters of a metric's name at most.
+pub(super) const METRIC_NAME_MAX: usize = 64;
+/// Idle time of a rank of a gang when the job does not say; a lone rank may be idle for ever.
+pub(super) const GANG_IDLE_MS: u64 = 5 * 60 * 1000;
+/// CPU use is read this many times per idle timeout.
+pub(super) const IDLE_LOOKS: u64 = 5;
+/// A rank that uses less than this part of a CPU uses none: helper threads tick a little in a rank that hangs.
+pub(super) const IDLE_CPU_PART: f64 = 0.01;
+/// A draining agent stops its ranks itself when its coordinator has not done so by then.
+pub(super) const DRAIN_PATIENCE_MS: u64 = 3_000;
+/// After its last rank's end an ending agent waits so long for the coordinator to have it on record.
+pub(super) const FORGET_PATIENCE_MS: u64 = 1_000;
+/// First wait before another try to reach the coordinator.
+pub(super) const RECONNECT_MIN: Duration = Duration::from_millis(50);
+/// Longest wait before another try to reach the coordinator.
+pub(super) const RECONNECT_MAX: Duration = Duration::from_secs(2);
+/// Longest time for one try to connect.
+pub(super) const CONNECT_MAX: Duration = Duration::from_secs(5);
+/// The link is probed this often when nothing else was heard.
+pub(super) const PING_EVERY: Duration = Duration::from_secs(5);
+/// A link that is silent for so long is given up.
+pub(super) const LINK_SILENCE_MAX: Duration = Duration::from_secs(20);
+/// Frames that may wait for the link; one that does not keep up is given up, since everything is said again after a connect.
+pub(super) const LINK_FRAMES_MAX: usize = 16 * 1024;
+/// Log frames that may wait for the link.
+pub(super) const LINK_LOG_FRAMES_MAX: usize = 8;
+/// Report interval until the coordinator has said one.
+pub(super) const REPORT_EVERY: Duration = Duration::from_secs(1);
+/// Bytes of new output that are searched for progress per job and interval.
+pub(super) const METRICS_BYTES_MAX: u64 = 256 * 1024;
+/// Bytes of a compiled pattern at most.
+pub(super) const PATTERN_BYTES_MAX: usize = 256 * 1024;
+/// Bytes of a program's error file that are read.
+pub(super) const ERROR_FILE_BYTES_MAX: u64 = 64 * 1024;
+/// Characters of a program's error message that are told.
+pub(super) const ERROR_CHARS_MAX: usize = 4096;
+/// Ranks per CPU that a node takes when nothing is reserved.
+pub(super) const SLOTS_PER_CPU: u32 = 16;
+/// Ranks that every node takes.
+pub(super) const SLOTS_MIN: u32 = 64;
+/// Threads for blocking work: preparing gangs, reading checkpoints, removing folders.
+pub(super) const BLOCKING_THREADS: usize = 8;
+/// Of them so many may read checkpoints, so that gangs can always be started.
+pub(super) const VERIFY_AT_ONCE: usize = 2;
+/// A log stream sends at most one small frame per this time.
+pub(super) const LOG_SPACING: Duration = Duration::from_millis(2);
+
+const _: () = assert!(VERIFY_AT_ONCE < BLOCKING_THREADS);

@@ -1,0 +1,65 @@
+//! Where an attempt starts from: its job's newest checkpoint that verifies in full, else what the order says. Blocks.
+//!
+//! A damaged checkpoint of the job itself is put aside; one of another job, or of a folder that is not ours, is only passed over. What was
+//! asked for and does not verify is an error for ever: starting afresh instead would silently be another job.
+
+use std::path::{Path, PathBuf};
+
+use everlit_api::agent::{GangSpec, ResumeFrom, Resumed};
+use everlit_api::manifest::Manifest;
+
+use super::folders::Folders;
+use super::start::Refused;
+use crate::checkpoint::{self, CheckpointError};
+
+/// Decides. `fresh`: the job's checkpoint folder was made just now.
+pub(super) fn decide(folders: &Folders, spec: &GangSpec, fresh: bool) -> Result<Resumed, Refused> {
+    let mut resumed = Resumed { job: spec.job, attempt: spec.attempt, step: None, path: None, quarantined: Vec::new() };
+    if !fresh {
+        let dir = folders.checkpoints(spec.job);
+        let busy = |error: CheckpointError| Refused { reason: error.to_string(), permanent: !error.is_transient() };
+        let chosen = checkpoint::newest_verified(&dir).map_err(busy)?;
+        resumed.quarantined = chosen.quarantined.into_iter().map(|put_aside| (put_aside.step, put_aside.reason)).collect();
+        if let Some((path, manifest)) = chosen.checkpoint {
+            return Ok(found(resumed, &path, &manifest));
+        }
+    }
+    let (path, manifest) = match &spec.resume_from {
+        None => return Ok(resumed),
+        Some(ResumeFrom::Job(job)) => {
+            let dir = folders.checkpoints(*job);
+            newest_without_quarantine(&dir).map_err(|why| Refused::forever(format!("job {job} has no usable checkpoint on this node: {why}")))?
+        }
+        Some(ResumeFrom::Path(path)) => {
+            let refuse = |why: String| Refused::forever(format!("can not resume from `{path}`: {why}"));
+            at_path(Path::new(path)).map_err(refuse)?
+        }
+    };
+    Ok(found(resumed, &path, &manifest))
+}
+
+fn found(resumed: Resumed, path: &Path, manifest: &Manifest) -> Resumed {
+    Resumed { step: Some(manifest.step), path: Some(path.display().to_string()), ..resumed }
+}
+
+/// A checkpoint's folder, or a folder of checkpoints.
+fn at_path(path: &Path) -> Result<(PathBuf, Manifest), String> {
+    if path.join(checkpoint::MANIFEST_NAME).exists() {
+        return checkpoint::verify(path).map(|manifest| (path.to_path_buf(), manifest)).map_err(|damage| damage.to_string());
+    }
+    if !path.is_dir() {
+        return Err("there is no such folder".into());
+    }
+    newest_without_quarantine(path)
+}
+
+fn newest_without_quarantine(dir: &Path) -> Result<(PathBuf, Manifest), String> {
+    let mut why = "there is none".to_string();
+    for found in checkpoint::list(dir).map_err(|error| error.to_string())? {
+        match checkpoint::verify(&found.path) {
+            Ok(manifest) => return Ok((found.path, manifest)),
+            Err(damage) => why = format!("step {}: {damage}", found.step),
+        }
+    }
+    Err(why)
+}

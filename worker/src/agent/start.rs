@@ -1,0 +1,221 @@
+//! Preparing a gang: decide where it starts, make its folders, write down the order, and make ready what each shim is told.
+//!
+//! All of it blocks and runs on a blocking thread. `gang.json` comes last and by rename: its presence says that every run folder was made and
+//! that ranks may have been started, so a later agent can tell "never started" from "forgotten". It holds no environment: secrets stay in
+//! memory. Nothing is synced: after a power cut no rank lives, and the order comes again.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use everlit_api::agent::{GangSpec, Program, Resumed};
+use everlit_api::ids::Incarnation;
+use serde::{Deserialize, Serialize};
+
+use super::environment::{self, Paths};
+use super::folders::{ERROR_NAME, Folders, GANG_NAME, HEARTBEAT_NAME, SHARDS_NAME, WORKER_NAME, parse_attempt};
+use super::{resume, shim};
+use crate::checkpoint;
+use crate::shim::spec::Spec;
+use crate::train_config::TrainConfig;
+
+/// What all gangs on this node have in common.
+#[derive(Debug, Clone)]
+pub(super) struct Node {
+    /// The data folder.
+    pub folders: Folders,
+    /// Where the programs are that stand beside this one.
+    pub programs: PathBuf,
+    /// The agent's variables that are passed on.
+    pub env: BTreeMap<String, String>,
+    /// GPUs are hidden from jobs that were granted none.
+    pub has_gpus: bool,
+    /// Soft limit of open files that ranks get back.
+    pub open_files: Option<u64>,
+    /// The kernel's boot id.
+    pub boot_id: String,
+}
+
+/// A gang that can be started at once.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    /// Where it starts from.
+    pub resumed: Resumed,
+    ranks: Vec<(Incarnation, PathBuf, Spec)>,
+}
+
+/// Why a gang can not be started here.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Refused {
+    /// For people.
+    pub reason: String,
+    /// Another try of the same can not succeed.
+    pub permanent: bool,
+}
+
+impl Refused {
+    /// The same order will be refused again.
+    pub(super) fn forever(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), permanent: true }
+    }
+
+    /// It may work later.
+    pub(super) fn now(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), permanent: false }
+    }
+}
+
+/// `gang.json`.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct GangFile {
+    /// The boot that it was started in.
+    pub boot_id: String,
+    /// The order, without environment.
+    pub spec: GangSpec,
+    /// Where it started from.
+    pub resumed: Resumed,
+}
+
+fn failed(what: &str, path: &Path) -> impl FnOnce(io::Error) -> Refused {
+    let text = format!("could not {what} `{}`", path.display());
+    move |error| Refused::now(format!("{text}: {error}"))
+}
+
+fn make_folder(path: &Path) -> Result<bool, Refused> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            DirBuilder::new().mode(0o700).recursive(true).create(path).map_err(failed("make the folder", path)).map(|()| true)
+        }
+        Err(error) => Err(failed("make the folder", path)(error)),
+    }
+}
+
+/// Writes a file so that a reader sees all of it or none.
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), Refused> {
+    let draft = path.with_extension("tmp");
+    fs::write(&draft, bytes).and_then(|()| fs::rename(&draft, path)).map_err(failed("write", path))
+}
+
+/// Decides and makes everything up to the start.
+pub(super) fn prepare(node: &Node, spec: &GangSpec) -> Result<Prepared, Refused> {
+    let folders = &node.folders;
+    let attempts = folders.attempts(spec.job);
+    let known = newest_attempt(&attempts);
+    if known.is_some_and(|newest| newest > spec.attempt) {
+        return Err(Refused::forever(format!("a later attempt than {} was started here", spec.attempt)));
+    }
+    let attempt = folders.attempt(spec.job, spec.attempt);
+    let argv = argv(node, spec, &attempt)?;
+    let checkpoints = folders.checkpoints(spec.job);
+    make_folder(&folders.job(spec.job))?;
+    let fresh = make_folder(&checkpoints)?;
+    // In a folder that was not there before, nobody is to be fenced off and nothing is to be found.
+    if !fresh || spec.attempt > 1 {
+        let busy = |error: checkpoint::CheckpointError| Refused { reason: error.to_string(), permanent: !error.is_transient() };
+        checkpoint::raise_fence(&checkpoints, spec.attempt).map_err(busy)?;
+        checkpoint::sweep_drafts(&checkpoints, spec.attempt).map_err(busy)?;
+    }
+    let resumed = resume::decide(folders, spec, fresh)?;
+    let rendezvous = folders.rendezvous(spec.job, spec.attempt);
+    DirBuilder::new().mode(0o700).recursive(true).create(&rendezvous).map_err(failed("make the folder", &rendezvous))?;
+    make_folder(&folders.logs(spec.job))?;
+    make_folder(&folders.runs(spec.job))?;
+    if let Program::Worker { worker } = &spec.program {
+        let config = TrainConfig { worker: worker.clone(), checkpoint: spec.checkpoint, shards: spec.shards.clone() };
+        let text = serde_json::to_vec(&config).map_err(|error| Refused::forever(error.to_string()))?;
+        write_whole(&attempt.join(WORKER_NAME), &text)?;
+    }
+    let mut ranks = Vec::new();
+    for local in 0..spec.count {
+        let incarnation = Incarnation { job: spec.job, attempt: spec.attempt, rank: spec.first_rank + local };
+        let folder = folders.run(incarnation);
+        make_folder(&folder)?;
+        let shards = folder.join(SHARDS_NAME);
+        fs::write(&shards, environment::shards_of(spec, incarnation.rank)).map_err(failed("write", &shards))?;
+        let (heartbeat, error) = (folder.join(HEARTBEAT_NAME), folder.join(ERROR_NAME));
+        let paths = Paths { heartbeat: &heartbeat, error: &error, shards: &shards, checkpoints: &checkpoints, rendezvous: &rendezvous };
+        let env = environment::environment(spec, local, paths, resumed.path.as_deref(), &node.env, node.has_gpus);
+        let env: Result<Vec<CString>, Refused> = env.iter().map(|(name, value)| c_string(&format!("{name}={value}"), name)).collect();
+        let shim = Spec {
+            rank: incarnation.rank,
+            attempt: spec.attempt,
+            logs: folders.logs(spec.job),
+            log_bytes_max: spec.log_bytes_max,
+            workdir: spec.workdir.as_ref().map(PathBuf::from),
+            open_files: node.open_files,
+            argv: argv.clone(),
+            env: env?,
+        };
+        ranks.push((incarnation, folder, shim));
+    }
+    let mut kept = spec.clone();
+    kept.env.clear();
+    let file = GangFile { boot_id: node.boot_id.clone(), spec: kept, resumed: resumed.clone() };
+    let text = serde_json::to_vec(&file).map_err(|error| Refused::forever(error.to_string()))?;
+    write_whole(&attempt.join(GANG_NAME), &text)?;
+    remove_older_attempts(folders, spec, known);
+    Ok(Prepared { resumed, ranks })
+}
+
+/// Program and arguments, and whether what this agent needs for them is there.
+fn argv(node: &Node, spec: &GangSpec, attempt: &Path) -> Result<Vec<CString>, Refused> {
+    let missing = |name: &str| format!("{name} is not built: run scripts/build.sh");
+    if !node.programs.join("everlit-shim").exists() {
+        return Err(Refused::forever(missing("everlit-shim")));
+    }
+    let argv = match &spec.program {
+        Program::Command { argv } => argv.clone(),
+        Program::Worker { .. } => {
+            let worker = node.programs.join("everlit-worker");
+            if !worker.exists() {
+                return Err(Refused::forever(missing("everlit-worker")));
+            }
+            let path = |path: &Path| path.display().to_string();
+            vec![path(&worker), "train".into(), "--config".into(), path(&attempt.join(WORKER_NAME))]
+        }
+    };
+    if argv.first().is_none_or(String::is_empty) {
+        return Err(Refused::forever("the command is empty"));
+    }
+    argv.iter().map(|arg| c_string(arg, "the command")).collect()
+}
+
+fn c_string(text: &str, what: &str) -> Result<CString, Refused> {
+    CString::new(text).map_err(|_| Refused::forever(format!("{what} contains a NUL character")))
+}
+
+/// The newest attempt that was ever prepared here.
+pub(super) fn newest_attempt(attempts: &Path) -> Option<u32> {
+    let entries = fs::read_dir(attempts).ok()?;
+    entries.flatten().filter_map(|entry| parse_attempt(entry.file_name().to_str()?)).max()
+}
+
+/// What a later agent needs of an older attempt are only the ranks that are not forgotten.
+fn remove_older_attempts(folders: &Folders, spec: &GangSpec, known: Option<u32>) {
+    if known.is_none_or(|known| known == spec.attempt) {
+        return;
+    }
+    let runs: Vec<String> = fs::read_dir(folders.runs(spec.job))
+        .map(|entries| entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect())
+        .unwrap_or_default();
+    let Ok(entries) = fs::read_dir(folders.attempts(spec.job)) else { return };
+    for older in entries.flatten().filter_map(|entry| parse_attempt(entry.file_name().to_str()?)).filter(|older| *older < spec.attempt) {
+        if !runs.iter().any(|run| run.starts_with(&format!("a{older}-"))) {
+            // A folder that stays is no harm.
+            let _ = fs::remove_dir_all(folders.attempt(spec.job, older));
+        }
+    }
+}
+
+/// Starts every rank's shim; each answers for itself.
+pub(super) fn spawn(node: &Node, prepared: Prepared) -> Vec<(Incarnation, io::Result<UnixStream>)> {
+    let program = node.programs.join("everlit-shim");
+    let start = |(incarnation, folder, spec): (Incarnation, PathBuf, Spec)| (incarnation, shim::start(&program, &folder, &spec));
+    prepared.ranks.into_iter().map(start).collect()
+}
