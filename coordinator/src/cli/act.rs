@@ -19,9 +19,12 @@ const ASK_EVERY: Duration = Duration::from_millis(200);
 /// `everlit down`.
 #[derive(Debug, Clone, Args)]
 pub struct DownArgs {
-    /// Stop every job first; else ranks are left running, to be adopted by the next `up`
+    /// Stop every job for good first; else jobs are saved and go back in the queue, to resume at the next `up`
     #[arg(long)]
     pub stop_jobs: bool,
+    /// Folder of what is to end, as given to `up` [default: ~/.local/share/everlit]
+    #[arg(long, env = "EVERLIT_DATA_DIR", value_name = "FOLDER")]
+    pub data_dir: Option<std::path::PathBuf>,
 }
 
 /// `everlit stop`.

@@ -279,6 +279,7 @@ impl Job {
                 heartbeat: spec.heartbeat,
                 log_metrics: spec.log_metrics.clone(),
                 log_bytes_max,
+                stop_grace: spec.stop_grace,
             };
             (share.node.clone(), ToAgent::StartGang(Box::new(gang_spec)))
         };

@@ -5,6 +5,7 @@ use std::path::Path;
 pub mod agents;
 pub mod clock;
 pub mod control;
+pub mod down;
 pub mod driver;
 pub mod local;
 pub mod logs;
