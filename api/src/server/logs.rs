@@ -2,6 +2,8 @@
 //!
 //! A raw answer that can not be finished is cut off, so that the client sees an error and not a silent end.
 
+use std::time::Duration;
+
 use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::HeaderMap;
@@ -17,6 +19,7 @@ use crate::agent::log::{FLAG_DROPPED, FLAG_PARTIAL, LogPosition};
 use crate::control::{LogItem, LogQuery};
 use crate::problem::Problem;
 
+const FLUSH_TIME: Duration = Duration::from_millis(20);
 const TAIL_MAX: u64 = 1_000_000_000;
 
 fn selection(params: &mut Params) -> LogQuery {
@@ -50,7 +53,11 @@ pub(super) async fn text(State(control): State<Shared>, Job(id): Job, mut params
         match next_bytes(&mut from).await {
             Ok(Some(bytes)) => Some((Ok(bytes), Some(from))),
             Ok(None) => None,
-            Err(problem) => Some((Err(problem), None)),
+            Err(problem) => {
+                // A pause lets the server send what came before; an error in the same breath would take it along.
+                tokio::time::sleep(FLUSH_TIME).await;
+                Some((Err(problem), None))
+            }
         }
     });
     Ok(([(CONTENT_TYPE, "text/plain; charset=utf-8"), (CACHE_CONTROL, "no-cache")], Body::from_stream(stream)).into_response())

@@ -18,6 +18,8 @@ mod logs;
 mod out;
 mod show;
 mod submit;
+#[cfg(test)]
+mod tests;
 
 pub use act::{DownArgs, stop_all_jobs};
 use act::{NodesArgs, PurgeArgs, RmArgs, StopArgs};
@@ -187,7 +189,7 @@ fn completions(shell: clap_complete::Shell) -> Result<(), Fail> {
 }
 
 #[cfg(test)]
-mod tests {
+mod usage {
     use super::*;
 
     #[test]

@@ -1,5 +1,7 @@
 //! The doors before a fake of whoever is in control: what passes, what is refused and how, and every byte of a stream.
 
+#[cfg(feature = "client")]
+mod client;
 mod document;
 mod fake;
 mod jobs;
