@@ -118,8 +118,12 @@ impl Bench {
 
     /// Takes a connection, its hello, and welcomes it.
     pub fn accept(&mut self) -> Hello {
+        let log = self.dir.path().join("agent.log");
         let link = self.runtime.block_on(async {
-            let (stream, _) = tokio::time::timeout(PATIENCE, self.listener.accept()).await.expect("no connection").unwrap();
+            let (stream, _) = match tokio::time::timeout(PATIENCE, self.listener.accept()).await {
+                Ok(accepted) => accepted.unwrap(),
+                Err(_) => panic!("no connection\nagent: {}", read(&log)),
+            };
             let token = |request: &tokio_tungstenite::tungstenite::handshake::server::Request, response| {
                 assert_eq!(request.uri().path(), "/agent/link");
                 assert_eq!(request.headers()["authorization"], "Bearer secret");
