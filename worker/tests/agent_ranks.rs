@@ -57,12 +57,8 @@ fn a_rank_is_given_torchruns_environment_and_nothing_of_ours() {
 #[test]
 fn a_rank_starts_with_clean_signals_descriptors_and_its_own_group() {
     let mut bench = Bench::new();
-<<<<<<< HEAD
     let (spec, started) =
-        bench.start("grep -E '^Sig(Blk|Ign|Cgt)' /proc/self/status > sig.txt; ls /proc/$$/fd > fds.txt; ulimit -n > n.txt; sleep 60");
-=======
-    let (spec, started) = bench.start("grep -E '^Sig(Blk|Ign)' /proc/self/status > sig.txt; ls -l /proc/$$/fd > fds.txt; ulimit -n > n.txt; sleep 60");
->>>>>>> agent
+        bench.start("grep -E '^Sig(Blk|Ign)' /proc/self/status > sig.txt; ls -l /proc/$$/fd > fds.txt; ulimit -n > n.txt; sleep 60");
     let path = bench.dir.path().join("n.txt");
     bench.until("the script", || !read(&path).is_empty());
     let signals = read(&bench.dir.path().join("sig.txt"));
