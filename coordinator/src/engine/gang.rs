@@ -408,9 +408,9 @@ fn cause_of(exit: &RankExit, lost: bool) -> Cause {
 /// One sentence with the rank's own last words.
 fn failure_sentence(rank: u32, exit: &RankExit) -> String {
     let words = exit.message.as_ref().or(exit.tail.iter().rev().find(|line| !line.trim().is_empty()));
-    match words {
-        _ if exit.error.is_some() => format!("rank {rank}: {}", exit.describe()),
-        Some(words) => format!("rank {rank} ended with {}: {}", exit.describe(), words.trim().chars().take(500).collect::<String>()),
-        None => format!("rank {rank} ended with {}", exit.describe()),
+    match (words, &exit.error) {
+        (_, Some(error)) => format!("rank {rank}: {error}"),
+        (Some(words), None) => format!("rank {rank} ended with {}: {}", exit.describe(), words.trim().chars().take(500).collect::<String>()),
+        (None, None) => format!("rank {rank} ended with {}", exit.describe()),
     }
 }

@@ -135,7 +135,7 @@ fn a_lost_shim_is_free() {
         RankExit { code: None, signal: None, error: Some("its shim was killed".into()), at: Timestamp(50), tail: vec![], message: None };
     scene.at(50, Event::RankExited(Exited { incarnation: rank(1, 1, 0), exit: lost, lost: true }));
     scene.expect(expect![[r#"
-        50 job 1: gang_failed: rank 0 ended with its shim was killed
+        50 job 1: gang_failed: rank 0: its shim was killed
         50 job 1: restart_scheduled: attempt 2 in 500 ms: restart without cost to the budget
         50   n1 <- forget 1.1.0
     "#]]);

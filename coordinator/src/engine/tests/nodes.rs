@@ -15,9 +15,7 @@ fn a_restarted_coordinator_adopts_what_runs_and_nothing_is_signalled() {
     scene.restart_coordinator(5_000);
     assert_eq!(scene.summary(1).state, JobState::Running);
     scene.at(5_100, hello("n1", vec![alive(rank(1, 1, 0), 100), alive(rank(1, 1, 1), 101)]));
-    scene.expect(expect![[r#"
-        5100 job 1: job_running: all 2 ranks of attempt 1 run
-    "#]]);
+    scene.expect(expect![""]);
     let summary = scene.summary(1);
     assert_eq!((summary.state, summary.attempt, summary.restarts), (JobState::Running, 1, 0));
     assert_eq!(summary.ranks[1].pid, Some(101));
@@ -65,7 +63,7 @@ fn ranks_that_their_node_does_not_know_any_more_are_lost_and_free() {
     scene.at(20, Event::NodeUnlinked { node: node("n1") });
     scene.at(30, hello("n1", vec![alive(rank(1, 1, 0), 100)]));
     scene.expect(expect![[r#"
-        30 job 1: gang_failed: rank 1 ended with its node does not know it any more
+        30 job 1: gang_failed: rank 1: its node does not know it any more
         30   n1 <- stop job 1 attempt 1 grace 30s
     "#]]);
     scene.exits(40, rank(1, 1, 0), killed(40));

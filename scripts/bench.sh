@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Measures what README states, on the built programs and loopback: a table, and the same as JSON in target/bench/results.json.
+# `scripts/bench.sh [AREA…]` with areas: control, logs, train, recovery, idle (all by default).
+. "$(dirname "$0")/common.sh"
+need python3
+scripts/build.sh >/dev/null || exit 1
+LOAD=$(cargo bench --locked -p everlit-coordinator --bench load --no-run --message-format=json 2>/dev/null |
+  python3 -c 'import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("executable") and message.get("target", {}).get("name") == "load":
+        print(message["executable"])') || die "the load program could not be built"
+[ -n "$LOAD" ] || die "the load program could not be built"
+mkdir -p "$TARGET/bench"
+EVERLIT_BIN=$BIN EVERLIT_LOAD=$LOAD EVERLIT_RESULTS=$TARGET/bench/results.json PYTHONPATH=scripts/e2e python3 scripts/bench/main.py "$@"
