@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use axum::serve::ListenerExt;
 use everlit_api::agent::ToAgent;
 use everlit_api::ids::NodeId;
 use everlit_api::time::{Millis, Timestamp};
@@ -118,6 +119,8 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
     let mut serving = tokio::spawn(async move {
         let mut closing = closing;
         let asked = async move { drop(closing.wait_for(|asked| *asked).await) };
+        // Small answers and events must not wait for the reader's acknowledgement.
+        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
         axum::serve(listener, router).with_graceful_shutdown(asked).await
     });
 
