@@ -37,8 +37,7 @@ fn torch() -> Result<(), String> {
     println!("cargo::rustc-link-search=native={libtorch}/lib");
     println!("cargo::rustc-link-lib=dylib=torch_cpu");
     println!("cargo::rustc-link-lib=dylib=c10");
-    // A library's link arguments don't reach its executables from torch-sys: each needs the path of its own.
+    // torch-sys gives executables no path to libtorch. Agent and shim need none: nothing of libtorch is in them.
     println!("cargo::rustc-link-arg-bin=everlit-worker=-Wl,-rpath,{libtorch}/lib");
-    println!("cargo::rustc-link-arg-tests=-Wl,-rpath,{libtorch}/lib");
     Ok(())
 }

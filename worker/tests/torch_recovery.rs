@@ -1,5 +1,6 @@
 //! Ranks that are killed, stopped, told to end, or given bad checkpoints: nothing is lost, repeated or changed.
 #![cfg(feature = "torch")]
+#![allow(clippy::unwrap_used)]
 
 mod torch_support;
 

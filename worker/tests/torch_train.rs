@@ -1,5 +1,6 @@
 //! What a run does when nothing disturbs it, and what it refuses.
 #![cfg(feature = "torch")]
+#![allow(clippy::unwrap_used)]
 
 mod torch_support;
 
@@ -99,7 +100,8 @@ fn a_save_on_demand_happens_at_one_step_and_training_goes_on() {
 
 #[test]
 fn what_can_never_work_ends_with_78_and_says_why() {
-    let cases: [(&str, &[&str], &[(&str, &str)], &str); 10] = [
+    type Case = (&'static str, &'static [&'static str], &'static [(&'static str, &'static str)], &'static str);
+    let cases: [Case; 10] = [
         ("data", &["--data", "/nowhere"], &[], "/nowhere"),
         ("small data", &["--data", "/etc/hostname", "--sequence-length", "60000"], &[], "not even one sample"),
         ("config", &["--config", "/nowhere.json"], &[], "/nowhere.json"),
@@ -129,4 +131,12 @@ fn what_can_never_work_ends_with_78_and_says_why() {
     let mut gang = job.start(1, 1, None);
     assert_eq!(gang.wait(), [Some(78)]);
     assert!(gang.output().contains("no CUDA"));
+}
+
+#[test]
+fn only_the_training_program_loads_libtorch() {
+    let names_it = |program: &str| fs::read(program).unwrap().windows(11).any(|bytes| bytes == b"libtorch_cp");
+    assert!(names_it(PROGRAM));
+    assert!(!names_it(env!("CARGO_BIN_EXE_everlit-agent")));
+    assert!(!names_it(env!("CARGO_BIN_EXE_everlit-shim")));
 }

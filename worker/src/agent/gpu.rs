@@ -23,7 +23,8 @@ impl Gpus {
             }
         };
         let count = nvml.device_count().unwrap_or(0);
-        let infos = (0..count).filter_map(|index| info(&nvml, index).inspect_err(|error| tracing::warn!(index, %error, "a GPU is left out")).ok());
+        let infos =
+            (0..count).filter_map(|index| info(&nvml, index).inspect_err(|error| tracing::warn!(index, %error, "a GPU is left out")).ok());
         Self { infos: infos.collect(), nvml: Some(nvml) }
     }
 

@@ -29,7 +29,8 @@ pub(super) fn capacity(gpus: &Gpus, slots: Option<u32>) -> Capacity {
 
 /// CPUs that this process may use.
 fn cpus() -> f64 {
-    let allowed = sched_getaffinity(Pid::from_raw(0)).map_or(1, |set| (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).count());
+    let allowed =
+        sched_getaffinity(Pid::from_raw(0)).map_or(1, |set| (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).count());
     let quota = || {
         let text = group_file("cpu.max").unwrap_or_default();
         let (quota, period) = text.trim().split_once(' ')?;

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::libc;
 use serde::{Deserialize, Serialize};
@@ -19,6 +19,8 @@ use super::folders::Folders;
 const SOCKET_NAME: &str = "agent.sock";
 /// Longest wait for an answer.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// A killed agent may still hold the lock for a moment: a child that it was starting has it until its exec.
+const LOCK_MAX: Duration = Duration::from_secs(2);
 
 /// What an agent says about itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,9 +39,13 @@ pub(super) struct Status {
 pub(super) fn lock(folders: &Folders) -> anyhow::Result<File> {
     let path = folders.lock();
     let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path)?;
+    let until = Instant::now() + LOCK_MAX;
     // SAFETY: a system call on an open descriptor.
-    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
-        anyhow::bail!("another agent holds `{}`: end it first, or use another --data-dir", path.display());
+    while unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+        if Instant::now() > until {
+            anyhow::bail!("another agent holds `{}`: end it first, or use another --data-dir", path.display());
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
     Ok(file)
 }

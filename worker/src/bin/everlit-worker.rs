@@ -6,9 +6,14 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 use everlit_api::job::{CheckpointPolicy, MODEL_PRESETS, WorkerSpec};
-use everlit_worker::torch::environment::Environment;
-use everlit_worker::torch::{EXIT_CONFIG, TrainError, save, signals, train};
 use everlit_worker::train_config::TrainConfig;
+use torch::environment::Environment;
+use torch::{EXIT_CONFIG, TrainError, save, signals, train};
+
+// Not in the library: agent and shim link the library, and would then load libtorch with it.
+#[allow(unreachable_pub)]
+#[path = "../torch/mod.rs"]
+mod torch;
 
 /// The built-in libtorch program of everlit.
 #[derive(Parser)]

@@ -89,7 +89,7 @@ pub fn folder_step(name: &str) -> Option<u64> {
 }
 
 /// The draft's name; attempt 0 marks what is being removed.
-pub(crate) fn draft_folder(step: u64, attempt: u32) -> String {
+pub fn draft_folder(step: u64, attempt: u32) -> String {
     format!(".draft-{}-a{attempt}", step_folder(step))
 }
 

@@ -101,11 +101,6 @@ impl Corpus {
         Ok(Self { shards, open: 0, window, windows, listing_sha256, seed, order: None })
     }
 
-    /// Samples of one epoch.
-    pub fn windows(&self) -> u64 {
-        self.windows
-    }
-
     /// Hex sha256 over name and length of each shard, in order.
     pub fn listing_sha256(&self) -> &str {
         &self.listing_sha256
@@ -181,7 +176,7 @@ mod tests {
     #[test]
     fn an_epoch_reads_every_window_of_every_shard_once() {
         let (_dir, mut corpus) = corpus(&["abcdefg", "x", "", "hijkl"], 3, 1);
-        assert_eq!(corpus.windows(), 5);
+        assert_eq!(corpus.windows, 5);
         for epoch in 0..3 {
             let mut seen: Vec<String> = (0..5).map(|place| text(&mut corpus, epoch * 5 + place)).collect();
             seen.sort();

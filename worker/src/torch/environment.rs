@@ -13,8 +13,6 @@ pub struct Environment {
     pub rank: u32,
     /// Ranks in all.
     pub world: u32,
-    /// Ranks on this node.
-    pub local_world: u32,
     /// Empty when running alone.
     pub job_id: String,
     /// From 1; `None` when running alone.
@@ -31,8 +29,6 @@ pub struct Environment {
     pub rendezvous: Option<String>,
     /// The address that this rank's connections use.
     pub gloo_host: String,
-    /// Where torchrun's error record goes.
-    pub error_file: Option<PathBuf>,
     /// Threads of libtorch's kernels.
     pub threads: i32,
 }
@@ -64,7 +60,6 @@ impl Environment {
         Ok(Self {
             rank,
             world,
-            local_world,
             job_id: text("EVERLIT_JOB_ID").unwrap_or_default(),
             attempt: number("EVERLIT_ATTEMPT")?,
             generation: number("EVERLIT_GENERATION")?.unwrap_or(0),
@@ -73,7 +68,6 @@ impl Environment {
             resume_from: variable("EVERLIT_RESUME_FROM").map(|path| (!path.is_empty()).then(|| PathBuf::from(path))),
             rendezvous,
             gloo_host: text("EVERLIT_GLOO_HOST").unwrap_or_else(|| "127.0.0.1".into()),
-            error_file: text("TORCHELASTIC_ERROR_FILE").map(PathBuf::from),
             threads: i32::try_from(threads).unwrap_or(1),
         })
     }

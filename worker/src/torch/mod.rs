@@ -1,8 +1,9 @@
 //! The built-in training program: data-parallel training on libtorch, one process per rank.
 //!
-//! Only this folder sees tch. Above it stands `bin/everlit-worker.rs`; below it `checkpoint` (files) and `cpp/` (the C++
-//! face of c10d). Everything random is a pure function of the seed and a position, and every sum has one order, so that
-//! on a CPU a run that was killed and resumed ends with the bits of an undisturbed one.
+//! Only this folder sees tch, and it is a module of `bin/everlit-worker.rs` alone, so that no other program loads libtorch.
+//! Below it stand `checkpoint` (files) and `cpp/` (the C++ face of c10d). Everything random is a pure function of the seed
+//! and a position, and every sum has one order, so that on a CPU a run that was killed and resumed ends with the bits of
+//! an undisturbed one.
 
 pub mod c10d;
 pub mod data;

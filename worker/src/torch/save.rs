@@ -19,7 +19,7 @@ use super::c10d::Group;
 use super::sharing::share_out;
 use super::state::State;
 use super::tensors::{bytes, bytes_mut};
-use crate::checkpoint::{self, CheckpointError};
+use everlit_worker::checkpoint::{self, CheckpointError};
 
 /// The ranks that save together.
 #[derive(Clone)]

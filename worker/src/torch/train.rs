@@ -22,8 +22,8 @@ use super::rendezvous::Rendezvous;
 use super::save::{self, Ranks};
 use super::state::State;
 use super::{TrainError, sharing, signals};
-use crate::checkpoint;
-use crate::train_config::TrainConfig;
+use everlit_worker::checkpoint;
+use everlit_worker::train_config::TrainConfig;
 
 /// All ranks of a gang are started together; one that is not here after this never comes.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(60);

@@ -2,7 +2,7 @@
 //!
 //! Waits are for frames or conditions, with a deadline; never for time to pass. What a test leaves running is killed when it ends, found by
 //! the test's own folder in the shims' arguments.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -31,6 +31,7 @@ pub struct Bench {
     link: Option<WebSocketStream<TcpStream>>,
     frames: VecDeque<FromAgent>,
     pub logs: VecDeque<(LogFrame, Vec<u8>)>,
+    pub report: Option<everlit_api::status::NodeLoad>,
     next_job: u64,
     pub linger: &'static str,
 }
@@ -49,10 +50,17 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        std::fs::write(dir.path().join("coordinator.json"), format!(r#"{{"url":"{url}","token":"secret","pid":1}}"#)).unwrap();
         let (frames, logs) = (VecDeque::new(), VecDeque::new());
-        Self { dir, agent: None, runtime, listener, link: None, frames, logs, next_job: 1, linger: "60s" }
+        let bench = Self { dir, agent: None, runtime, listener, link: None, frames, logs, report: None, next_job: 1, linger: "60s" };
+        bench.rewrite_coordinator_file();
+        bench
+    }
+
+    pub fn rewrite_coordinator_file(&self) {
+        let url = format!("http://{}", self.listener.local_addr().unwrap());
+        let draft = self.dir.path().join("coordinator.tmp");
+        std::fs::write(&draft, format!(r#"{{"url":"{url}","token":"secret","pid":1}}"#)).unwrap();
+        std::fs::rename(draft, self.dir.path().join("coordinator.json")).unwrap();
     }
 
     pub fn data(&self) -> PathBuf {
@@ -110,8 +118,12 @@ impl Bench {
 
     /// Takes a connection, its hello, and welcomes it.
     pub fn accept(&mut self) -> Hello {
+        let log = self.dir.path().join("agent.log");
         let link = self.runtime.block_on(async {
-            let (stream, _) = tokio::time::timeout(PATIENCE, self.listener.accept()).await.expect("no connection").unwrap();
+            let (stream, _) = match tokio::time::timeout(PATIENCE, self.listener.accept()).await {
+                Ok(accepted) => accepted.unwrap(),
+                Err(_) => panic!("no connection\nagent: {}", read(&log)),
+            };
             let token = |request: &tokio_tungstenite::tungstenite::handshake::server::Request, response| {
                 assert_eq!(request.uri().path(), "/agent/link");
                 assert_eq!(request.headers()["authorization"], "Bearer secret");
@@ -157,7 +169,10 @@ impl Bench {
                 false
             }
             Ok(Some(Ok(Message::Text(text)))) => {
-                self.frames.push_back(serde_json::from_str(&text).unwrap());
+                match serde_json::from_str(&text).unwrap() {
+                    FromAgent::Report(load) => self.report = Some(load),
+                    frame => self.frames.push_back(frame),
+                }
                 true
             }
             Ok(Some(Ok(Message::Binary(bytes)))) => {
@@ -192,6 +207,11 @@ impl Bench {
     /// Frames that came and were not taken.
     pub fn not_taken(&self) -> impl Iterator<Item = &FromAgent> {
         self.frames.iter()
+    }
+
+    /// Forgets frames that nobody asked for.
+    pub fn take_others(&mut self) {
+        self.frames.retain(|frame| matches!(frame, FromAgent::Exited(_)));
     }
 
     /// Waits for the connection to end.

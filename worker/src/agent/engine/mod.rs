@@ -309,6 +309,7 @@ impl Engine {
         let Some(gang) = self.gangs.get_mut(&(job, attempt)) else { return };
         let kill_at = now.saturating_add(grace.0);
         gang.kill_at = Some(gang.kill_at.map_or(kill_at, |before| before.min(kill_at)));
+        self.wake(kill_at);
         self.term_stopped(now, out);
     }
 

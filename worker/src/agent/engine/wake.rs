@@ -66,15 +66,19 @@ impl Engine {
     pub(super) fn stop_everything(&mut self, now: u64, out: &mut Vec<Action>) {
         let Some(ending) = self.ending.as_mut().filter(|ending| !ending.stopped) else { return };
         ending.stopped = true;
+        let mut first = None;
         for gang in self.gangs.values_mut().filter(|gang| gang.kill_at.is_none()) {
             let Millis(grace) = gang.spec.stop_grace;
-            gang.kill_at = Some(now.saturating_add(grace));
+            let kill_at = now.saturating_add(grace);
+            gang.kill_at = Some(kill_at);
+            first = Some(first.map_or(kill_at, |before: u64| before.min(kill_at)));
             let (job, attempt) = (gang.spec.job, gang.spec.attempt);
             for (rank, own) in gang.ranks.iter_mut().filter(|(_, own)| own.end.is_none()) {
                 own.drained = true;
                 out.push(Action::MarkDrained(Incarnation { job, attempt, rank: *rank }));
             }
         }
+        first.into_iter().for_each(|at| self.wake(at));
         self.term_stopped(now, out);
     }
 

@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use everlit_api::agent::{LOG_CREDIT_BYTES, LOG_FRAME_BYTES_MAX, LogFrame};
 
-use super::{FromLogs, Link};
 use super::reader::Reader;
+use super::{FromLogs, Link};
 use crate::agent::limits::LOG_SPACING;
 
 /// One stream.
