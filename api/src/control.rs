@@ -79,7 +79,7 @@ pub enum LogItem {
         header: Header,
         /// Its bytes.
         data: Bytes,
-        /// Where the record stands.
+        /// Where the record stands; `line` is how many of its first lines `data` is without (a tail begins inside a record).
         at: LogPosition,
         /// Where the next one begins.
         next: LogPosition,

@@ -105,7 +105,7 @@ impl FromStr for Millis {
 
 impl fmt::Display for Millis {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (unit, scale) = UNITS.iter().rev().find(|(_, scale)| self.0 != 0 && self.0 % scale == 0).unwrap_or(&UNITS[1]);
+        let (unit, scale) = UNITS.iter().rev().find(|(_, scale)| self.0 != 0 && self.0.is_multiple_of(*scale)).unwrap_or(&UNITS[1]);
         write!(f, "{}{unit}", self.0 / scale)
     }
 }

@@ -14,13 +14,14 @@ use tokio::sync::mpsc;
 use super::Shared;
 use super::answer::Refusal;
 use super::extract::{Job, Params};
-use super::sse::{self, Lines, lines_to_skip};
-use crate::agent::log::{FLAG_DROPPED, FLAG_PARTIAL, LogPosition};
+use super::sse;
+use crate::agent::log::{FLAG_DROPPED, LogPosition};
 use crate::control::{LogItem, LogQuery};
 use crate::problem::Problem;
 
 const FLUSH_TIME: Duration = Duration::from_millis(20);
-const TAIL_MAX: u64 = 1_000_000_000;
+/// Lines of a tail at most: they are held back until the end of the log is reached.
+const TAIL_MAX: u64 = 100_000;
 
 fn selection(params: &mut Params) -> LogQuery {
     let tail = params.parsed::<u64>("tail", "must be a number of lines");
@@ -66,14 +67,7 @@ pub(super) async fn text(State(control): State<Shared>, Job(id): Job, mut params
 async fn next_bytes(from: &mut mpsc::Receiver<LogItem>) -> Result<Option<Bytes>, Problem> {
     loop {
         match from.recv().await {
-            Some(LogItem::Record { header, mut data, at, .. }) if header.flags & FLAG_DROPPED == 0 => {
-                let unwanted = Lines::new(&data, header.flags & FLAG_PARTIAL != 0).take(lines_to_skip(None, at) as usize);
-                let bytes: usize = unwanted.map(|line| line.bytes).sum();
-                let _ = data.split_to(bytes);
-                if !data.is_empty() {
-                    return Ok(Some(data));
-                }
-            }
+            Some(LogItem::Record { header, data, .. }) if header.flags & FLAG_DROPPED == 0 && !data.is_empty() => return Ok(Some(data)),
             Some(LogItem::Record { .. } | LogItem::Gap { .. }) => {}
             Some(LogItem::End(_) | LogItem::CaughtUp) => return Ok(None),
             Some(LogItem::Failed(problem)) => return Err(problem),

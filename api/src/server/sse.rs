@@ -121,7 +121,7 @@ impl LogEvents {
         let skip = lines_to_skip(self.after, at);
         let stream = if header.stream == Stream::Stdout { "stdout" } else { "stderr" };
         let time = self.time.at(header.time_us);
-        let mut lines = Lines::new(data, header.flags & FLAG_PARTIAL != 0).zip(1u32..).skip(skip as usize).peekable();
+        let mut lines = Lines::new(data, header.flags & FLAG_PARTIAL != 0).zip(at.line + 1..).skip(skip as usize).peekable();
         while let Some((line, number)) = lines.next() {
             out.reserve(line.text.len() + 160);
             let place = if lines.peek().is_some() { LogPosition { line: number, ..at } } else { next };
@@ -173,10 +173,10 @@ fn failed(out: &mut BytesMut, id: &str, problem: &Problem) {
     event(out, id, "error", &serde_json::to_vec(problem).unwrap_or_default());
 }
 
-/// Lines of the record at `at` that the reader has already or does not want.
-pub(super) fn lines_to_skip(after: Option<LogPosition>, at: LogPosition) -> u32 {
+/// Lines of what came from `at` that the reader has already.
+fn lines_to_skip(after: Option<LogPosition>, at: LogPosition) -> u32 {
     let given = after.filter(|after| (after.segment, after.offset) == (at.segment, at.offset)).map_or(0, |after| after.line);
-    given.max(at.line)
+    given.saturating_sub(at.line)
 }
 
 /// One line of a record.
@@ -185,8 +185,6 @@ pub(super) struct Line<'a> {
     pub(super) text: &'a [u8],
     /// It goes on in the next record of the same stream.
     pub(super) partial: bool,
-    /// Bytes that it takes in the record, with its end.
-    pub(super) bytes: usize,
 }
 
 /// The lines of a record; a `\r` before the `\n` belongs to the end.
@@ -211,12 +209,12 @@ impl<'a> Iterator for Lines<'a> {
         }
         let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') else {
             let text = std::mem::take(&mut self.rest);
-            return Some(Line { text, partial: self.partial, bytes: text.len() });
+            return Some(Line { text, partial: self.partial });
         };
         let (line, rest) = self.rest.split_at(end + 1);
         self.rest = rest;
         let text = &line[..end];
-        Some(Line { text: text.strip_suffix(b"\r").unwrap_or(text), partial: false, bytes: line.len() })
+        Some(Line { text: text.strip_suffix(b"\r").unwrap_or(text), partial: false })
     }
 }
 

@@ -172,7 +172,7 @@ fn data_folder(folder: &Path) -> Vec<Finding> {
         }
     }
     if let Ok(disk) = statvfs(&place) {
-        let free = disk.blocks_available() as u64 * disk.fragment_size() as u64;
+        let free = disk.blocks_available() * disk.fragment_size();
         let detail = format!("{} free", out::size(free));
         findings.push(match free {
             _ if free < GIB => Finding::fail("disk space", detail, "free some, or give `up` another --data-dir"),
@@ -273,8 +273,8 @@ fn shared_memory(path: &Path) -> Finding {
     match statvfs(path) {
         Err(error) => Finding::warn(check, format!("{}: {error}", path.display()), remedy),
         Ok(memory) => {
-            let all = memory.blocks() as u64 * memory.fragment_size() as u64;
-            let free = memory.blocks_available() as u64 * memory.fragment_size() as u64;
+            let all = memory.blocks() * memory.fragment_size();
+            let free = memory.blocks_available() * memory.fragment_size();
             let detail = format!("{} free of {} in {}", out::size(free), out::size(all), path.display());
             if free < GIB { Finding::warn(check, detail, remedy) } else { Finding::ok(check, detail) }
         }

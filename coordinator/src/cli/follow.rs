@@ -12,6 +12,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Fail, Output, out};
 
+const WITH_TOTAL: &str = "{prefix:>10} [{bar:20}] {pos}/{len} {wide_msg}";
+const WITHOUT_TOTAL: &str = "{prefix:>10} {spinner} step {pos} {wide_msg}";
 const ASK_EVERY: Duration = Duration::from_millis(500);
 /// Without a terminal a line is written this often at most, unless the state changes.
 const LINE_EVERY: Duration = Duration::from_secs(2);
@@ -70,8 +72,7 @@ impl View {
         let json = output == Output::Json;
         let bar = (!json && std::io::stderr().is_terminal() && std::io::stdout().is_terminal()).then(|| {
             let bar = ProgressBar::new(1);
-            let style = ProgressStyle::with_template("{prefix:>10} [{bar:30}] {pos}/{len} {wide_msg}");
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
+            bar.set_style(style(WITHOUT_TOTAL));
             bar
         });
         Self { bar, json, last: None, last_line: Instant::now() }
@@ -93,7 +94,10 @@ impl View {
     fn show(&mut self, job: &Summary) -> Result<(), Fail> {
         if let Some(bar) = &self.bar {
             bar.set_prefix(job.state.as_str());
-            bar.set_length(job.total_steps.unwrap_or(1).max(1));
+            if let Some(total) = job.total_steps.filter(|total| bar.length() != Some(*total)) {
+                bar.set_style(style(WITH_TOTAL));
+                bar.set_length(total);
+            }
             bar.set_position(job.step.unwrap_or(0));
             bar.set_message(figures(job));
             return Ok(());
@@ -122,6 +126,10 @@ impl View {
         let reason = job.reason.as_deref().unwrap_or("no reason was given");
         Err(Fail::Refused(format!("the job {}: {reason} (`everlit logs {}` has its output)", job.state, job.job_id)))
     }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ")
 }
 
 fn plain(job: &Summary) -> String {

@@ -78,8 +78,12 @@ async fn stop(State(shared): State<Shared>, Path(id): Path<String>) -> Response 
 }
 
 async fn one(State(shared): State<Shared>, Path(id): Path<String>) -> Json<JobView> {
-    let jobs = shared.lock().expect("lock");
-    Json(jobs.jobs.iter().find(|job| job.job_id.to_string() == id).expect("known").clone())
+    let mut jobs = shared.lock().expect("lock");
+    let job = jobs.jobs.iter_mut().find(|job| job.job_id.to_string() == id).expect("known");
+    if job.state == JobState::Stopping {
+        job.state = JobState::Stopped;
+    }
+    Json(job.clone())
 }
 
 async fn submit(State(shared): State<Shared>, Json(body): Json<Value>) -> impl IntoResponse {
