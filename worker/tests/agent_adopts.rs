@@ -1,5 +1,7 @@
 //! Agents that die, end, and come back: what ranks notice, and what the next agent knows.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod agent_support;
 
 use std::process::Command;
@@ -145,7 +147,9 @@ fn told_to_end_without_a_coordinator_it_stops_its_ranks_for_free() {
     // No coordinator any more, and none to come back to.
     std::fs::remove_file(bench.dir.path().join("coordinator.json")).unwrap();
     bench.drop_link();
-    let health = |bench: &Bench| Command::new(env!("CARGO_BIN_EXE_everlit-agent")).args(["health", "--data-dir"]).arg(bench.data()).output().unwrap();
+    let health = |bench: &Bench| {
+        Command::new(env!("CARGO_BIN_EXE_everlit-agent")).args(["health", "--data-dir"]).arg(bench.data()).output().unwrap()
+    };
     bench.until("the link's end", || !health(&bench).status.success());
     bench.signal_agent("-INT");
     assert!(bench.agent_ended());

@@ -1,5 +1,7 @@
 //! Logs from the rank's write to the coordinator's frame: nothing lost, nothing twice, in one order for every reader.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod agent_support;
 
 use std::collections::BTreeMap;
@@ -65,8 +67,9 @@ impl Tape {
     }
 
     fn until(&mut self, bench: &mut Bench, mut enough: impl FnMut(&Self) -> bool) {
+        let until = std::time::Instant::now() + PATIENCE;
         while !enough(self) {
-            assert!(self.turn(bench, true));
+            assert!(self.turn(bench, true) && std::time::Instant::now() < until, "in vain: {} records", self.got.len());
         }
     }
 
@@ -154,7 +157,8 @@ fn a_reader_that_gives_no_credit_gets_no_more_and_holds_up_nobody() {
 #[test]
 fn a_line_is_seen_while_the_rank_runs_and_a_tail_is_the_end() {
     let mut bench = Bench::new();
-    let (spec, _) = bench.start("seq 1 5000; printf 'no end'; while :; do [ -e more ] && { echo; echo more; break; }; sleep 0.02; done; sleep 600");
+    let (spec, _) =
+        bench.start("seq 1 5000; printf 'no end'; while :; do [ -e more ] && { echo; echo more; break; }; sleep 0.02; done; sleep 600");
     let mut tape = Tape::open(&mut bench, 1, &spec, LogStart::Beginning, true);
     tape.until(&mut bench, |tape| tape.text().ends_with("5000\nno end"));
     std::fs::write(bench.dir.path().join("more"), "").unwrap();
@@ -200,7 +204,11 @@ fn a_log_is_bounded_and_what_is_gone_is_said() {
     for got in &tape.got {
         for line in String::from_utf8_lossy(&got.data).lines() {
             let number: u64 = line.parse().unwrap();
-            assert!(last.insert(got.header.rank, number).is_none_or(|before| before + 1 == number), "rank {} after {number}", got.header.rank);
+            assert!(
+                last.insert(got.header.rank, number).is_none_or(|before| before + 1 == number),
+                "rank {} after {number}",
+                got.header.rank
+            );
         }
     }
     assert_eq!(last, BTreeMap::from([(0, 600_000), (1, 600_000)]));
@@ -229,4 +237,27 @@ fn a_rank_that_closes_its_output_runs_on() {
     let (spec, _) = bench.start("echo bye; exec >&- 2>&-; sleep 0.3; exit 3");
     let exited = bench.exited(rank(&spec, 0));
     assert_eq!((exited.exit.code, exited.exit.tail), (Some(3), vec!["bye".to_string()]));
+}
+
+#[test]
+fn a_full_disk_costs_output_but_never_the_rank() {
+    let mut bench = Bench::unstarted();
+    // A limit on file sizes is a disk that is full for the log alone, and can be made larger from outside.
+    bench.start_agent_limited(64 * 1024);
+    bench.accept();
+    let (spec, started) = bench.start("seq 1 50000; echo done > done; while [ ! -e more ]; do sleep 0.02; done; echo back; exit 0");
+    let done = bench.dir.path().join("done");
+    bench.until("the rank to have written everything", || done.exists());
+    let shim = nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(started.pid as i32))).unwrap();
+    agent_support::lift_file_size_limit(shim.as_raw());
+    std::fs::write(bench.dir.path().join("more"), "").unwrap();
+    let mut tape = Tape::open(&mut bench, 1, &spec, LogStart::Beginning, true);
+    tape.until(&mut bench, |tape| tape.text().ends_with("back\n"));
+    assert_eq!(bench.exited(rank(&spec, 0)).exit.code, Some(0));
+    let (told, kept): (Vec<_>, Vec<_>) = tape.got.iter().partition(|got| got.header.flags == everlit_api::agent::log::FLAG_DROPPED);
+    let dropped: usize = String::from_utf8_lossy(&told[0].data).parse().unwrap();
+    let kept: usize = kept.iter().map(|got| got.data.len()).sum();
+    assert_eq!(told.len(), 1);
+    assert_eq!(kept + dropped, numbers(50_000).len() + "back\n".len());
+    assert!(dropped > 100_000);
 }

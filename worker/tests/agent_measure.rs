@@ -1,6 +1,8 @@
 //! Figures of the agent alone, without a coordinator behind the link. Run one with
 //! `cargo test --release -p everlit-worker --test agent_measure -- --ignored --nocapture --test-threads 1`.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod agent_support;
 
 use std::collections::BTreeMap;
@@ -100,8 +102,18 @@ fn latencies_and_sizes() {
     while begin.elapsed() < Duration::from_secs(10) {
         bench.read(Duration::from_millis(500));
     }
-    println!("8 quiet ranks, 10 s: agent {} ms CPU, a shim {} ms CPU", (cpu_ticks(agent) - agent_before) * 10, (cpu_ticks(shim) - shim_before) * 10);
-    println!("rss: agent {} KiB (anon {}), shim {} KiB (anon {})", kib(agent, "VmRSS:"), kib(agent, "RssAnon:"), kib(shim, "VmRSS:"), kib(shim, "RssAnon:"));
+    println!(
+        "8 quiet ranks, 10 s: agent {} ms CPU, a shim {} ms CPU",
+        (cpu_ticks(agent) - agent_before) * 10,
+        (cpu_ticks(shim) - shim_before) * 10
+    );
+    println!(
+        "rss: agent {} KiB (anon {}), shim {} KiB (anon {})",
+        kib(agent, "VmRSS:"),
+        kib(agent, "RssAnon:"),
+        kib(shim, "VmRSS:"),
+        kib(shim, "RssAnon:")
+    );
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Ranks from start to end: what they are given, how they end, and what is left of them.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod agent_support;
 
 use agent_support::{Bench, is_alive, rank, read};
@@ -34,7 +36,8 @@ fn a_gang_runs_from_order_to_forgotten() {
 #[test]
 fn a_rank_is_given_torchruns_environment_and_nothing_of_ours() {
     let mut bench = Bench::new();
-    let mut spec = bench.gang(1, "env | sort > env.txt; cat $EVERLIT_DATA_SHARDS > shards.txt; pwd > pwd.txt; ls -d $EVERLIT_CHECKPOINT_DIR");
+    let mut spec =
+        bench.gang(1, "env | sort > env.txt; cat $EVERLIT_DATA_SHARDS > shards.txt; pwd > pwd.txt; ls -d $EVERLIT_CHECKPOINT_DIR");
     spec.env.insert("GREETING".into(), "hello world".into());
     spec.shards = vec!["/a".into(), "/b".into()];
     bench.order(&spec);
@@ -56,7 +59,8 @@ fn a_rank_is_given_torchruns_environment_and_nothing_of_ours() {
 #[test]
 fn a_rank_starts_with_clean_signals_descriptors_and_its_own_group() {
     let mut bench = Bench::new();
-    let (spec, started) = bench.start("grep -E '^Sig(Blk|Ign)' /proc/self/status > sig.txt; ls -l /proc/$$/fd > fds.txt; ulimit -n > n.txt; sleep 60");
+    let (spec, started) =
+        bench.start("grep -E '^Sig(Blk|Ign)' /proc/self/status > sig.txt; ls -l /proc/$$/fd > fds.txt; ulimit -n > n.txt; sleep 60");
     let path = bench.dir.path().join("n.txt");
     bench.until("the script", || !read(&path).is_empty());
     let signals = read(&bench.dir.path().join("sig.txt"));
@@ -101,7 +105,9 @@ fn what_can_not_be_started_says_why() {
 #[test]
 fn exits_are_told_as_they_were() {
     let mut bench = Bench::new();
-    for (script, code, signal) in [("exit 3", Some(3), None), ("kill -9 $$", None, Some(9)), ("kill -34 $$", None, Some(34)), ("kill -11 $$", None, Some(11))] {
+    for (script, code, signal) in
+        [("exit 3", Some(3), None), ("kill -9 $$", None, Some(9)), ("kill -34 $$", None, Some(34)), ("kill -11 $$", None, Some(11))]
+    {
         let spec = bench.gang(1, &format!("echo one; echo two >&2; {script}"));
         bench.order(&spec);
         let exited = bench.exited(rank(&spec, 0));
@@ -134,7 +140,8 @@ fn a_stop_is_sigterm_and_after_the_grace_sigkill() {
 #[test]
 fn nothing_of_a_rank_outlives_it() {
     let mut bench = Bench::new();
-    let script = "setsid sleep 600 & (setsid sh -c 'sleep 600 & sleep 600' &) ; (trap '' TERM HUP; sleep 600 &); exec >&- 2>&-; sleep 0.05; exit 4";
+    let script =
+        "setsid sleep 600 & (setsid sh -c 'sleep 600 & sleep 600' &) ; (trap '' TERM HUP; sleep 600 &); exec >&- 2>&-; sleep 0.05; exit 4";
     let spec = bench.gang(1, script);
     bench.order(&spec);
     assert_eq!(bench.exited(rank(&spec, 0)).exit.code, Some(4));

@@ -1,5 +1,7 @@
 //! Signs of life: heartbeat files, however broken, output, verdicts, and checkpoints.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod agent_support;
 
 use agent_support::{Bench, rank, read};
@@ -22,7 +24,8 @@ fn judged(bench: &mut Bench, spec: &GangSpec) -> (Verdict, u64) {
     })
 }
 
-const WRITE: &str = r#"beat() { printf '%s' "$1" > $EVERLIT_HEARTBEAT_FILE.tmp && mv $EVERLIT_HEARTBEAT_FILE.tmp $EVERLIT_HEARTBEAT_FILE; }; "#;
+const WRITE: &str =
+    r#"beat() { printf '%s' "$1" > $EVERLIT_HEARTBEAT_FILE.tmp && mv $EVERLIT_HEARTBEAT_FILE.tmp $EVERLIT_HEARTBEAT_FILE; }; "#;
 
 #[test]
 fn heartbeats_are_passed_on_with_what_they_say() {
@@ -155,7 +158,9 @@ fn checkpoints_of_a_foreign_program_are_told_read_back_pruned_and_resumed_from()
     let news = checkpoint(&mut bench, |news| news.step == 50 && news.verified);
     assert_eq!(news.bytes, 100_000);
     let dir = bench.job_folder(spec.job).join("checkpoints");
-    bench.until("pruning", || std::fs::read_dir(&dir).unwrap().flatten().filter(|e| e.file_name().to_string_lossy().starts_with("step-")).count() == 3);
+    bench.until("pruning", || {
+        std::fs::read_dir(&dir).unwrap().flatten().filter(|e| e.file_name().to_string_lossy().starts_with("step-")).count() == 3
+    });
     // The newest is damaged behind everybody's back: the next older one is taken.
     std::fs::write(dir.join("step-000000000050/weights.bin"), vec![0; 100_000]).unwrap();
     spec.attempt = 2;

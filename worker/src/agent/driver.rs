@@ -331,7 +331,10 @@ impl Driver {
             Done::Prepared { job, attempt, outcome } => match outcome {
                 Ok(prepared) => {
                     let resumed = prepared.resumed.clone();
-                    resumed.quarantined.iter().for_each(|(step, why)| tracing::warn!(%job, step, why, "a damaged checkpoint was put aside"));
+                    resumed
+                        .quarantined
+                        .iter()
+                        .for_each(|(step, why)| tracing::warn!(%job, step, why, "a damaged checkpoint was put aside"));
                     self.effects.keep_prepared(prepared);
                     let end = self.handle(Event::GangPrepared { resumed, at: Timestamp::now() });
                     self.effects.drop_prepared(job, attempt);

@@ -83,7 +83,10 @@ pub(super) fn parse(text: &[u8], incarnation: Incarnation) -> Result<(u64, Beat)
         total_steps: count("total_steps"),
         samples: count("samples"),
         loss: value["loss"].as_f64().filter(|loss| loss.is_finite()),
-        metrics: metrics.filter_map(|(name, number)| Some((name.clone(), number.as_f64().filter(|n| n.is_finite())?))).take(METRICS_MAX).collect(),
+        metrics: metrics
+            .filter_map(|(name, number)| Some((name.clone(), number.as_f64().filter(|n| n.is_finite())?)))
+            .take(METRICS_MAX)
+            .collect(),
         age_ms: 0,
     };
     Ok((seq, beat))
@@ -118,7 +121,16 @@ mod tests {
 
     #[test]
     fn foreign_and_torn_texts_are_refused() {
-        let texts = [r#"{"seq":1,"rank":4}"#, r#"{"seq":1,"rank":-3}"#, r#"{"seq":1,"attempt":2}"#, r#"{"seq":-1}"#, r#"{"step":1}"#, r#"{"seq":1"#, "[]", ""];
+        let texts = [
+            r#"{"seq":1,"rank":4}"#,
+            r#"{"seq":1,"rank":-3}"#,
+            r#"{"seq":1,"attempt":2}"#,
+            r#"{"seq":-1}"#,
+            r#"{"step":1}"#,
+            r#"{"seq":1"#,
+            "[]",
+            "",
+        ];
         for text in texts {
             assert!(parse(text.as_bytes(), own()).is_err(), "{text}");
         }

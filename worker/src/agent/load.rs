@@ -29,7 +29,8 @@ pub(super) fn capacity(gpus: &Gpus, slots: Option<u32>) -> Capacity {
 
 /// CPUs that this process may use.
 fn cpus() -> f64 {
-    let allowed = sched_getaffinity(Pid::from_raw(0)).map_or(1, |set| (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).count());
+    let allowed =
+        sched_getaffinity(Pid::from_raw(0)).map_or(1, |set| (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).count());
     let quota = || {
         let text = group_file("cpu.max").unwrap_or_default();
         let (quota, period) = text.trim().split_once(' ')?;
@@ -83,7 +84,7 @@ impl LoadMeter {
         let (busy_before, total_before) = (std::mem::replace(&mut self.busy, busy), std::mem::replace(&mut self.total, total));
         let passed = total.saturating_sub(total_before);
         let share = if passed == 0 { 0.0 } else { busy.saturating_sub(busy_before) as f64 / passed as f64 };
-        let disk_free = statvfs(data_folder).map_or(0, |about| about.blocks_available() as u64 * about.fragment_size() as u64);
+        let disk_free = statvfs(data_folder).map_or(0, |about| about.blocks_available() * about.fragment_size());
         NodeLoad { cpus: share * cpus as f64, memory: memory().1, disk_free, gpus: gpus.loads(), agent_memory: own_memory() }
     }
 }

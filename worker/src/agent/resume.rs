@@ -28,7 +28,8 @@ pub(super) fn decide(folders: &Folders, spec: &GangSpec, fresh: bool) -> Result<
         None => return Ok(resumed),
         Some(ResumeFrom::Job(job)) => {
             let dir = folders.checkpoints(*job);
-            newest_without_quarantine(&dir).map_err(|why| Refused::forever(format!("job {job} has no usable checkpoint on this node: {why}")))?
+            newest_without_quarantine(&dir)
+                .map_err(|why| Refused::forever(format!("job {job} has no usable checkpoint on this node: {why}")))?
         }
         Some(ResumeFrom::Path(path)) => {
             let refuse = |why: String| Refused::forever(format!("can not resume from `{path}`: {why}"));

@@ -184,7 +184,8 @@ mod tests {
     fn both_forms_of_the_error_file_are_read() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(ERROR_NAME);
-        for text in [r#"{"message": "boom"}"#, r#"{"message": {"message": "boom", "extraInfo": {"py_callstack": "…", "timestamp": "1"}}}"#] {
+        for text in [r#"{"message": "boom"}"#, r#"{"message": {"message": "boom", "extraInfo": {"py_callstack": "…", "timestamp": "1"}}}"#]
+        {
             std::fs::write(&path, text).unwrap();
             assert_eq!(error_message(&path), Some("boom".into()));
         }

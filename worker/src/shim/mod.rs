@@ -31,7 +31,8 @@ pub fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
     let (Some(folder), None) = (args.next(), args.next()) else {
         // Nobody to tell when standard error is gone too.
-        let _ = std::io::Write::write_all(&mut std::io::stderr(), b"everlit-shim is started by everlit-agent, as: everlit-shim RUN_FOLDER\n");
+        let _ =
+            std::io::Write::write_all(&mut std::io::stderr(), b"everlit-shim is started by everlit-agent, as: everlit-shim RUN_FOLDER\n");
         return ExitCode::from(2);
     };
     run::run(folder.as_ref())

@@ -204,4 +204,3 @@ pub(super) fn signal(rank: Pid, number: i32) {
     // SAFETY: a system call on numbers. `number` may be a real-time signal, which the typed call has no name for.
     unsafe { libc::killpg(rank.as_raw(), number) };
 }
-

@@ -29,9 +29,13 @@ fn show(action: &Action) -> String {
             let one = |beat: &Beat| format!(" r{} step {:?} age {}", beat.incarnation.map_or(99, |own| own.rank), beat.step, beat.age_ms);
             format!("say beats{}", beats.iter().map(one).collect::<String>())
         }
-        Action::Say(FromAgent::Judged { incarnation, verdict, age_ms }) => format!("say judged r{} {verdict:?} age {age_ms}", incarnation.rank),
+        Action::Say(FromAgent::Judged { incarnation, verdict, age_ms }) => {
+            format!("say judged r{} {verdict:?} age {age_ms}", incarnation.rank)
+        }
         Action::Say(FromAgent::Resumed(resumed)) => format!("say resumed a{} {:?}", resumed.attempt, resumed.step),
-        Action::Say(FromAgent::StartFailed { attempt, reason, permanent, .. }) => format!("say start failed a{attempt} {reason} {permanent}"),
+        Action::Say(FromAgent::StartFailed { attempt, reason, permanent, .. }) => {
+            format!("say start failed a{attempt} {reason} {permanent}")
+        }
         Action::Say(other) => format!("say {other:?}"),
         Action::Prepare(spec) => format!("prepare a{} env {}", spec.attempt, spec.env.len()),
         Action::Spawn { attempt, .. } => format!("spawn a{attempt}"),
@@ -117,10 +121,14 @@ fn a_gang_from_order_to_forgotten() {
     s.spec.env.insert("SECRET".into(), "x".into());
     s.at(10, Event::GangOrdered(Box::new(s.spec.clone())), expect!["prepare a1 env 1\n"]);
     assert_eq!(s.engine.spec(s.spec.job, 1).map(|spec| spec.env.len()), Some(0));
-    s.at(20, s.prepared(), expect![[r#"
+    s.at(
+        20,
+        s.prepared(),
+        expect![[r#"
         say resumed a1 Some(50)
         spawn a1
-    "#]]);
+    "#]],
+    );
     let incarnation = s.own(0);
     s.at(30, Event::RankStarted { incarnation, pid: 7, at: Timestamp(1) }, expect!["say started r0 pid 7\n"]);
     let incarnation = s.own(1);
@@ -146,10 +154,14 @@ fn orders_of_known_and_older_attempts_are_ignored() {
     s.at(6, Event::GangOrdered(Box::new(gang_spec(1))), expect![""]);
     let mut newer = s.spec.clone();
     newer.attempt = 3;
-    s.at(7, Event::GangOrdered(Box::new(newer)), expect![[r#"
+    s.at(
+        7,
+        Event::GangOrdered(Box::new(newer)),
+        expect![[r#"
         prepare a3 env 0
         signal a2 r0 9
-    "#]]);
+    "#]],
+    );
     s.at(8, Event::RemoveOrdered(s.spec.job), expect![""]);
 }
 
@@ -157,10 +169,14 @@ fn orders_of_known_and_older_attempts_are_ignored() {
 fn a_stop_waits_out_its_grace_and_the_shorter_one_holds() {
     let mut s = scene(2);
     s.running();
-    s.at(100, s.stop(5_000), expect![[r#"
+    s.at(
+        100,
+        s.stop(5_000),
+        expect![[r#"
         signal a1 r0 15
         signal a1 r1 15
-    "#]]);
+    "#]],
+    );
     s.at(200, s.ended(0, 0), expect!["say exited r0 exit code 0 lost false\n"]);
     s.at(300, s.stop(1_000), expect![""]);
     s.at(400, s.stop(9_000), expect![""]);
@@ -181,27 +197,39 @@ fn a_gang_stopped_while_it_is_prepared_is_never_started() {
     let mut s = scene(2);
     s.at(1, Event::GangOrdered(Box::new(s.spec.clone())), expect!["prepare a1 env 0\n"]);
     s.at(2, s.stop(100), expect![""]);
-    s.at(3, s.prepared(), expect![[r#"
+    s.at(
+        3,
+        s.prepared(),
+        expect![[r#"
         say resumed a1 Some(50)
         say exited r0 stopped before it was started lost true
         say exited r1 stopped before it was started lost true
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_rank_that_starts_after_the_stop_is_stopped() {
     let mut s = scene(1);
     s.at(1, Event::GangOrdered(Box::new(s.spec.clone())), expect!["prepare a1 env 0\n"]);
-    s.at(2, s.prepared(), expect![[r#"
+    s.at(
+        2,
+        s.prepared(),
+        expect![[r#"
         say resumed a1 Some(50)
         spawn a1
-    "#]]);
+    "#]],
+    );
     s.at(3, s.stop(100), expect![""]);
     let incarnation = s.own(0);
-    s.at(50, Event::RankStarted { incarnation, pid: 7, at: Timestamp(1) }, expect![[r#"
+    s.at(
+        50,
+        Event::RankStarted { incarnation, pid: 7, at: Timestamp(1) },
+        expect![[r#"
         say started r0 pid 7
         signal a1 r0 15
-    "#]]);
+    "#]],
+    );
     s.pass(1_000, expect!["103: signal a1 r0 9\n"]);
 }
 
@@ -218,10 +246,14 @@ fn news_are_sent_together_and_only_when_new() {
     s.pass(2_000, expect!["1050: say beats r0 step Some(3) age 30 r1 step Some(5) age 20\n"]);
     s.at(2_001, s.beat(0, 9), expect!["say beats r0 step Some(9) age 0\n"]);
     s.at(2_002, s.beat(0, 10), expect![""]);
-    s.at(2_003, s.ended(0, 0), expect![[r#"
+    s.at(
+        2_003,
+        s.ended(0, 0),
+        expect![[r#"
         say beats r0 step Some(10) age 1
         say exited r0 exit code 0 lost false
-    "#]]);
+    "#]],
+    );
     s.pass(3_000, expect![""]);
 }
 
@@ -234,10 +266,14 @@ fn a_rank_whose_heartbeats_stop_is_silent_once() {
     s.pass(18_999, expect![""]);
     s.pass(40_000, expect!["19000: say judged r0 Silent age 10000\n"]);
     s.at(41_000, Event::Unlinked, expect![""]);
-    s.at(42_000, Event::Linked, expect![[r#"
+    s.at(
+        42_000,
+        Event::Linked,
+        expect![[r#"
         say resumed a1 Some(50)
         say judged r0 Silent age 33000
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -245,10 +281,13 @@ fn a_rank_without_any_sign_has_not_started() {
     let mut s = scene(2);
     s.running();
     s.at(119_000, Event::RankOutput(s.own(0)), expect![""]);
-    s.pass(200_000, expect![[r#"
+    s.pass(
+        200_000,
+        expect![[r#"
         120000: say judged r1 NoStart age 120000
         179000: read cpu r0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -266,20 +305,26 @@ fn a_rank_without_output_and_cpu_time_is_idle() {
     s.spec.heartbeat.idle_timeout = Some(Millis(1_000));
     s.running();
     s.at(100, Event::RankOutput(s.own(0)), expect![""]);
-    s.pass(500, expect![[r#"
+    s.pass(
+        500,
+        expect![[r#"
         300: read cpu r0
         500: read cpu r0
-    "#]]);
+    "#]],
+    );
     // 30 ms in 200: it works.
     s.at(700, Event::CpuRead { incarnation: s.own(0), cpu_ms: 37 }, expect![""]);
-    s.pass(5_000, expect![[r#"
+    s.pass(
+        5_000,
+        expect![[r#"
         900: read cpu r0
         1100: read cpu r0
         1300: read cpu r0
         1500: read cpu r0
         1700: read cpu r0
         1700: say judged r0 Idle age 1000
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -324,10 +369,14 @@ fn a_drain_leaves_the_stopping_to_the_coordinator_for_a_while() {
     s.at(1_001, Event::GangOrdered(Box::new(other)), expect!["say start failed a1 the agent is ending false\n"]);
     s.at(1_002, s.stop(5_000), expect!["signal a1 r0 15\n"]);
     s.at(1_500, s.ended(0, 0), expect!["say exited r0 exit code 0 lost false\n"]);
-    s.at(1_600, Event::ForgetOrdered(vec![s.own(0)]), expect![[r#"
+    s.at(
+        1_600,
+        Event::ForgetOrdered(vec![s.own(0)]),
+        expect![[r#"
         remove runs r0
         exit: ended as asked, no rank is left
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -335,15 +384,23 @@ fn a_drain_without_a_coordinator_stops_by_itself_and_the_ends_are_free() {
     let mut s = scene(1);
     s.running();
     s.at(1, Event::Unlinked, expect![""]);
-    s.at(1_000, Event::EndAsked, expect![[r#"
+    s.at(
+        1_000,
+        Event::EndAsked,
+        expect![[r#"
         mark drained r0
         signal a1 r0 15
-    "#]]);
+    "#]],
+    );
     s.pass(31_000, expect!["31000: signal a1 r0 9\n"]);
-    s.at(31_001, s.ended(0, 0), expect![[r#"
+    s.at(
+        31_001,
+        s.ended(0, 0),
+        expect![[r#"
         say exited r0 exit code 0 lost true
         exit: ended as asked, no rank is left
-    "#]]);
+    "#]],
+    );
     let (ranks, ..) = s.engine.hello(31_002);
     assert_eq!(ranks[0].exit.as_ref().and_then(|exit| exit.error.as_deref()), Some("stopped because its agent was told to end"));
 }
@@ -353,10 +410,13 @@ fn a_coordinator_that_does_not_answer_a_drain_is_not_waited_for() {
     let mut s = scene(1);
     s.running();
     s.at(1_000, Event::EndAsked, expect!["say Draining\n"]);
-    s.pass(5_000, expect![[r#"
+    s.pass(
+        5_000,
+        expect![[r#"
         4000: mark drained r0
         4000: signal a1 r0 15
-    "#]]);
+    "#]],
+    );
     s.at(5_000, s.ended(0, 143), expect!["say exited r0 exit code 143 lost true\n"]);
     s.pass(7_000, expect!["6000: exit: ended as asked, no rank is left\n"]);
 }

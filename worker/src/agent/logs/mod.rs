@@ -25,11 +25,28 @@ pub(super) use reader::Reader;
 /// What the thread is told.
 #[derive(Debug)]
 enum Command {
-    Open { stream: u64, dir: PathBuf, from: LogStart, follow: bool, link: Link },
+    Open {
+        stream: u64,
+        dir: PathBuf,
+        from: LogStart,
+        follow: bool,
+        link: Link,
+    },
     /// Where a tail begins was found.
-    Located { stream: u64, link: u64, reader: Reader },
-    Credit { stream: u64, link: u64, bytes: u64 },
-    Close { stream: u64, link: u64 },
+    Located {
+        stream: u64,
+        link: u64,
+        reader: Reader,
+    },
+    Credit {
+        stream: u64,
+        link: u64,
+        bytes: u64,
+    },
+    Close {
+        stream: u64,
+        link: u64,
+    },
     LinkDown(u64),
 }
 

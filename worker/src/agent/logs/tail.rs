@@ -27,7 +27,11 @@ pub(super) fn locate(dir: &Path, lines: u64, rank: Option<u32>, attempt: Option<
         }
     }
     // Nothing of it yet: what comes next is all there is to say.
-    let newest = || numbers.last().map_or((1, 0), |newest| (*newest, std::fs::metadata(dir.join(crate::shim::segments::segment_name(*newest))).map_or(0, |about| about.len())));
+    let newest = || {
+        numbers.last().map_or((1, 0), |newest| {
+            (*newest, std::fs::metadata(dir.join(crate::shim::segments::segment_name(*newest))).map_or(0, |about| about.len()))
+        })
+    };
     let (segment, offset) = begin.unwrap_or_else(newest);
     Reader::new(dir, segment, offset)
 }
