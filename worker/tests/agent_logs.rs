@@ -211,7 +211,8 @@ fn a_log_is_bounded_and_what_is_gone_is_said() {
             );
         }
     }
-    assert_eq!(last, BTreeMap::from([(0, 600_000), (1, 600_000)]));
+    // A rank that ended early may be gone altogether.
+    assert!(!last.is_empty() && last.values().all(|number| *number == 600_000), "{last:?}");
 }
 
 #[test]
@@ -242,10 +243,11 @@ fn a_rank_that_closes_its_output_runs_on() {
 #[test]
 fn a_full_disk_costs_output_but_never_the_rank() {
     let mut bench = Bench::unstarted();
+    // Much more than the pipe holds, so that the shim has met the limit when the rank is done.
     // A limit on file sizes is a disk that is full for the log alone, and can be made larger from outside.
     bench.start_agent_limited(64 * 1024);
     bench.accept();
-    let (spec, started) = bench.start("seq 1 50000; echo done > done; while [ ! -e more ]; do sleep 0.02; done; echo back; exit 0");
+    let (spec, started) = bench.start("seq 1 500000; echo done > done; while [ ! -e more ]; do sleep 0.02; done; echo back; exit 0");
     let done = bench.dir.path().join("done");
     bench.until("the rank to have written everything", || done.exists());
     let shim = nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(started.pid as i32))).unwrap();
@@ -258,6 +260,6 @@ fn a_full_disk_costs_output_but_never_the_rank() {
     let dropped: usize = String::from_utf8_lossy(&told[0].data).parse().unwrap();
     let kept: usize = kept.iter().map(|got| got.data.len()).sum();
     assert_eq!(told.len(), 1);
-    assert_eq!(kept + dropped, numbers(50_000).len() + "back\n".len());
+    assert_eq!(kept + dropped, numbers(500_000).len() + "back\n".len());
     assert!(dropped > 100_000);
 }
