@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 pub struct BadId(String, &'static str);
 
 /// One submitted job: 26 lower-case characters of Crockford's base 32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct JobId(u128);
 
 impl JobId {
@@ -26,6 +26,11 @@ impl JobId {
     /// The id as a number; ids sort by submission time.
     pub fn as_u128(self) -> u128 {
         self.0
+    }
+
+    /// Reads what [`Self::as_u128`] gave.
+    pub fn from_u128(number: u128) -> Self {
+        Self(number)
     }
 }
 

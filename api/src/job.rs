@@ -299,6 +299,12 @@ pub struct DataSpec {
     pub shards: Vec<String>,
 }
 
+impl Default for JobSpec {
+    fn default() -> Self {
+        Self::default_for(1)
+    }
+}
+
 impl JobSpec {
     /// `{"world_size": N}` and nothing else.
     pub fn default_for(world_size: u32) -> Self {

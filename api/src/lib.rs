@@ -11,6 +11,7 @@ pub mod job;
 pub mod manifest;
 pub mod problem;
 pub mod rank;
+pub mod request;
 pub mod status;
 pub mod time;
 

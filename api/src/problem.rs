@@ -104,3 +104,32 @@ impl std::fmt::Display for Problem {
 }
 
 impl std::error::Error for Problem {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Code and status of every row of the table.
+    fn rows() -> Vec<(String, u16)> {
+        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/errors.md")).expect("docs/errors.md");
+        let row = |line: &str| {
+            let cells: Vec<&str> = line.strip_prefix("| `")?.split('|').map(str::trim).collect();
+            assert!(cells.len() == 5 && cells[2].len() > 20 && cells[3].len() > 20, "cause and remedy: {line}");
+            Some((cells[0].trim_end_matches('`').into(), cells[1].parse().expect("a status")))
+        };
+        text.lines().filter_map(row).collect()
+    }
+
+    #[test]
+    fn every_code_is_documented_with_its_remedy() {
+        let codes: Vec<(String, u16)> = Code::ALL.iter().map(|code| (code.as_str().into(), code.status())).collect();
+        assert_eq!(rows(), codes);
+    }
+
+    #[test]
+    fn codes_are_written_as_they_are_named() {
+        for code in Code::ALL {
+            assert_eq!(serde_json::to_value(code).expect("serializes"), code.as_str());
+        }
+    }
+}

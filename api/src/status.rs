@@ -12,10 +12,11 @@ use crate::rank::{Cause, RankExit, RankState};
 use crate::time::Timestamp;
 
 /// A job's state; the last three are final and never change.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum JobState {
     /// Waits for a place.
+    #[default]
     Queued,
     /// Placed; not every rank runs yet.
     Starting,

@@ -1,4 +1,5 @@
 //! Commits, fences, and what a crash leaves.
+#![allow(clippy::unwrap_used)]
 
 mod checkpoint_support;
 

@@ -1,4 +1,5 @@
 //! Every kind of damage is found, named, and moved out of the way; pruning never loses the newest good checkpoint.
+#![allow(clippy::unwrap_used)]
 
 mod checkpoint_support;
 

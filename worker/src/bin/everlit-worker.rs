@@ -1,2 +1,155 @@
-//! bin
-fn main() {}
+//! `everlit-worker`: the built-in training program. One process is one rank; it runs alone too.
+//!
+//! Exit codes: 0 done, 1 failed (start again), 2 usage, 78 bad configuration or data (do not), 143 ended by SIGTERM.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+use everlit_api::job::{CheckpointPolicy, MODEL_PRESETS, WorkerSpec};
+use everlit_worker::train_config::TrainConfig;
+use torch::environment::Environment;
+use torch::{EXIT_CONFIG, TrainError, save, signals, train};
+
+// Not in the library: agent and shim link the library, and would then load libtorch with it.
+#[allow(unreachable_pub)]
+#[path = "../torch/mod.rs"]
+mod torch;
+
+/// The built-in libtorch program of everlit.
+#[derive(Parser)]
+#[command(name = "everlit-worker", version)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Train a model; under an agent as one rank of a job, otherwise alone.
+    Train(Box<TrainFlags>),
+    /// Verify a checkpoint and print the sha256 of its tensors: the same for the same state, however many ranks wrote it.
+    Checksum {
+        /// A folder step-…
+        checkpoint: PathBuf,
+    },
+}
+
+#[derive(Args)]
+struct TrainFlags {
+    /// JSON file with `worker`, `checkpoint` and `shards`; the other flags override it.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// One of llama-1m (default), llama-10m, llama-30m, llama-124m, mlp-10k, mlp-500k.
+    #[arg(long, value_parser = MODEL_PRESETS)]
+    model: Option<String>,
+    /// Updates in all.
+    #[arg(long)]
+    steps: Option<u64>,
+    /// Samples per update, over all ranks.
+    #[arg(long)]
+    batch_size: Option<u64>,
+    /// Bytes of text per sample.
+    #[arg(long)]
+    sequence_length: Option<u32>,
+    /// Peak learning rate of AdamW.
+    #[arg(long)]
+    learning_rate: Option<f64>,
+    /// Seed of every random number.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// A text file or a folder of *.txt; the sample text without it.
+    #[arg(long)]
+    data: Option<String>,
+    /// Where checkpoints go, and where the newest good one is taken from.
+    #[arg(long)]
+    checkpoint_dir: Option<PathBuf>,
+    /// Updates between checkpoints.
+    #[arg(long)]
+    every_steps: Option<u64>,
+    /// Checkpoints kept.
+    #[arg(long)]
+    keep: Option<u32>,
+}
+
+fn main() {
+    let cli = Cli::parse();
+    let code = match cli.verb {
+        Verb::Train(flags) => run_train(&flags),
+        Verb::Checksum { checkpoint } => match save::checksum(&checkpoint) {
+            Ok(sum) => {
+                println!("{sum}");
+                0
+            }
+            Err(error) => {
+                eprintln!("everlit-worker: {error}");
+                error.exit_code()
+            }
+        },
+    };
+    // Not `exit`: libtorch's threads and destructors have nothing left to do, and waiting for them costs time.
+    // SAFETY: ends the process; stdout and stderr were flushed by line.
+    unsafe { nix::libc::_exit(code) }
+}
+
+fn run_train(flags: &TrainFlags) -> i32 {
+    let error_file = std::env::var_os("TORCHELASTIC_ERROR_FILE").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let result = std::panic::catch_unwind(|| train(flags)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        Err(TrainError::Failed(format!("panicked: {}", text.unwrap_or("no message"))))
+    });
+    let Err(error) = result else { return 0 };
+    eprintln!("everlit-worker: {error}");
+    if let (Some(path), false) = (&error_file, matches!(error, TrainError::Terminated(_))) {
+        write_error_file(path, &error.to_string());
+    }
+    error.exit_code()
+}
+
+fn train(flags: &TrainFlags) -> Result<(), TrainError> {
+    signals::install().map_err(|error| TrainError::Failed(format!("could not install signal handlers: {error}")))?;
+    let mut environment = Environment::read(|name| std::env::var(name).ok())?;
+    if flags.checkpoint_dir.is_some() {
+        environment.checkpoint_dir.clone_from(&flags.checkpoint_dir);
+    }
+    train::run(&configuration(flags, environment.world)?, &environment)
+}
+
+fn configuration(flags: &TrainFlags, world: u32) -> Result<TrainConfig, TrainError> {
+    let mut config = match &flags.config {
+        None => TrainConfig { worker: WorkerSpec::for_world(world), checkpoint: CheckpointPolicy::default(), shards: Vec::new() },
+        Some(path) => {
+            let bad = |why: String| TrainError::Config(format!("configuration `{}`: {why}", path.display()));
+            let text = std::fs::read(path).map_err(|error| bad(error.to_string()))?;
+            serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?
+        }
+    };
+    fn put<T: Clone>(flag: &Option<T>, field: &mut T) {
+        if let Some(value) = flag {
+            field.clone_from(value);
+        }
+    }
+    let worker = &mut config.worker;
+    put(&flags.model, &mut worker.model);
+    put(&flags.steps, &mut worker.steps);
+    put(&flags.batch_size, &mut worker.batch_size);
+    put(&flags.sequence_length, &mut worker.sequence_length);
+    put(&flags.learning_rate, &mut worker.learning_rate);
+    put(&flags.seed, &mut worker.seed);
+    if flags.data.is_some() {
+        worker.data.clone_from(&flags.data);
+    }
+    put(&flags.every_steps, &mut config.checkpoint.every_steps);
+    put(&flags.keep, &mut config.checkpoint.keep);
+    Ok(config)
+}
+
+/// torchrun's form of an error record.
+fn write_error_file(path: &Path, message: &str) {
+    let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |age| age.as_secs());
+    let record = serde_json::json!({"message": {"message": message, "extraInfo": {"timestamp": seconds.to_string()}}});
+    if let Err(error) = std::fs::write(path, record.to_string()) {
+        eprintln!("everlit-worker: could not write `{}`: {error}", path.display());
+    }
+}
+
+const _: () = assert!(EXIT_CONFIG == 78);

@@ -163,3 +163,34 @@ pub fn prune(dir: &Path, keep: u32) -> Result<Vec<u64>, CheckpointError> {
     }
     Ok(removed.into_iter().map(|(step, _)| step).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+    use super::*;
+    use crate::checkpoint::MANIFEST_NAME;
+
+    #[test]
+    fn a_look_without_file_descriptors_is_an_error_and_not_damage() {
+        // In a process of its own, so that other tests keep their descriptors.
+        const OWN: &str = "EVERLIT_TEST_NO_FILES";
+        if std::env::var_os(OWN).is_none() {
+            let name = "checkpoint::choose::tests::a_look_without_file_descriptors_is_an_error_and_not_damage";
+            let run = std::process::Command::new(std::env::current_exe().unwrap()).args(["--exact", name]).env(OWN, "1").output();
+            let run = run.unwrap();
+            assert!(run.status.success() && String::from_utf8_lossy(&run.stdout).contains("1 passed"), "{run:?}");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(step_folder(5));
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join(MANIFEST_NAME), "damaged, but nobody can see it").unwrap();
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, 0, hard).unwrap();
+        let blind = look(&path);
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+        assert!(blind.is_err_and(|error| error.is_transient()));
+        assert!(matches!(look(&path), Ok(Look::Damaged(..))));
+    }
+}

@@ -19,7 +19,7 @@ mod verify;
 pub use choose::{Chosen, Quarantined, newest_verified, prune, quarantine};
 pub use commit::{begin, commit, describe_file, sweep_drafts};
 pub use fence::{fence, raise_fence};
-pub use verify::{Damage, hex_sha256, read_manifest, verify};
+pub use verify::{Damage, hex_sha256, read_file, read_manifest, verify};
 
 /// The manifest's name; its presence under the final folder name is the commit.
 pub const MANIFEST_NAME: &str = "MANIFEST.json";
@@ -89,7 +89,7 @@ pub fn folder_step(name: &str) -> Option<u64> {
 }
 
 /// The draft's name; attempt 0 marks what is being removed.
-pub(crate) fn draft_folder(step: u64, attempt: u32) -> String {
+pub fn draft_folder(step: u64, attempt: u32) -> String {
     format!(".draft-{}-a{attempt}", step_folder(step))
 }
 
@@ -118,7 +118,7 @@ pub fn list(dir: &Path) -> Result<Vec<Found>, CheckpointError> {
             Err(error) => return Err(io_error("look at", &path)(error)),
         }
     }
-    found.sort_by(|a, b| b.step.cmp(&a.step));
+    found.sort_by_key(|found| std::cmp::Reverse(found.step));
     Ok(found)
 }
 

@@ -197,6 +197,32 @@ fn verify_file(folder: &Path, expected: &ManifestFile) -> Result<(), Damage> {
     }
 }
 
+/// Reads one file of a manifest into memory and verifies what was read, so that the bytes used are the bytes checked.
+pub fn read_file(folder: &Path, expected: &ManifestFile) -> Result<Vec<u8>, Damage> {
+    let name = &expected.name;
+    let (file, found) = open_regular(folder, name)?;
+    let length = |found| Damage::Length { file: name.clone(), expected: expected.bytes, found };
+    let (Ok(bytes), Ok(chunk_bytes), true) =
+        (usize::try_from(expected.bytes), usize::try_from(expected.chunk_bytes), found == expected.bytes)
+    else {
+        return Err(length(found));
+    };
+    let mut content = vec![0; bytes];
+    let wrong = |(chunk, (part, sha256)): (usize, (&mut [u8], &String))| {
+        let offset = chunk as u64 * expected.chunk_bytes;
+        match file.read_exact_at(part, offset) {
+            Ok(()) if hex_sha256(part).eq_ignore_ascii_case(sha256) => None,
+            Ok(()) => Some(Damage::Content { file: name.clone(), chunk, offset }),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Some(length(offset)),
+            Err(error) => Some(Damage::reading(name, error)),
+        }
+    };
+    match content.par_chunks_mut(chunk_bytes).zip(&expected.sha256).enumerate().find_map_first(wrong) {
+        None => Ok(content),
+        Some(damage) => Err(damage),
+    }
+}
+
 /// The hex sha256 of `length` bytes from `offset`.
 pub(super) fn hash_chunk(file: &File, mut offset: u64, mut length: u64) -> io::Result<String> {
     let mut hasher = Sha256::new();

@@ -1,0 +1,130 @@
+//! What a job reserves, when a rank counts as silent, what follows a failure, and how progress is read from output.
+//!
+//! Ranges are wide on purpose: they refuse what can not be meant, not what is unusual.
+
+use serde_json::Value;
+
+use super::DAY;
+use super::reader::Reader;
+use super::values::{boolean, choice, duration, integer, number, size, text};
+use crate::job::{Backoff, HeartbeatPolicy, LogMetric, Resources, RestartPolicy, RestartScope};
+use crate::time::Millis;
+
+const CPUS_MAX: f64 = 65_536.0;
+const GPUS_MAX: u64 = 1024;
+const RESTARTS_MAX: u64 = 1_000_000;
+const LOG_METRICS_MAX: usize = 16;
+const PATTERN_BYTES_MAX: usize = 1024;
+/// Compiled bytes of one pattern at most.
+const PATTERN_SIZE_MAX: usize = 1 << 20;
+const SECOND: Millis = Millis::secs(1);
+const MONTH: Millis = Millis::secs(30 * 86_400);
+
+pub(super) fn resources(fields: &mut Reader<'_, '_>) -> Resources {
+    fields.not_built("gpu_memory", is_zero, "sharing a GPU by memory is not built: use resources.gpus");
+    if fields.get("gpus").is_some_and(|v| v.as_f64().is_some_and(|n| n > 0.0 && n.fract() != 0.0)) {
+        fields.refuse("gpus", "fractions of a GPU are not built: give a whole number".into());
+        return Resources { cpus: cpus(fields), memory: fields.read_or("memory", 0, size), gpus: 0 };
+    }
+    Resources {
+        cpus: cpus(fields),
+        memory: fields.read_or("memory", 0, size),
+        gpus: fields.read_or("gpus", 0, |v| integer(v, 0, GPUS_MAX)) as u32,
+    }
+}
+
+fn cpus(fields: &mut Reader<'_, '_>) -> f64 {
+    fields.read_or("cpus", 0.0, |v| number(v, 0.0, CPUS_MAX))
+}
+
+fn is_zero(value: &Value) -> bool {
+    value.as_u64() == Some(0)
+}
+
+pub(super) fn restart(fields: &mut Reader<'_, '_>) -> RestartPolicy {
+    let defaults = RestartPolicy::default();
+    if fields.read("spares", |v| integer(v, 0, RESTARTS_MAX)).is_some_and(|spares| spares > 0) {
+        fields.refuse("spares", "spare ranks are not built: leave it out or set it to 0".into());
+    }
+    fields.not_built("on", |v| v.as_object().is_some_and(serde_json::Map::is_empty), "an action per cause is not built");
+    RestartPolicy {
+        max_restarts: fields.read_or("max_restarts", u64::from(defaults.max_restarts), |v| integer(v, 0, RESTARTS_MAX)) as u32,
+        max_start_failures: fields.read_or("max_start_failures", u64::from(defaults.max_start_failures), |v| integer(v, 1, RESTARTS_MAX))
+            as u32,
+        backoff: fields.object("backoff", backoff),
+        scope: scope(fields),
+        heal_after: fields.read_or("heal_after", defaults.heal_after, |v| duration(v, SECOND, MONTH)),
+        no_retry_exit_codes: fields
+            .list("no_retry_exit_codes", 256, |v| integer(v, 0, 255).map(|code| code as i32))
+            .unwrap_or(defaults.no_retry_exit_codes),
+    }
+}
+
+fn scope(fields: &mut Reader<'_, '_>) -> RestartScope {
+    if let Some(other @ ("rank" | "in_place")) = fields.get("scope").and_then(Value::as_str) {
+        fields.refuse("scope", format!("scope {other} is not built: use \"auto\" or \"gang\""));
+        return RestartScope::Auto;
+    }
+    fields.read_or("scope", RestartScope::Auto, |v| choice(v, &[("auto", RestartScope::Auto), ("gang", RestartScope::Gang)]))
+}
+
+fn backoff(fields: &mut Reader<'_, '_>) -> Backoff {
+    let defaults = Backoff::default();
+    let initial = fields.read("initial", |v| duration(v, Millis(0), DAY));
+    let max = fields.read("max", |v| duration(v, Millis(0), DAY));
+    let backoff = Backoff {
+        initial: initial.unwrap_or(defaults.initial),
+        factor: fields.read_or("factor", defaults.factor, |v| number(v, 1.0, 100.0)),
+        max: max.unwrap_or(defaults.max),
+        jitter: fields.read_or("jitter", defaults.jitter, |v| number(v, 0.0, 1.0)),
+    };
+    if backoff.initial > backoff.max {
+        let (at, other, name) = if initial.is_some() { ("initial", backoff.max, "max") } else { ("max", backoff.initial, "initial") };
+        let word = if at == "initial" { "longer" } else { "shorter" };
+        fields.fault(at, format!("is {word} than restart.backoff.{name} ({other})"));
+    }
+    backoff
+}
+
+pub(super) fn heartbeat(fields: &mut Reader<'_, '_>) -> HeartbeatPolicy {
+    let defaults = HeartbeatPolicy::default();
+    fields.not_built("progress_timeout", |_| false, "judging progress is not built: use heartbeat.timeout or heartbeat.idle_timeout");
+    HeartbeatPolicy {
+        timeout: fields.read_or("timeout", defaults.timeout, |v| duration(v, SECOND, DAY)),
+        startup_timeout: fields.read_or("startup_timeout", defaults.startup_timeout, |v| duration(v, SECOND, DAY)),
+        idle_timeout: fields.read("idle_timeout", |v| duration(v, SECOND, MONTH)),
+        required: fields.read_or("required", defaults.required, boolean),
+    }
+}
+
+pub(super) fn log_metrics(top: &mut Reader<'_, '_>) -> Vec<LogMetric> {
+    let metrics = top.objects("log_metrics", LOG_METRICS_MAX, |fields| {
+        for needed in ["pattern", "field"] {
+            if fields.get(needed).is_none() {
+                fields.fault(needed, "must be given".into());
+            }
+        }
+        let pattern = fields.read("pattern", pattern);
+        let field = fields.read("field", metric_name);
+        Some(LogMetric { pattern: pattern?, field: field? })
+    });
+    metrics.unwrap_or_default()
+}
+
+fn pattern(value: &Value) -> Result<String, String> {
+    let text = text(value, PATTERN_BYTES_MAX)?;
+    let regex = regex::RegexBuilder::new(text).size_limit(PATTERN_SIZE_MAX).build().map_err(|bad| {
+        let last = bad.to_string().lines().last().unwrap_or_default().trim().to_string();
+        format!("is not a regular expression: {}", last.strip_prefix("error: ").unwrap_or(&last))
+    })?;
+    if regex.captures_len() < 2 {
+        return Err("must have a group that holds the number, like `loss=([0-9.]+)`".into());
+    }
+    Ok(text.into())
+}
+
+fn metric_name(value: &Value) -> Result<String, String> {
+    let text = text(value, 64)?;
+    let allowed = !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '/'));
+    if allowed { Ok(text.into()) } else { Err("must be 1 to 64 ASCII letters, digits, `.`, `_`, `-` and `/`".into()) }
+}

@@ -1,0 +1,405 @@
+use expect_test::{Expect, expect};
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::environment::RESERVED;
+use super::reader::SECTIONS;
+use super::*;
+use crate::job::{Backoff, Device, HeartbeatPolicy, LogMetric, MODEL_PRESETS, Resources, RestartPolicy, RestartScope};
+
+fn faults(body: Value) -> String {
+    let faults = parse(&body).expect_err("must be refused");
+    let line = |f: &Fault| format!("{} {} {}\n", if f.kind == FaultKind::Invalid { "x" } else { "-" }, f.pointer, f.detail);
+    faults.iter().map(line).collect()
+}
+
+fn check(body: Value, expected: Expect) {
+    expected.assert_eq(&faults(body));
+}
+
+#[test]
+fn nothing_and_a_world_size_are_jobs() {
+    assert_eq!(parse(&json!({})), Ok(JobSpec::default_for(1)));
+    assert_eq!(parse(&json!({"world_size": 4})), Ok(JobSpec::default_for(4)));
+    assert_eq!(parse(&json!({"world_size": 65_536})), Ok(JobSpec::default_for(65_536)));
+}
+
+#[test]
+fn null_and_values_that_ask_for_nothing_pass() {
+    let body = json!({
+        "world_size": 2, "min_world_size": 2, "name": null, "worker": null, "command": null, "image": null, "replicas": null,
+        "log_policies": [], "restart": {"spares": 0, "on": {}, "backoff": null}, "resources": {"gpu_memory": 0}, "kind": "train",
+    });
+    assert_eq!(parse(&body), Ok(JobSpec::default_for(2)));
+}
+
+#[test]
+fn all_faults_are_named_at_once() {
+    check(
+        json!({"world_size": 0, "name": " ", "priority": "urgent", "restart": {"backoff": {"factor": 0.5, "jitter": 2}}, "stop_grace": 5}),
+        expect![[r#"
+            x /world_size must be a whole number from 1 to 65536
+            x /name must be 1 to 128 letters, digits, `.`, `_`, `-` and spaces, and not blank
+            x /priority must be one of "low", "normal", "high", "critical"
+            x /restart/backoff/factor must be at least 1 and at most 100
+            x /restart/backoff/jitter must be at least 0 and at most 1
+            x /stop_grace must be a duration with its unit in quotes: did you mean "5s" or "5ms"?
+        "#]],
+    );
+}
+
+#[test]
+fn unknown_fields_are_named_with_the_nearest_known_one() {
+    check(
+        json!({"worldSize": 4, "comand": [], "zzz": 1, "max_restarts": 3, "a/b~c": 1, "restart": {"max_restart": 1, "backoff": {"inital": "1s"}}}),
+        expect![[r#"
+            x /restart/backoff/inital is not a known field: did you mean `initial`?
+            x /restart/max_restart is not a known field: did you mean `max_restarts`?
+            x /a~1b~0c is not a known field
+            x /comand is not a known field: did you mean `command`?
+            x /max_restarts is not a known field: did you mean `restart.max_restarts`?
+            x /worldSize is not a known field: did you mean `world_size`?
+            x /zzz is not a known field
+        "#]],
+    );
+}
+
+#[test]
+fn what_is_not_built_is_refused_as_such() {
+    check(
+        json!({
+            "world_size": 4, "min_world_size": 2, "kind": "serve", "image": "x", "replicas": 1, "engine": "vllm", "model": "m", "port": 1,
+            "health": {}, "autoscale": {}, "log_policies": [{}], "checkpoint": {"every": "1m", "to": "s3://b"},
+            "restart": {"scope": "rank", "spares": 1, "on": {"exit": "stop"}}, "heartbeat": {"progress_timeout": "1m"},
+            "resources": {"gpu_memory": "8Gi", "gpus": 0.5}, "worker": {"batch_size": "auto"},
+        }),
+        expect![[r#"
+            - /min_world_size elastic jobs are not built: leave it out or set it to world_size (4)
+            - /kind kind serve is not built: only "train" is
+            - /worker/batch_size choosing a batch size is not built: give a number
+            - /resources/gpu_memory sharing a GPU by memory is not built: use resources.gpus
+            - /resources/gpus fractions of a GPU are not built: give a whole number
+            - /restart/spares spare ranks are not built: leave it out or set it to 0
+            - /restart/on an action per cause is not built
+            - /restart/scope scope rank is not built: use "auto" or "gang"
+            - /heartbeat/progress_timeout judging progress is not built: use heartbeat.timeout or heartbeat.idle_timeout
+            - /checkpoint/every checkpoints by time are not built: use checkpoint.every_steps
+            - /checkpoint/to checkpoints go to the node's data folder; object storage is not built
+            - /image containers are not built: give a command that is installed on the nodes
+            - /replicas belongs to kind serve, which is not built
+            - /engine belongs to kind serve, which is not built
+            - /model belongs to kind serve, which is not built
+            - /port belongs to kind serve, which is not built
+            - /health belongs to kind serve, which is not built
+            - /autoscale belongs to kind serve, which is not built
+            - /log_policies policies over log lines are not built
+        "#]],
+    );
+}
+
+#[test]
+fn commands_and_their_environment_are_checked() {
+    check(
+        json!({"command": "python train.py"}),
+        expect![[r#"
+            x /command must be a list like ["python", "train.py"]; for a shell's line write ["sh", "-c", "..."]
+        "#]],
+    );
+    check(
+        json!({"command": [], "worker": {"steps": 1}}),
+        expect![[r#"
+            x /command is empty: name a program, or leave it out to run the built-in one
+            x /worker command and worker exclude each other: give the one that shall run
+        "#]],
+    );
+    check(
+        json!({"command": ["", 1, "a\u{0}b", ""], "workdir": "here", "env": {"A=B": "", "RANK": "0", "N": 1, "T": true, "BOTH": "x"},
+               "secrets": {"WORLD_SIZE": "2", "BOTH": "y", "H": "***", "L": []}}),
+        expect![[r#"
+            x /command/1 must be a text in quotes, not a number
+            x /command/2 must not contain a NUL character
+            x /command/0 must name a program
+            x /env/A=B a variable's name must be 1 to 256 printable ASCII characters without `=` and spaces
+            x /env/N must be a text: write "1" in quotes
+            x /env/RANK is set by everlit for each rank: leave it out
+            x /env/T must be a text: write "true" in quotes
+            x /secrets/H is `***`, which answers show in place of a secret: give the secret itself
+            x /secrets/L must be a text in quotes, not a list
+            x /secrets/WORLD_SIZE is set by everlit for each rank: leave it out
+            x /secrets/BOTH is in env too: give it once
+            x /workdir must be an absolute path, one that starts with `/`
+        "#]],
+    );
+    for name in RESERVED {
+        assert!(parse(&json!({"env": {name: "x"}})).is_err() && parse(&json!({"secrets": {name: "x"}})).is_err(), "{name}");
+    }
+    for name in ["PATH", "HOME", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "PYTHONUNBUFFERED", "NCCL_DEBUG"] {
+        assert!(parse(&json!({"env": {name: "x"}})).is_ok(), "{name}");
+    }
+    let empty_argument = parse(&json!({"command": ["prog", "--flag", ""]})).expect("an argument may be empty");
+    assert_eq!((empty_argument.worker, empty_argument.command.len()), (None, 3));
+}
+
+#[test]
+fn worker_settings_are_checked() {
+    check(
+        json!({"world_size": 4, "worker": {"model": "gpt-5", "data": "a/../b", "steps": 0, "batch_size": 3, "sequence_length": 4,
+               "learning_rate": 0, "seed": -1, "device": "tpu", "deterministic": "yes"}}),
+        expect![[r#"
+            x /worker/steps must be a whole number from 1 to 1000000000000
+            x /worker/model must be one of "llama-1m", "llama-10m", "llama-30m", "llama-124m", "mlp-10k", "mlp-500k"
+            x /worker/data must be an absolute path, one that starts with `/`
+            x /worker/batch_size is over all ranks, so it must be at least world_size (4)
+            x /worker/sequence_length must be a whole number from 8 to 8192
+            x /worker/learning_rate must be greater than 0 and at most 1000000
+            x /worker/seed must be a whole number at least 0
+            x /worker/device must be one of "auto", "cpu", "cuda"
+            x /worker/deterministic must be true or false, not a text
+        "#]],
+    );
+}
+
+#[test]
+fn resources_read_sizes_and_refuse_nonsense() {
+    for (size, bytes) in [
+        (json!(1024), 1024),
+        (json!("2Gi"), 2 << 30),
+        (json!("500Mi"), 500 << 20),
+        (json!("2G"), 2_000_000_000),
+        (json!("1.5GiB"), 3 << 29),
+        (json!("0"), 0),
+    ] {
+        let spec = parse(&json!({"resources": {"memory": size}})).expect("a size");
+        assert_eq!(spec.resources.memory, bytes);
+    }
+    for size in
+        [json!("2gi"), json!(""), json!("Gi"), json!("-1"), json!(1.5), json!("1e9"), json!("9999999Ti"), json!(true), json!(u64::MAX)]
+    {
+        assert!(parse(&json!({"resources": {"memory": size}})).is_err(), "{size}");
+    }
+    check(
+        json!({"resources": {"cpus": -1, "gpus": -1, "memory": "lots"}}),
+        expect![[r#"
+            x /resources/cpus must be at least 0 and at most 65536
+            x /resources/memory must be a number of bytes up to 1125899906842624 or a size like "2Gi", "500Mi" or "2G"
+            x /resources/gpus must be a whole number from 0 to 1024
+        "#]],
+    );
+}
+
+#[test]
+fn policies_are_checked() {
+    check(
+        json!({"restart": {"max_restarts": -1, "max_start_failures": 0, "no_retry_exit_codes": [1, 256, "x"], "backoff": {"initial": "1m"}, "scope": "all"},
+               "heartbeat": {"timeout": "10ms", "required": 1}, "checkpoint": {"every_steps": 0, "keep": 0}, "time_limit": "0s", "data": {"shards": ["x", "/y"]}}),
+        expect![[r#"
+            x /restart/max_restarts must be a whole number from 0 to 1000000
+            x /restart/max_start_failures must be a whole number from 1 to 1000000
+            x /restart/backoff/initial is longer than restart.backoff.max (30s)
+            x /restart/scope must be one of "auto", "gang"
+            x /restart/no_retry_exit_codes/1 must be a whole number from 0 to 255
+            x /restart/no_retry_exit_codes/2 must be a whole number from 0 to 255, not a text
+            x /heartbeat/timeout must be from 1s to 1d
+            x /heartbeat/required must be true or false, not a number
+            x /checkpoint/every_steps must be a whole number from 1 to 1000000000000
+            x /checkpoint/keep must be a whole number from 1 to 1000
+            x /data/shards/0 must be an absolute path, one that starts with `/`
+            x /time_limit must be from 1s to 36500d
+        "#]],
+    );
+}
+
+#[test]
+fn log_metrics_must_compile_and_hold_a_number() {
+    check(
+        json!({"log_metrics": [{"pattern": "loss=(", "field": "loss"}, {"pattern": "loss", "field": "a b"}, {"field": "x"}, 3,
+               {"pattern": "(((a{1000}){1000}){1000})", "field": "x", "extra": 1}, {"pattern": "s=(\\d+)", "field": "step"}]}),
+        expect![[r#"
+            x /log_metrics/0/pattern is not a regular expression: unclosed group
+            x /log_metrics/1/pattern must have a group that holds the number, like `loss=([0-9.]+)`
+            x /log_metrics/1/field must be 1 to 64 ASCII letters, digits, `.`, `_`, `-` and `/`
+            x /log_metrics/2/pattern must be given
+            x /log_metrics/3 must be an object, not a number
+            x /log_metrics/4/pattern is not a regular expression: Compiled regex exceeds size limit of 1048576 bytes.
+            x /log_metrics/4/extra is not a known field
+        "#]],
+    );
+}
+
+#[test]
+fn labels_and_resume_from_are_checked() {
+    let labels: serde_json::Map<String, Value> = (0..65).map(|i| (format!("k{i}"), json!("v"))).collect();
+    check(
+        json!({"labels": labels, "resume_from": "../x"}),
+        expect![[r#"
+            x /labels has 65 entries: at most 64 are allowed
+            x /resume_from must be a job id (26 lower-case characters) or an absolute path without `..`
+        "#]],
+    );
+    check(
+        json!({"labels": {"": "x", "team": 3, "a/b": "fine", "c": "x\n"}, "resume_from": "/a/../b"}),
+        expect![[r#"
+            x /labels/ a label's name must be 1 to 63 letters, digits, `.`, `_`, `-` and `/`
+            x /labels/c a label's value must be at most 256 characters without control characters
+            x /labels/team must be a text in quotes, not a number
+            x /resume_from must be a job id (26 lower-case characters) or an absolute path without `..`
+        "#]],
+    );
+    let id = JobId::from_parts(1, 2).to_string();
+    assert_eq!(parse(&json!({"resume_from": id})).expect("an id").resume_from, Some(id));
+}
+
+#[test]
+fn a_body_that_is_not_an_object_is_told_so() {
+    check(
+        json!([]),
+        expect![[r#"
+            x  must be an object like {"world_size": 4}, not a list
+        "#]],
+    );
+}
+
+#[test]
+fn faults_are_bounded() {
+    let body: serde_json::Map<String, Value> = (0..10_000).map(|i| (format!("unknown{i}"), json!(1))).collect();
+    let faults = parse(&Value::Object(body)).expect_err("unknown fields");
+    assert_eq!(faults.len(), FAULTS_MAX + 1);
+}
+
+#[test]
+fn the_hint_table_names_fields_that_exist() {
+    for (section, fields) in SECTIONS {
+        for field in fields {
+            let body = json!({section: {*field: {"no": "value"}}});
+            let text = faults(body);
+            assert!(!text.contains(&format!("/{section}/{field} is not a known field")), "{text}");
+        }
+    }
+}
+
+fn json_value() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(|n| serde_json::Number::from_f64(n).map_or(Value::Null, Value::Number)),
+        ".{0,12}".prop_map(Value::from),
+        Just(json!("10s")),
+        Just(json!("auto")),
+    ];
+    let key = prop_oneof![
+        ".{0,8}",
+        proptest::sample::select(vec![
+            "world_size",
+            "min_world_size",
+            "command",
+            "worker",
+            "env",
+            "secrets",
+            "labels",
+            "restart",
+            "backoff",
+            "initial",
+            "max",
+            "heartbeat",
+            "timeout",
+            "checkpoint",
+            "data",
+            "shards",
+            "resources",
+            "memory",
+            "gpus",
+            "cpus",
+            "log_metrics",
+            "pattern",
+            "field",
+            "resume_from",
+            "batch_size",
+            "steps",
+            "kind",
+            "name",
+            "stop_grace",
+        ])
+        .prop_map(String::from),
+    ];
+    leaf.prop_recursive(4, 64, 8, move |inner| {
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+            proptest::collection::btree_map(key.clone(), inner, 0..8).prop_map(|m| Value::Object(m.into_iter().collect())),
+        ]
+    })
+}
+
+prop_compose! {
+    fn program(world: u32)(
+        built_in in any::<bool>(), command in proptest::collection::vec("[a-z /=]{1,9}", 1..4),
+        model in proptest::sample::select(MODEL_PRESETS.to_vec()), data in proptest::option::of("/[a-z]{1,9}"), steps in 1..=STEPS_MAX,
+        batch in u64::from(world)..=BATCH_MAX, sequence_length in 8u32..=8192, learning_rate in 1e-9f64..10.0, seed in any::<u64>(),
+        device in proptest::sample::select(vec![Device::Auto, Device::Cpu, Device::Cuda]), deterministic in any::<bool>(),
+    ) -> (Option<WorkerSpec>, Vec<String>) {
+        let worker = WorkerSpec { model: model.into(), data, steps, batch_size: batch, sequence_length, learning_rate, seed, device, deterministic };
+        if built_in { (Some(worker), vec![]) } else { (None, command) }
+    }
+}
+
+prop_compose! {
+    fn policies()(
+        max_restarts in 0u32..1000, max_start_failures in 1u32..1000, initial in 0u64..86_400_000, more in 0u64..1000, factor in 1.0f64..100.0,
+        jitter in 0.0f64..1.0, scope in proptest::sample::select(vec![RestartScope::Auto, RestartScope::Gang]), heal in 1_000u64..2_000_000_000,
+        codes in proptest::collection::vec(0i32..256, 0..5), timeout in 1_000u64..86_400_000,
+        idle in proptest::option::of(1_000u64..2_000_000_000), required in any::<bool>(),
+    ) -> (RestartPolicy, HeartbeatPolicy) {
+        let max = (initial + more).min(86_400_000);
+        let backoff = Backoff { initial: Millis(initial), factor, max: Millis(max), jitter };
+        let restart = RestartPolicy { max_restarts, max_start_failures, backoff, scope, heal_after: Millis(heal), no_retry_exit_codes: codes };
+        let idle_timeout = idle.map(Millis);
+        (restart, HeartbeatPolicy { timeout: Millis(timeout), startup_timeout: Millis(timeout), idle_timeout, required })
+    }
+}
+
+prop_compose! {
+    fn texts()(
+        name in proptest::option::of("[a-z0-9][a-zA-Z0-9 ._-]{0,20}"), labels in proptest::collection::btree_map("[a-z./-]{1,9}", "[ -~]{0,9}", 0..4),
+        env in proptest::collection::btree_map("[A-Z_]{1,3}", "[^\0]{0,9}", 0..4), secrets in proptest::collection::btree_map("[a-z]{1,9}", "[a-z]{0,9}", 0..4),
+        workdir in proptest::option::of("/[a-z/]{0,9}"), resume_from in proptest::option::of("/[a-z/]{0,9}"), metric in proptest::option::of("[a-z]{1,9}"),
+        shards in proptest::collection::vec("/[a-z.]{1}[a-z/]{0,9}", 0..4),
+        priority in proptest::sample::select(vec![Priority::Low, Priority::Normal, Priority::High, Priority::Critical]),
+    ) -> JobSpec {
+        let log_metrics = metric.map(|name| LogMetric { pattern: format!("{name}=(\\d+)"), field: name }).into_iter().collect();
+        JobSpec { name, labels, env, secrets, workdir, resume_from, log_metrics, data: DataSpec { shards }, priority, ..JobSpec::default_for(1) }
+    }
+}
+
+prop_compose! {
+    fn spec()(world in 1u32..=WORLD_SIZE_MAX)(
+        world in Just(world), (worker, command) in program(world), (restart, heartbeat) in policies(), texts in texts(),
+        cpus in 0.0f64..100.0, memory in 0u64..1 << 50, gpus in 0u32..=1024, every_steps in 1..=STEPS_MAX, keep in 1u32..=1000,
+        grace in 0u64..86_400_000, limit in proptest::option::of(1_000u64..3_153_600_000_000),
+    ) -> JobSpec {
+        JobSpec {
+            world_size: world, worker, command, restart, heartbeat, resources: Resources { cpus, memory, gpus },
+            checkpoint: CheckpointPolicy { every_steps, keep }, stop_grace: Millis(grace), time_limit: limit.map(Millis), ..texts
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn parse_never_panics_and_points_at_what_is_there(body in json_value()) {
+        if let Err(faults) = parse(&body) {
+            prop_assert!(!faults.is_empty());
+            for fault in &faults {
+                prop_assert!(fault.pointer.is_empty() || fault.pointer.starts_with('/'), "{fault:?}");
+                prop_assert!(!fault.detail.is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_accepted_is_accepted_again(spec in spec()) {
+        let body = serde_json::to_value(&spec).expect("serializes");
+        prop_assert_eq!(parse(&body), Ok(spec.clone()));
+        let text = serde_json::to_string(&spec).expect("serializes");
+        prop_assert_eq!(parse(&serde_json::from_str(&text).expect("JSON")).map(|s| s.world_size), Ok(spec.world_size));
+    }
+}

@@ -1,0 +1,71 @@
+//! Nodes: what they have, what they do, and taking them out of use.
+
+use axum::Json;
+use axum::extract::State;
+
+use super::Shared;
+use super::answer::Refusal;
+use super::extract::{JsonBody, LIMIT_DEFAULT, LIMIT_MAX, Node, Params, page};
+use crate::status::{NodeView, Page};
+
+/// List nodes in name order.
+#[utoipa::path(get, path = "/nodes", tag = "nodes", operation_id = "list_nodes", params(
+        ("limit" = Option<u32>, Query, description = "Entries per page: 50, at most 500", minimum = 1, maximum = 500),
+        ("after" = Option<String>, Query, description = "Go on after this cursor (`last_id` of the page before)"),
+    ), responses((status = 200, description = "A page", body = Page<NodeView>)))]
+pub(super) async fn list(State(control): State<Shared>, mut params: Params) -> Result<Json<Page<NodeView>>, Refusal> {
+    let (limit, after) = (params.limit(LIMIT_DEFAULT, LIMIT_MAX), params.one("after"));
+    params.finish()?;
+    let all = control.nodes().await?;
+    page(all, limit, after.as_deref(), |one| one.node.to_string()).map(Json)
+}
+
+/// One node.
+#[utoipa::path(get, path = "/nodes/{id}", tag = "nodes", operation_id = "get_node", params(("id" = String, Path, description = "Node name")),
+    responses((status = 200, description = "The node", body = NodeView)))]
+pub(super) async fn one(State(control): State<Shared>, Node(id): Node, params: Params) -> Result<Json<NodeView>, Refusal> {
+    params.finish()?;
+    Ok(Json(control.node(id).await?))
+}
+
+/// Give a node no new ranks.
+#[utoipa::path(post, path = "/nodes/{id}/cordon", tag = "nodes", operation_id = "cordon_node", params(("id" = String, Path, description = "Node name")),
+    responses((status = 200, description = "The node", body = NodeView)))]
+pub(super) async fn cordon(
+    State(control): State<Shared>,
+    Node(id): Node,
+    params: Params,
+    body: JsonBody,
+) -> Result<Json<NodeView>, Refusal> {
+    params.finish()?;
+    body.fields(&[])?;
+    Ok(Json(control.cordon(id, true).await?))
+}
+
+/// Give a node new ranks again.
+#[utoipa::path(post, path = "/nodes/{id}/uncordon", tag = "nodes", operation_id = "uncordon_node", params(("id" = String, Path, description = "Node name")),
+    responses((status = 200, description = "The node", body = NodeView)))]
+pub(super) async fn uncordon(
+    State(control): State<Shared>,
+    Node(id): Node,
+    params: Params,
+    body: JsonBody,
+) -> Result<Json<NodeView>, Refusal> {
+    params.finish()?;
+    body.fields(&[])?;
+    Ok(Json(control.cordon(id, false).await?))
+}
+
+/// Cordon a node, stop its ranks with their grace, and put their jobs back in the queue.
+#[utoipa::path(post, path = "/nodes/{id}/drain", tag = "nodes", operation_id = "drain_node", params(("id" = String, Path, description = "Node name")),
+    responses((status = 200, description = "The node", body = NodeView)))]
+pub(super) async fn drain(
+    State(control): State<Shared>,
+    Node(id): Node,
+    params: Params,
+    body: JsonBody,
+) -> Result<Json<NodeView>, Refusal> {
+    params.finish()?;
+    body.fields(&[])?;
+    Ok(Json(control.drain(id).await?))
+}

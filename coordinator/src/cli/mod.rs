@@ -1,0 +1,236 @@
+//! The command line: every verb but `up` is a client of the REST API.
+//!
+//! Exit codes: 0 done, 1 refused or failed, 2 usage. Results go to stdout, remarks and errors to stderr; a closed pipe ends quietly.
+//! `main` runs `up` and the process part of `down` itself.
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use everlit_api::client::{Client, DEFAULT_URL, Error};
+
+use crate::config::UpArgs;
+
+mod act;
+mod doctor;
+mod find;
+mod follow;
+mod logs;
+mod out;
+mod show;
+mod submit;
+#[cfg(test)]
+mod tests;
+
+pub use act::{DownArgs, stop_all_jobs};
+use act::{NodesArgs, PurgeArgs, RmArgs, StopArgs};
+use doctor::DoctorArgs;
+use logs::LogsArgs;
+use show::LsArgs;
+use submit::{ResumeArgs, SubmitArgs};
+
+/// everlit keeps AI training jobs alive.
+#[derive(Debug, Parser)]
+#[command(name = "everlit", version, about, propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// Where the coordinator is
+    #[arg(long, global = true, env = "EVERLIT_URL", default_value = DEFAULT_URL, value_name = "URL")]
+    pub url: String,
+    /// How results are written
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Text, value_name = "FORM")]
+    pub output: Output,
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// How results are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Run the coordinator, with an agent on this machine
+    Up(Box<UpArgs>),
+    /// End the coordinator and the agent of this machine
+    Down(DownArgs),
+    /// Submit a job: the built-in model, a file of JSON, or a command after `--`
+    Submit(Box<SubmitArgs>),
+    /// List jobs, newest first
+    #[command(visible_alias = "list")]
+    Ls(LsArgs),
+    /// Show a job: progress, ranks, restarts, where the time went
+    Get(JobArg),
+    /// Print a job's log
+    Logs(LogsArgs),
+    /// Stop a job; its state is saved
+    Stop(StopArgs),
+    /// Restart the gang of a job from its newest checkpoint
+    Restart(JobArg),
+    /// Submit a job again, to go on from the newest checkpoint of an old one
+    Resume(Box<ResumeArgs>),
+    /// Remove a final job with its logs and checkpoints
+    Rm(RmArgs),
+    /// Remove final jobs that finished long ago
+    Purge(PurgeArgs),
+    /// List nodes, or take one out of use
+    Nodes(NodesArgs),
+    /// Show what the coordinator does
+    Status,
+    /// Check this machine
+    Doctor(DoctorArgs),
+    /// Print completions for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// A job.
+#[derive(Debug, Clone, clap::Args)]
+pub struct JobArg {
+    /// Its id, the beginning or end of it, its name, or `last`
+    #[arg(value_name = "JOB")]
+    pub job: String,
+}
+
+/// Why a verb did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum Fail {
+    /// The coordinator refused, or can not be reached.
+    #[error(transparent)]
+    Client(#[from] Error),
+    /// It did not come out well.
+    #[error("{0}")]
+    Refused(String),
+    /// It was asked for in a wrong way.
+    #[error("{0}")]
+    Usage(String),
+    /// Nobody reads what is printed.
+    #[error("nobody reads this")]
+    Pipe,
+    /// It was told already; only the exit code is left.
+    #[error("told")]
+    Told,
+}
+
+impl From<std::io::Error> for Fail {
+    fn from(error: std::io::Error) -> Self {
+        if error.kind() == std::io::ErrorKind::BrokenPipe { Self::Pipe } else { Self::Refused(error.to_string()) }
+    }
+}
+
+/// The client for these settings; the token comes from `EVERLIT_TOKEN` or the file `EVERLIT_TOKEN_FILE` names, never from argv.
+pub fn client(url: &str) -> Result<Client, Fail> {
+    let token = match (std::env::var("EVERLIT_TOKEN"), std::env::var("EVERLIT_TOKEN_FILE")) {
+        (Ok(token), _) => Some(token),
+        (_, Ok(file)) => {
+            let read = std::fs::read_to_string(&file);
+            Some(read.map_err(|error| Fail::Usage(format!("can not read EVERLIT_TOKEN_FILE {file}: {error}")))?.trim().into())
+        }
+        _ => None,
+    };
+    Client::new(url, token).map_err(|error| Fail::Usage(error.to_string()))
+}
+
+/// Runs any verb but `up`; of `down` only the part that is a call (stopping jobs when asked).
+pub async fn run_verb(cli: Cli) -> ExitCode {
+    let json = cli.output == Output::Json;
+    match run(cli).await {
+        Ok(()) | Err(Fail::Pipe) => ExitCode::SUCCESS,
+        Err(Fail::Told) => ExitCode::FAILURE,
+        Err(Fail::Usage(text)) => {
+            eprintln!("error: {text}");
+            ExitCode::from(2)
+        }
+        Err(fail) => {
+            match &fail {
+                Fail::Client(error) if json && error.problem().is_some() => {
+                    eprintln!("{}", serde_json::to_string(&error.problem()).unwrap_or_default());
+                }
+                _ => eprintln!("error: {fail}"),
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(cli: Cli) -> Result<(), Fail> {
+    let client = client(&cli.url)?;
+    let output = cli.output;
+    match cli.verb {
+        Verb::Up(_) => Err(Fail::Usage("`up` is run by the program itself".into())),
+        Verb::Down(args) => act::down(&client, &args).await,
+        Verb::Submit(args) => submit::submit(&client, *args, output).await,
+        Verb::Ls(args) => show::ls(&client, &args, output).await,
+        Verb::Get(args) => show::get(&client, &args.job, output).await,
+        Verb::Logs(args) => logs::logs(&client, &args, output).await,
+        Verb::Stop(args) => act::stop(&client, &args, output).await,
+        Verb::Restart(args) => act::restart(&client, &args.job, output).await,
+        Verb::Resume(args) => submit::resume(&client, *args, output).await,
+        Verb::Rm(args) => act::rm(&client, &args, output).await,
+        Verb::Purge(args) => act::purge(&client, args, output).await,
+        Verb::Nodes(args) => act::nodes(&client, args, output).await,
+        Verb::Status => show::status(&client, output).await,
+        Verb::Doctor(args) => doctor::doctor(&args, output).await,
+        Verb::Completions { shell } => completions(shell),
+    }
+}
+
+fn completions(shell: clap_complete::Shell) -> Result<(), Fail> {
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "everlit", &mut text);
+    out::bytes(&text)
+}
+
+#[cfg(test)]
+mod usage {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn completions_are_made_for_every_shell() {
+        for shell in clap_complete::Shell::value_variants() {
+            let mut text = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "everlit", &mut text);
+            assert!(String::from_utf8_lossy(&text).contains("submit"), "{shell}");
+        }
+    }
+
+    #[test]
+    fn wrong_usage_is_told_from_right_usage() {
+        for good in [
+            "everlit up --listen 127.0.0.1:9 --no-local-agent --report-interval 2s",
+            "everlit submit -n 4 --follow",
+            "everlit submit --env A=B --set worker.steps=3 -- python train.py --lr 1",
+            "everlit logs -f --rank 0 --tail 5 last",
+            "everlit -o json get abc",
+            "everlit get abc -o json",
+            "everlit nodes drain here",
+            "everlit purge --older-than 7d --state failed --dry-run",
+            "everlit completions bash",
+        ] {
+            assert!(Cli::try_parse_from(good.split(' ')).is_ok(), "{good}");
+        }
+        for bad in [
+            "everlit",
+            "everlit fly",
+            "everlit get",
+            "everlit purge",
+            "everlit up --listen x",
+            "everlit submit python x.py",
+            "everlit nodes melt x",
+        ] {
+            assert_eq!(Cli::try_parse_from(bad.split(' ')).expect_err(bad).exit_code(), 2, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! What may happen to the engine: past facts and wishes, each with all that is needed to judge it.
+
+use std::sync::Arc;
+
+use everlit_api::agent::{Beat, CheckpointNews, Exited, Hello, Resumed, Started};
+use everlit_api::ids::{Incarnation, JobId, NodeId};
+use everlit_api::job::JobSpec;
+use everlit_api::rank::Verdict;
+use everlit_api::status::NodeLoad;
+
+/// One fact or wish.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A user submitted a job; the door has checked it.
+    JobSubmitted {
+        /// Fresh, larger than every id before.
+        id: JobId,
+        /// Complete.
+        spec: Arc<JobSpec>,
+        /// For everything random about this job.
+        seed: u64,
+    },
+    /// A user wants it stopped; `force` skips the grace.
+    StopRequested {
+        /// Which.
+        job: JobId,
+        /// Kill at once.
+        force: bool,
+        /// Remove it once it is final.
+        delete: bool,
+    },
+    /// A user wants the gang restarted.
+    RestartRequested {
+        /// Which.
+        job: JobId,
+    },
+    /// An agent connected and said everything that it has.
+    NodeLinked {
+        /// What it said.
+        hello: Box<Hello>,
+    },
+    /// The connection of a node's agent ended.
+    NodeUnlinked {
+        /// Which.
+        node: NodeId,
+    },
+    /// An agent's regular report.
+    NodeReported {
+        /// Which.
+        node: NodeId,
+        /// What it does right now.
+        load: NodeLoad,
+    },
+    /// No new ranks there, or again.
+    CordonRequested {
+        /// Which.
+        node: NodeId,
+        /// Take no new ranks.
+        cordoned: bool,
+    },
+    /// A node is to be emptied: its jobs are saved and go back in the queue.
+    NodeDraining {
+        /// Which.
+        node: NodeId,
+        /// It stays cordoned afterwards (a user's wish, not an agent that ends).
+        cordon: bool,
+    },
+    /// A rank's process lives.
+    RankStarted(Started),
+    /// A rank ended.
+    RankExited(Exited),
+    /// Newest progress of ranks.
+    RanksBeat(Vec<Beat>),
+    /// An agent judged a living rank.
+    RankJudged {
+        /// Which.
+        incarnation: Incarnation,
+        /// What.
+        verdict: Verdict,
+        /// Time without a sign of life.
+        age_ms: u64,
+    },
+    /// An agent decided what an attempt starts from.
+    AttemptResumed(Resumed),
+    /// A checkpoint was committed or read back.
+    CheckpointSeen {
+        /// Where.
+        node: NodeId,
+        /// What.
+        news: CheckpointNews,
+    },
+    /// A node could not start its share of a gang.
+    StartFailed {
+        /// Which job.
+        job: JobId,
+        /// Which attempt.
+        attempt: u32,
+        /// Why.
+        reason: String,
+        /// Another try of the same can not succeed.
+        permanent: bool,
+    },
+    /// Time has passed.
+    Woke,
+}

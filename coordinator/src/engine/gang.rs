@@ -1,0 +1,416 @@
+//! A gang's life: its ranks start, report, fail; the gang ends as a whole and what follows is decided.
+//!
+//! The first failure decides the ending; later ones only follow from it. The places of a failed gang stay reserved while it waits.
+
+use everlit_api::agent::{Beat, CheckpointNews, Exited, Resumed, Started, ToAgent};
+use everlit_api::ids::{Incarnation, JobId, NodeId};
+use everlit_api::manifest::Phase;
+use everlit_api::rank::{Cause, RankExit, Verdict};
+use everlit_api::status::{CheckpointView, JobState, MetricPoint};
+use everlit_api::time::{Millis, Timestamp};
+
+use super::ledger::Activity;
+use super::limits::{CHECKPOINTS_MAX, MUTE_PROGRESS_MS, STRAGGLER_WAIT_MS};
+use super::restart::{Decision, Failure, decide_restart, heal};
+use super::state::{Ending, Facts, Job, Then};
+use super::timers::Timer;
+use super::{Engine, Turn};
+
+/// Exit codes by which a shell says that a program is missing or can not be run.
+const CANNOT_START: [i32; 2] = [126, 127];
+
+impl Engine {
+    /// The one fence: the job, if this is its current attempt.
+    fn current(&mut self, job: JobId, attempt: u32) -> Option<&mut Job> {
+        let found = self.jobs.get_mut(&job).filter(|j| j.gang.as_ref().is_some_and(|g| g.attempt == attempt) && j.retry_at.is_none());
+        if found.is_none() {
+            self.stale += 1;
+        }
+        found
+    }
+
+    pub(super) fn on_rank_started(&mut self, turn: &mut Turn, started: &Started) {
+        let Incarnation { job: id, attempt, rank } = started.incarnation;
+        let Some(job) = self.current(id, attempt) else { return };
+        if !job.ranks.start(rank, started.pid) || !job.ranks.all_alive() {
+            return;
+        }
+        // Adoption is no change of state: a gang that ran before a restart of ours is not announced again.
+        let Some(gang) = job.gang.as_mut().filter(|g| g.ending.is_none() && g.running_at.is_none()) else { return };
+        gang.running_at = Some(turn.now);
+        job.started_at.get_or_insert(turn.now);
+        job.state = JobState::Running;
+        job.reason = format!("attempt {attempt} runs");
+        if job.spec.worker.is_none() {
+            // A program that is not ours may never tell of steps: it counts as training from here.
+            job.book.turn(turn.now, Activity::Training);
+        }
+        turn.event(Some(id), "job_running", format!("all {} ranks of attempt {attempt} run", job.spec.world_size), Facts::new());
+        turn.touched.insert(id);
+    }
+
+    pub(super) fn on_rank_exited(&mut self, turn: &mut Turn, exited: Exited) {
+        let Incarnation { job: id, attempt, rank } = exited.incarnation;
+        let Some(job) = self.current(id, attempt) else {
+            return;
+        };
+        let exit = exited.exit;
+        if !job.ranks.end(rank, exit.clone(), exited.lost) {
+            return;
+        }
+        let ending = job.gang.as_ref().is_some_and(|g| g.ending.is_some());
+        if !ending && exit.is_success() {
+            if !job.ranks.all_ended() && !self.timers.is_set(&Timer::Straggler(id)) {
+                self.timers.set(Timer::Straggler(id), Timestamp(turn.now.0 + STRAGGLER_WAIT_MS));
+            }
+        } else if !ending {
+            let cause = cause_of(&exit, exited.lost);
+            let unseen_ms = turn.now.since_ms(exit.at);
+            let reason = failure_sentence(rank, &exit);
+            self.fail_gang(turn, id, Some(rank), cause, reason, unseen_ms, false);
+        }
+        self.end_attempt_when_over(turn, id);
+    }
+
+    /// The gang is broken: the others are stopped, and once all are gone the budget decides.
+    #[allow(clippy::too_many_arguments)]
+    fn fail_gang(&mut self, turn: &mut Turn, id: JobId, rank: Option<u32>, cause: Cause, reason: String, unseen_ms: u64, kill: bool) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.book.reclaim_undetected(turn.now, unseen_ms);
+        let mut facts = Facts::from([("attempt", job.attempt.into()), ("cause", serde_json::json!(cause))]);
+        if let Some(rank) = rank {
+            facts.insert("rank", rank.into());
+            if let Some(exit) = job.ranks.get(rank).and_then(|r| r.exit.as_ref()) {
+                facts.insert("exit", serde_json::json!(exit));
+            }
+        }
+        turn.event(Some(id), "gang_failed", reason.clone(), facts);
+        let grace = if kill { Millis(0) } else { job.spec.stop_grace };
+        self.end_gang(turn, id, Ending { then: Then::Judge, at: turn.now, rank, cause: Some(cause), reason }, grace);
+    }
+
+    /// Decides the ending and stops what lives. A stronger ending overrides a weaker one (the order of [`Then`]).
+    pub(super) fn end_gang(&mut self, turn: &mut Turn, id: JobId, ending: Ending, grace: Millis) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(gang) = &mut job.gang else { return };
+        if gang.ending.as_ref().is_some_and(|decided| decided.then >= ending.then) {
+            return;
+        }
+        (job.state, job.reason) = match ending.then {
+            Then::Judge => (JobState::Recovering, ending.reason.clone()),
+            Then::Again => (JobState::Recovering, "restarting: a user asked for it".into()),
+            Then::Requeue => (JobState::Stopping, format!("saving, then back in the queue: {}", ending.reason)),
+            Then::Stop | Then::Fail => (JobState::Stopping, format!("stopping: {}", ending.reason)),
+        };
+        let activity = if job.state == JobState::Recovering { Activity::Restoring } else { Activity::Stopping };
+        job.book.turn(turn.now, activity);
+        gang.ending = Some(ending);
+        turn.touched.insert(id);
+        self.stop_ranks(turn, id, grace);
+        self.end_attempt_when_over(turn, id);
+    }
+
+    pub(super) fn stop_ranks(&mut self, turn: &mut Turn, id: JobId, grace: Millis) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(gang) = &job.gang else { return };
+        if job.ranks.all_ended() {
+            return;
+        }
+        job.ranks.mark_stopping();
+        for share in &gang.placement {
+            turn.tell(&share.node, ToAgent::StopGang { job: id, attempt: gang.attempt, grace });
+        }
+    }
+
+    pub(super) fn end_attempt_when_over(&mut self, turn: &mut Turn, id: JobId) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        if job.gang.is_some() && job.retry_at.is_none() && job.ranks.all_ended() && !job.state.is_final() {
+            self.end_attempt(turn, id);
+        }
+    }
+
+    /// Every rank has ended: say so, let the agents forget, and decide what follows.
+    fn end_attempt(&mut self, turn: &mut Turn, id: JobId) {
+        self.timers.clear(&Timer::Straggler(id));
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(gang) = job.gang.as_mut() else { return };
+        for share in &gang.placement {
+            let ranks = share.first_rank..share.first_rank + share.count;
+            let incarnations = ranks.map(|rank| Incarnation { job: id, attempt: gang.attempt, rank }).collect();
+            turn.tell(&share.node, ToAgent::Forget { incarnations });
+        }
+        // By now the kernel's order is known: the first to fail is named, not the first that was heard of.
+        if let Some(ending) = gang.ending.as_mut().filter(|e| matches!(e.cause, Some(Cause::Exit | Cause::Signal)))
+            && let Some((rank, exit)) = job.ranks.first_failure()
+        {
+            ending.rank = Some(rank);
+            ending.cause = Some(cause_of(exit, false));
+            ending.reason = failure_sentence(rank, exit);
+        }
+        let ending = gang.ending.clone();
+        let mut view = job.attempt_view(Some(turn.now));
+        match ending {
+            None => {
+                turn.step.record.attempts.push((id, view));
+                self.release(id);
+                self.finish_job(turn, id, JobState::Succeeded, "every rank exited 0".into());
+                self.schedule(turn);
+            }
+            Some(ending) if ending.then == Then::Judge => self.judge(turn, id, view, ending),
+            Some(ending) => {
+                view.reason = Some(ending.reason.clone());
+                turn.step.record.attempts.push((id, view));
+                match ending.then {
+                    Then::Stop => self.end_for_good(turn, id, JobState::Stopped, ending.reason),
+                    Then::Fail => self.end_for_good(turn, id, JobState::Failed, ending.reason),
+                    Then::Again => self.bring_back(turn, id, 0),
+                    Then::Requeue | Then::Judge => self.requeue(turn, id, &ending.reason),
+                }
+            }
+        }
+    }
+
+    fn end_for_good(&mut self, turn: &mut Turn, id: JobId, state: JobState, reason: String) {
+        self.release(id);
+        self.finish_job(turn, id, state, reason);
+        self.schedule(turn);
+    }
+
+    /// Budget and backoff decide.
+    fn judge(&mut self, turn: &mut Turn, id: JobId, mut view: everlit_api::status::AttemptView, ending: Ending) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(gang) = &job.gang else { return };
+        let cause = ending.cause.unwrap_or(Cause::Exit);
+        let code = ending.rank.and_then(|rank| job.ranks.get(rank)).and_then(|r| r.exit.as_ref()).and_then(|e| e.code);
+        let mute = job.progress.last_step_at.is_none() && gang.running_at.is_some_and(|at| ending.at.since_ms(at) >= MUTE_PROGRESS_MS);
+        let failure = Failure { cause, code, new_step: job.progress.reached > gang.floor || mute, at: ending.at };
+        match decide_restart(&job.spec.restart, &mut job.budget, job.seed, failure) {
+            Decision::GiveUp { reason } => {
+                turn.step.record.attempts.push((id, view));
+                self.end_for_good(turn, id, JobState::Failed, format!("{}; {reason}", ending.reason));
+            }
+            Decision::Again { delay_ms, reason } => {
+                view.backoff_ms = Some(delay_ms);
+                turn.step.record.attempts.push((id, view));
+                let facts = Facts::from([
+                    ("attempt", (job.attempt + 1).into()),
+                    ("delay_ms", delay_ms.into()),
+                    ("counted", job.budget.counted.into()),
+                    ("cause", serde_json::json!(cause)),
+                ]);
+                turn.event(Some(id), "restart_scheduled", format!("attempt {} in {delay_ms} ms: {reason}", job.attempt + 1), facts);
+                let left = delay_ms.saturating_sub(turn.now.since_ms(ending.at));
+                self.bring_back(turn, id, left);
+            }
+        }
+    }
+
+    /// A new attempt after `wait_ms`, on the same places.
+    fn bring_back(&mut self, turn: &mut Turn, id: JobId, wait_ms: u64) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let at = Timestamp(turn.now.0 + wait_ms);
+        job.state = JobState::Recovering;
+        job.retry_at = Some(at);
+        job.book.turn(turn.now, Activity::Backoff);
+        turn.touched.insert(id);
+        if wait_ms == 0 {
+            self.on_retry_due(turn, id);
+        } else {
+            self.timers.set(Timer::Retry(id), at);
+        }
+    }
+
+    pub(super) fn on_rank_judged(&mut self, turn: &mut Turn, incarnation: Incarnation, verdict: Verdict, age_ms: u64) {
+        let Incarnation { job: id, attempt, rank } = incarnation;
+        let Some(job) = self.current(id, attempt) else { return };
+        let alive = job.ranks.get(rank).is_some_and(|r| r.pid.is_some());
+        if !alive || job.gang.as_ref().is_some_and(|g| g.ending.is_some()) {
+            return;
+        }
+        let beat = &job.spec.heartbeat;
+        let (cause, reason) = match verdict {
+            Verdict::Silent => {
+                (Cause::Silent, format!("rank {rank} is silent: no heartbeat for {age_ms} ms (heartbeat.timeout {})", beat.timeout))
+            }
+            Verdict::NoStart => (
+                Cause::NoStart,
+                format!(
+                    "rank {rank} did not start: neither a heartbeat nor output for {age_ms} ms (heartbeat.startup_timeout {})",
+                    beat.startup_timeout
+                ),
+            ),
+            Verdict::Idle => {
+                (Cause::Idle, format!("rank {rank} is idle: neither output nor CPU time for {age_ms} ms (heartbeat.idle_timeout)"))
+            }
+        };
+        self.fail_gang(turn, id, Some(rank), cause, reason, age_ms, true);
+    }
+
+    pub(super) fn on_straggler_due(&mut self, turn: &mut Turn, id: JobId) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        if job.ranks.some_succeeded() && job.gang.as_ref().is_some_and(|g| g.ending.is_none()) {
+            let reason = format!("some ranks exited 0 and {} others did not within 5 minutes", job.ranks.alive());
+            self.fail_gang(turn, id, None, Cause::Straggler, reason, 0, false);
+        }
+    }
+
+    pub(super) fn on_start_failed(&mut self, turn: &mut Turn, id: JobId, attempt: u32, reason: String, permanent: bool) {
+        let Some(job) = self.current(id, attempt) else { return };
+        if job.gang.as_ref().is_some_and(|g| g.ending.is_some()) {
+            return;
+        }
+        let exit = RankExit { code: None, signal: None, error: Some(reason.clone()), at: turn.now, tail: Vec::new(), message: None };
+        for rank in 0..job.spec.world_size {
+            job.ranks.end(rank, exit.clone(), false);
+        }
+        let cause = if permanent { Cause::CannotStart } else { Cause::Infrastructure };
+        self.fail_gang(turn, id, None, cause, reason, 0, false);
+    }
+
+    pub(super) fn on_attempt_resumed(&mut self, turn: &mut Turn, resumed: Resumed) {
+        let Some(job) = self.current(resumed.job, resumed.attempt) else { return };
+        let Some(gang) = job.gang.as_mut().filter(|g| g.resumed_step.is_none()) else { return };
+        let id = resumed.job;
+        for (step, reason) in &resumed.quarantined {
+            job.checkpoints.retain(|c| c.step != *step);
+            let facts = Facts::from([("step", (*step).into())]);
+            turn.event(Some(id), "checkpoint_quarantined", format!("checkpoint of step {step} was put aside: {reason}"), facts);
+        }
+        gang.resumed_step = Some(resumed.step.unwrap_or(0));
+        if let Some(step) = resumed.step {
+            // A fresh job that begins from another's checkpoint repeats nothing of its own.
+            if gang.attempt == 1 {
+                gang.floor = step;
+                job.progress.reached = step;
+            }
+            let facts = Facts::from([("step", step.into()), ("path", resumed.path.clone().unwrap_or_default().into())]);
+            turn.event(
+                Some(id),
+                "attempt_resumed",
+                format!("attempt {} resumes from the checkpoint of step {step}", resumed.attempt),
+                facts,
+            );
+        } else if gang.attempt > 1 {
+            turn.event(
+                Some(id),
+                "attempt_resumed",
+                format!("attempt {} begins anew: there is no checkpoint", resumed.attempt),
+                Facts::new(),
+            );
+        }
+        turn.touched.insert(id);
+    }
+
+    pub(super) fn on_checkpoint_seen(&mut self, turn: &mut Turn, node: &NodeId, news: CheckpointNews) {
+        let id = news.job;
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let known = job.checkpoints.iter().any(|c| c.step == news.step && c.attempt == news.attempt && (c.verified || !news.verified));
+        job.checkpoints.retain(|c| c.step != news.step && news.kept.contains(&c.step));
+        let view = CheckpointView {
+            step: news.step,
+            attempt: news.attempt,
+            bytes: news.bytes,
+            created_at: news.created_at,
+            verified: news.verified || known,
+            node: node.clone(),
+            path: news.path,
+        };
+        job.checkpoints.push(view);
+        job.checkpoints.sort_by_key(|c| std::cmp::Reverse(c.step));
+        job.checkpoints.truncate(CHECKPOINTS_MAX);
+        if known {
+            return;
+        }
+        turn.touched.insert(id);
+        if news.verified {
+            return;
+        }
+        let facts = Facts::from([("step", news.step.into()), ("bytes", news.bytes.into()), ("attempt", news.attempt.into())]);
+        turn.event(Some(id), "checkpoint_committed", format!("step {} is saved", news.step), facts);
+        if heal(&job.spec.restart, &mut job.budget, turn.now) {
+            turn.event(Some(id), "budget_healed", "committed progress forgave the counted restarts", Facts::new());
+        }
+    }
+
+    pub(super) fn on_ranks_beat(&mut self, turn: &mut Turn, beats: Vec<Beat>) {
+        let mut jobs = std::collections::BTreeSet::new();
+        for beat in beats {
+            let Some(Incarnation { job: id, attempt, rank }) = beat.incarnation else { continue };
+            let Some(job) = self.current(id, attempt) else { continue };
+            let seen_at = Timestamp(turn.now.0.saturating_sub(beat.age_ms));
+            job.note_beat(rank, seen_at, beat);
+            jobs.insert(id);
+        }
+        for id in jobs {
+            if let Some(job) = self.jobs.get_mut(&id)
+                && job.advance(turn.now)
+            {
+                turn.touched.insert(id);
+            }
+        }
+    }
+}
+
+impl Job {
+    fn note_beat(&mut self, rank: u32, seen_at: Timestamp, beat: Beat) {
+        let Some(own) = self.ranks.get_mut(rank).filter(|r| r.exit.is_none()) else { return };
+        if beat.heartbeat {
+            own.beat_at = Some(seen_at);
+        }
+        own.phase = beat.phase.or(own.phase);
+        let resumed = self.gang.as_ref().and_then(|g| g.resumed_step).unwrap_or(0);
+        // A heartbeat before the first update of this incarnation tells the step that it loaded.
+        let fresh = beat.step.filter(|step| *step > resumed || !beat.heartbeat);
+        let moved = fresh.is_some() && fresh != own.step;
+        own.step = fresh.or(own.step);
+        self.progress.total_steps = beat.total_steps.or(self.progress.total_steps);
+        let leads = self.ranks.list().iter().take(rank as usize).all(|r| r.step.is_none());
+        if leads && let Some(step) = fresh.filter(|_| moved) {
+            self.progress.loss = beat.loss;
+            self.progress.samples = beat.samples.or(self.progress.samples);
+            self.rates.note(seen_at, step, beat.samples);
+            self.series.note(MetricPoint { time: seen_at, attempt: self.attempt, step, loss: beat.loss, metrics: beat.metrics });
+        }
+    }
+
+    /// What the ranks' steps mean for the job. True when the record should know: a first step, the end of repeating.
+    fn advance(&mut self, now: Timestamp) -> bool {
+        let Some(gang) = self.gang.as_ref().filter(|g| g.ending.is_none()) else { return false };
+        let before = self.book.activity;
+        let reporting = self.ranks.list().iter().filter_map(|r| r.step);
+        let all = self.spec.worker.is_none() || self.ranks.list().iter().all(|r| r.step.is_some());
+        if let Some(slowest) = reporting.min().filter(|_| all) {
+            self.progress.advance(now, slowest, gang.resumed_step.unwrap_or(0), gang.floor);
+        }
+        let saving = self.ranks.get(0).is_some_and(|r| r.phase == Some(Phase::Checkpoint));
+        let next = match self.progress.step {
+            None => before,
+            Some(_) if saving => Activity::Checkpointing,
+            Some(step) if step <= gang.floor && gang.floor > 0 && gang.attempt > 1 => Activity::Repeated,
+            Some(_) => Activity::Training,
+        };
+        self.book.turn(now, next);
+        let settled = |activity| matches!(activity, Activity::Training | Activity::Checkpointing);
+        before != next && !(settled(before) && settled(next))
+    }
+}
+
+fn cause_of(exit: &RankExit, lost: bool) -> Cause {
+    match (exit.code, exit.signal) {
+        _ if lost => Cause::Infrastructure,
+        (Some(code), _) if CANNOT_START.contains(&code) => Cause::CannotStart,
+        (Some(_), _) => Cause::Exit,
+        (_, Some(_)) => Cause::Signal,
+        _ => Cause::CannotStart,
+    }
+}
+
+/// One sentence with the rank's own last words.
+fn failure_sentence(rank: u32, exit: &RankExit) -> String {
+    let words = exit.message.as_ref().or(exit.tail.iter().rev().find(|line| !line.trim().is_empty()));
+    match words {
+        _ if exit.error.is_some() => format!("rank {rank}: {}", exit.describe()),
+        Some(words) => format!("rank {rank} ended with {}: {}", exit.describe(), words.trim().chars().take(500).collect::<String>()),
+        None => format!("rank {rank} ended with {}", exit.describe()),
+    }
+}

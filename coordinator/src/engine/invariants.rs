@@ -1,0 +1,74 @@
+//! Facts that hold after every event. What an event touched is checked after it, whole tables at start and each minute (in tests after
+//! every event). A contradiction stops the coordinator before its record leaves: training goes on, and no bad state is kept.
+
+use std::collections::BTreeMap;
+
+use everlit_api::ids::{JobId, NodeId};
+use everlit_api::status::JobState;
+
+use super::Engine;
+use super::placement::{Need, Taken};
+use super::timers::Timer;
+
+impl Engine {
+    /// What an event touched.
+    pub(super) fn check_job(&self, id: JobId) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        let state = job.state;
+        assert!(job.ranks.is_consistent(), "{id}: rank counters disagree with the ranks");
+        assert!(job.book.is_balanced(), "{id}: INV-11: the ledger's parts do not sum to wall time");
+        assert!(
+            job.budget.counted <= job.spec.restart.max_restarts,
+            "{id}: INV-7: {} counted restarts exceed the budget of {}",
+            job.budget.counted,
+            job.spec.restart.max_restarts
+        );
+        let need = Need::of(&job.spec);
+        let waits = self.queue.contains(id, job.spec.priority, &need);
+        assert_eq!(waits, state == JobState::Queued, "{id}: {state} and in the queue: {waits}");
+        match state {
+            JobState::Queued => assert!(job.gang.is_none(), "{id}: queued with places"),
+            JobState::Starting | JobState::Running | JobState::Recovering | JobState::Stopping => {
+                let gang = job.gang.as_ref().unwrap_or_else(|| panic!("{id}: {state} without places"));
+                let ranks: u32 = gang.placement.iter().map(|p| p.count).sum();
+                assert_eq!(ranks, job.spec.world_size, "{id}: INV-9: a gang is placed whole");
+                assert_eq!(gang.attempt, job.attempt, "{id}: INV-1: one attempt at a time");
+                let waits = job.retry_at.is_some();
+                assert_eq!(waits, self.timers.is_set(&Timer::Retry(id)), "{id}: a wait without its timer, or the reverse");
+                assert!(waits || !job.ranks.all_ended(), "{id}: nothing runs and nothing is awaited");
+                assert!(!waits || job.ranks.all_ended(), "{id}: waiting for a restart while ranks live");
+            }
+            JobState::Succeeded | JobState::Failed | JobState::Stopped => {
+                assert!(job.finished_at.is_some(), "{id}: final without a time");
+                assert_eq!(job.ranks.alive(), 0, "{id}: INV-8: final with living ranks");
+                assert!(job.gang.is_none(), "{id}: final with places");
+            }
+        }
+    }
+
+    /// Every table against every other.
+    pub(super) fn check_all(&self) {
+        let mut taken: BTreeMap<&NodeId, Taken> = BTreeMap::new();
+        let mut queued = 0;
+        for (id, job) in &self.jobs {
+            self.check_job(*id);
+            queued += usize::from(job.state == JobState::Queued);
+            let Some(gang) = &job.gang else { continue };
+            for share in &gang.placement {
+                let held = Need::of(&job.spec).taken(share.count, &share.gpus);
+                let sum = taken.entry(&share.node).or_default();
+                sum.ranks += held.ranks;
+                sum.cpu_milli += held.cpu_milli;
+                sum.memory += held.memory;
+                for gpu in held.gpus {
+                    assert!(sum.gpus.insert(gpu), "INV-9: GPU {gpu} of {} is granted twice", share.node);
+                }
+            }
+        }
+        assert_eq!(queued, self.queue.len(), "the queue holds the queued jobs");
+        for (id, node) in &self.nodes {
+            assert_eq!(node.taken, taken.remove(id).unwrap_or_default(), "INV-9: what is taken on {id} is what gangs hold there");
+        }
+        assert!(taken.is_empty(), "places on unknown nodes");
+    }
+}

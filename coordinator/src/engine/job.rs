@@ -1,0 +1,305 @@
+//! A job's life outside its processes: accepted, waiting, placed, told to stop or restart, final.
+
+use std::sync::Arc;
+
+use everlit_api::agent::{GangSpec, Program, ResumeFrom, ToAgent};
+use everlit_api::ids::JobId;
+use everlit_api::job::JobSpec;
+use everlit_api::rank::Cause;
+use everlit_api::status::{AttemptView, JobState, PlacedRanks};
+use everlit_api::time::{Millis, Timestamp};
+
+use super::ledger::{Activity, Book};
+use super::placement::{Need, Placement, plan_gang};
+use super::state::{Ending, Facts, Gang, Job, ROW_VERSION, Ranks, Then};
+use super::timers::Timer;
+use super::{Engine, Turn};
+
+impl Engine {
+    pub(super) fn on_job_submitted(&mut self, turn: &mut Turn, id: JobId, spec: Arc<JobSpec>, seed: u64) {
+        let job = Job {
+            version: ROW_VERSION,
+            id,
+            seed,
+            state: JobState::Queued,
+            reason: "waiting for a place".into(),
+            submitted_at: turn.now,
+            book: Book::open(turn.now),
+            spec,
+            ..Job::default()
+        };
+        let facts = Facts::from([("world_size", job.spec.world_size.into()), ("priority", serde_json::json!(job.spec.priority))]);
+        turn.event(Some(id), "job_submitted", "accepted", facts);
+        self.enqueue(&job);
+        let before = self.jobs.insert(id, job);
+        assert!(before.is_none(), "job ids are fresh");
+        turn.touched.insert(id);
+        self.schedule(turn);
+    }
+
+    fn enqueue(&mut self, job: &Job) {
+        self.queue.push(job.id, job.spec.priority, Need::of(&job.spec));
+    }
+
+    /// Places what fits, in order, until something that could fit later holds the rest back.
+    pub(super) fn schedule(&mut self, turn: &mut Turn) {
+        while let Some((id, need)) = self.queue.head() {
+            match plan_gang(&self.nodes, &need) {
+                Placement::Now(placement) => {
+                    let Some(job) = self.jobs.get(&id) else { unreachable!("the queue holds active jobs") };
+                    self.queue.remove(id, job.spec.priority, need.clone());
+                    self.start_gang(turn, id, placement);
+                }
+                Placement::Never(_) => self.queue.park(&need),
+                Placement::Later(_) => break,
+            }
+        }
+    }
+
+    fn lease_port(&mut self) -> u16 {
+        let (first, last) = self.config.ports;
+        let count = u32::from(last - first) + 1;
+        for _ in 0..count {
+            let port = self.next_port;
+            self.next_port = if port == last { first } else { port + 1 };
+            if self.ports.insert(port) {
+                return port;
+            }
+        }
+        // More gangs than ports: share one rather than wait; most gangs of one rank never use it.
+        self.next_port
+    }
+
+    /// Reserves, counts the attempt, and tells the nodes once that is durable.
+    pub(super) fn start_gang(&mut self, turn: &mut Turn, id: JobId, placement: Vec<PlacedRanks>) {
+        let port = self.lease_port();
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let need = Need::of(&job.spec);
+        for share in &placement {
+            if let Some(node) = self.nodes.get_mut(&share.node) {
+                node.take(&need.taken(share.count, &share.gpus));
+            }
+            if !job.nodes.contains(&share.node) {
+                job.nodes.push(share.node.clone());
+            }
+        }
+        job.attempt += 1;
+        job.retry_at = None;
+        job.ranks = Ranks::pending(job.spec.world_size);
+        job.rates.clear();
+        job.progress.step = None;
+        let place = placement.iter().map(|p| p.node.to_string()).collect::<Vec<_>>().join(", ");
+        job.gang = Some(Gang {
+            attempt: job.attempt,
+            generation: 0,
+            placement,
+            port,
+            placed_at: turn.now,
+            running_at: None,
+            resumed_step: None,
+            floor: job.progress.reached,
+            ending: None,
+        });
+        if job.state == JobState::Queued {
+            job.state = JobState::Starting;
+        }
+        job.book.turn(turn.now, if job.attempt == 1 { Activity::Starting } else { Activity::Restoring });
+        job.reason = format!("attempt {} is starting on {place}", job.attempt);
+        if let Some(limit) = job.spec.time_limit
+            && !self.timers.is_set(&Timer::TimeLimit(id))
+        {
+            self.timers.set(Timer::TimeLimit(id), Timestamp(turn.now.0 + limit.0));
+        }
+        let facts = Facts::from([("attempt", job.attempt.into()), ("nodes", place.into()), ("master_port", port.into())]);
+        turn.event(Some(id), "attempt_placed", job.reason.clone(), facts);
+        turn.step.record.attempts.push((id, job.attempt_view(None)));
+        turn.touched.insert(id);
+        for (node, frame) in job.start_frames(self.config.log_bytes_max) {
+            turn.tell(&node, frame);
+        }
+    }
+
+    pub(super) fn on_stop_requested(&mut self, turn: &mut Turn, id: JobId, force: bool, delete: bool) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.delete_when_final |= delete;
+        turn.touched.insert(id);
+        if job.gang.as_ref().and_then(|g| g.ending.as_ref()).is_some_and(|e| e.then == Then::Stop) {
+            if force {
+                self.stop_ranks(turn, id, Millis(0));
+            }
+            return;
+        }
+        turn.event(Some(id), "stop_requested", "a user asked for it", Facts::from([("force", force.into())]));
+        self.stop_for_good(turn, id, Then::Stop, None, "stopped by a user".into(), force);
+    }
+
+    /// Ends a job now when nothing of it runs, else once its ranks have ended.
+    fn stop_for_good(&mut self, turn: &mut Turn, id: JobId, then: Then, cause: Option<Cause>, reason: String, force: bool) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let running = job.gang.is_some() && job.retry_at.is_none();
+        if running {
+            let grace = if force { Millis(0) } else { job.spec.stop_grace };
+            self.end_gang(turn, id, Ending { then, at: turn.now, rank: None, cause, reason }, grace);
+        } else {
+            let state = if then == Then::Fail { JobState::Failed } else { JobState::Stopped };
+            self.release(id);
+            self.finish_job(turn, id, state, reason);
+            self.schedule(turn);
+        }
+    }
+
+    pub(super) fn on_restart_requested(&mut self, turn: &mut Turn, id: JobId) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        turn.event(Some(id), "restart_requested", "a user asked for it", Facts::new());
+        turn.touched.insert(id);
+        match (&job.gang, job.retry_at) {
+            // Between two attempts: the wait is over now.
+            (_, Some(_)) => self.on_retry_due(turn, id),
+            (Some(gang), None) if gang.ending.is_none() => {
+                let reason = "a user asked for a restart".to_string();
+                let grace = job.spec.stop_grace;
+                self.end_gang(turn, id, Ending { then: Then::Again, at: turn.now, rank: None, cause: Some(Cause::User), reason }, grace);
+            }
+            // Queued: nothing runs. Ending: it comes back or stops anyway.
+            _ => {}
+        }
+    }
+
+    pub(super) fn on_time_limit_due(&mut self, turn: &mut Turn, id: JobId) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let limit = job.spec.time_limit.unwrap_or_default();
+        turn.event(Some(id), "time_limit_reached", format!("ran for {limit} (time_limit)"), Facts::new());
+        turn.touched.insert(id);
+        self.stop_for_good(turn, id, Then::Fail, None, format!("its time limit of {limit} was reached"), false);
+    }
+
+    /// The wait before the next attempt is over: same places when they still stand, else the queue.
+    pub(super) fn on_retry_due(&mut self, turn: &mut Turn, id: JobId) {
+        self.timers.clear(&Timer::Retry(id));
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        if job.retry_at.take().is_none() {
+            return;
+        }
+        turn.touched.insert(id);
+        let Some(gang) = &job.gang else { return };
+        let placement = gang.placement.clone();
+        let open = placement.iter().all(|p| self.nodes.get(&p.node).is_some_and(super::placement::Node::is_open));
+        self.release(id);
+        if open {
+            self.start_gang(turn, id, placement);
+        } else {
+            self.requeue(turn, id, "its node takes no ranks now");
+        }
+    }
+
+    /// Gives back what the gang held. The gang's record goes with it.
+    pub(super) fn release(&mut self, id: JobId) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let need = Need::of(&job.spec);
+        if job.state == JobState::Queued {
+            self.queue.remove(id, job.spec.priority, need.clone());
+        }
+        self.timers.clear(&Timer::Retry(id));
+        self.timers.clear(&Timer::Straggler(id));
+        job.retry_at = None;
+        let Some(gang) = job.gang.take() else { return };
+        self.ports.remove(&gang.port);
+        for share in &gang.placement {
+            if let Some(node) = self.nodes.get_mut(&share.node) {
+                node.give_back(&need.taken(share.count, &share.gpus));
+            }
+        }
+    }
+
+    pub(super) fn requeue(&mut self, turn: &mut Turn, id: JobId, why: &str) {
+        self.release(id);
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.state = JobState::Queued;
+        job.reason = format!("waiting for a place: {why}");
+        job.book.turn(turn.now, Activity::Queued);
+        turn.event(Some(id), "job_queued", job.reason.clone(), Facts::new());
+        turn.touched.insert(id);
+        self.queue.push(id, job.spec.priority, Need::of(&job.spec));
+        self.schedule(turn);
+    }
+
+    pub(super) fn finish_job(&mut self, turn: &mut Turn, id: JobId, state: JobState, reason: String) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        assert!(!job.state.is_final(), "a final state never changes");
+        job.state = state;
+        job.reason = reason;
+        job.finished_at = Some(turn.now);
+        job.book.settle(turn.now);
+        let facts = Facts::from([("state", state.as_str().into()), ("restarts", job.budget.restarts.into())]);
+        turn.event(Some(id), "job_final", job.reason.clone(), facts);
+        turn.touched.insert(id);
+        for node in &job.nodes {
+            turn.tell(node, ToAgent::JobEnded { job: id });
+        }
+    }
+}
+
+impl Job {
+    /// What each node of the gang is told; saying it twice starts nothing twice.
+    pub(super) fn start_frames(&self, log_bytes_max: u64) -> Vec<(everlit_api::ids::NodeId, ToAgent)> {
+        let Some(gang) = &self.gang else { return Vec::new() };
+        let spec = &self.spec;
+        let mut env = spec.env.clone();
+        env.extend(spec.secrets.clone());
+        let program = match &spec.worker {
+            Some(worker) => Program::Worker { worker: worker.clone() },
+            None => Program::Command { argv: spec.command.clone() },
+        };
+        let resume_from = spec.resume_from.as_ref().map(|from| match from.parse() {
+            Ok(job) => ResumeFrom::Job(job),
+            Err(_) => ResumeFrom::Path(from.clone()),
+        });
+        let nodes = gang.placement.len() as u32;
+        let frame = |(group_rank, share): (usize, &PlacedRanks)| {
+            let gang_spec = GangSpec {
+                job: self.id,
+                attempt: gang.attempt,
+                generation: gang.generation,
+                world_size: spec.world_size,
+                first_rank: share.first_rank,
+                count: share.count,
+                group_rank: group_rank as u32,
+                group_world_size: nodes,
+                master_addr: "127.0.0.1".into(),
+                master_port: gang.port,
+                restarts: self.budget.restarts,
+                max_restarts: spec.restart.max_restarts,
+                gpus: share.gpus.clone(),
+                program: program.clone(),
+                env: env.clone(),
+                workdir: spec.workdir.clone(),
+                shards: spec.data.shards.clone(),
+                resume_from: resume_from.clone(),
+                checkpoint: spec.checkpoint,
+                heartbeat: spec.heartbeat,
+                log_metrics: spec.log_metrics.clone(),
+                log_bytes_max,
+                stop_grace: spec.stop_grace,
+            };
+            (share.node.clone(), ToAgent::StartGang(Box::new(gang_spec)))
+        };
+        gang.placement.iter().enumerate().map(frame).collect()
+    }
+
+    /// The current attempt for the history.
+    pub(super) fn attempt_view(&self, ended_at: Option<Timestamp>) -> AttemptView {
+        let gang = self.gang.as_ref();
+        let ending = gang.and_then(|g| g.ending.as_ref());
+        AttemptView {
+            attempt: self.attempt,
+            started_at: gang.map_or(self.submitted_at, |g| g.placed_at),
+            ended_at,
+            resumed_from_step: gang.and_then(|g| g.resumed_step),
+            reached_step: self.progress.step,
+            cause: ending.and_then(|e| e.cause),
+            first_failed_rank: ending.and_then(|e| e.rank),
+            reason: ending.map(|e| e.reason.clone()),
+            backoff_ms: None,
+        }
+    }
+}

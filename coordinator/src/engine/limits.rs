@@ -1,0 +1,27 @@
+//! Every bound of the engine in one place, with the relations between them asserted.
+
+/// Jobs that wait for a place at most; one more is refused with 429.
+pub const QUEUED_JOBS_MAX: usize = 110_000;
+/// Wait for the other ranks of a gang once one has exited 0.
+pub const STRAGGLER_WAIT_MS: u64 = 5 * 60 * 1_000;
+/// A program that never reports a step counts as progressing when an attempt ran this long (and `heal_after` is not shorter).
+pub const MUTE_PROGRESS_MS: u64 = 10 * 60 * 1_000;
+/// The exponent of the backoff stops growing here, far beyond every `max`.
+pub const BACKOFF_EXPONENT_MAX: u32 = 40;
+/// Points of a job's time series at most; when full, every second one goes.
+pub const SERIES_POINTS_MAX: usize = 1_000;
+/// Samples that the rates are computed over.
+pub const RATE_SAMPLES_MAX: usize = 16;
+/// Time that the rates are computed over.
+pub const RATE_WINDOW_MS: u64 = 10_000;
+/// Shortest time between two samples of the rates.
+pub const RATE_SAMPLE_MS: u64 = 700;
+/// Between two checks of all tables.
+pub const CHECK_ALL_MS: u64 = 60_000;
+/// Bytes of log kept for a job on one node.
+pub const LOG_BYTES_MAX: u64 = 1024 * 1024 * 1024;
+/// Checkpoints remembered per job at most (the agent keeps `checkpoint.keep`).
+pub const CHECKPOINTS_MAX: usize = 64;
+
+const _: () = assert!(RATE_SAMPLES_MAX as u64 * RATE_SAMPLE_MS >= RATE_WINDOW_MS);
+const _: () = assert!(QUEUED_JOBS_MAX > 100_000, "CONTRACT section 5: at least 100,000 queued jobs");

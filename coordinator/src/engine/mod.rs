@@ -1,0 +1,199 @@
+//! The engine decides: what happened goes in with the time, what to record and what to do comes out. Nothing else happens here.
+//!
+//! Architecture invariant: no I/O, no clock, no threads, no unordered iteration, no randomness but each job's seed. `clippy.toml` names
+//! what is banned and the attributes below deny it. Handlers are named for what happened, choices (`plan_*`, `decide_*`) are pure and
+//! return their reason. News about an attempt that is not the current one is dropped in one place, `Engine::current`.
+#![deny(clippy::disallowed_types, clippy::disallowed_methods)]
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use everlit_api::ids::{JobId, NodeId};
+use everlit_api::time::Timestamp;
+
+pub mod command;
+pub mod event;
+mod explain;
+mod gang;
+mod invariants;
+mod job;
+pub mod ledger;
+pub mod limits;
+mod node;
+pub mod placement;
+pub mod progress;
+pub mod queue;
+pub mod restart;
+mod snapshot;
+pub mod state;
+#[cfg(test)]
+mod tests;
+pub mod timers;
+mod view;
+
+pub use command::{Command, EventRow, JobRow, Record, Step};
+pub use event::Event;
+pub use snapshot::{StoredJob, StoredNode, read_job};
+
+use limits::CHECK_ALL_MS;
+use placement::Node;
+use queue::Queue;
+use state::{Facts, Job};
+use timers::{Timer, Timers};
+
+/// What a user may set.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Silence after which a node counts as lost.
+    pub node_timeout_ms: u64,
+    /// First and last port for `MASTER_PORT`.
+    pub ports: (u16, u16),
+    /// Bytes of log kept for a job on one node.
+    pub log_bytes_max: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { node_timeout_ms: 10_000, ports: (29_500, 29_999), log_bytes_max: limits::LOG_BYTES_MAX }
+    }
+}
+
+/// Everything that is active.
+#[derive(Debug)]
+pub struct Engine {
+    config: Config,
+    jobs: BTreeMap<JobId, Job>,
+    nodes: BTreeMap<NodeId, Node>,
+    queue: Queue,
+    timers: Timers,
+    ports: BTreeSet<u16>,
+    next_port: u16,
+    /// News of a past incarnation that was dropped.
+    stale: u64,
+}
+
+/// The event under way: when, and what comes of it.
+struct Turn {
+    now: Timestamp,
+    step: Step,
+    touched: BTreeSet<JobId>,
+}
+
+impl Turn {
+    fn event(&mut self, job: Option<JobId>, event: &'static str, reason: impl Into<String>, facts: Facts) {
+        let data = serde_json::to_value(facts).unwrap_or_default();
+        self.step.record.events.push(EventRow { job, time: self.now, event, reason: reason.into(), data });
+    }
+
+    fn tell(&mut self, node: &NodeId, frame: everlit_api::agent::ToAgent) {
+        self.step.commands.push(Command::Tell { node: node.clone(), frame });
+    }
+}
+
+impl Engine {
+    /// Nothing yet.
+    pub fn new(config: Config) -> Self {
+        let next_port = config.ports.0;
+        Self {
+            config,
+            jobs: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+            queue: Queue::default(),
+            timers: Timers::default(),
+            ports: BTreeSet::new(),
+            next_port,
+            stale: 0,
+        }
+    }
+
+    /// One event, at one time.
+    pub fn handle(&mut self, now: Timestamp, event: Event) -> Step {
+        let mut turn = Turn { now, step: Step::default(), touched: BTreeSet::new() };
+        self.dispatch(&mut turn, event);
+        self.run_timers(&mut turn);
+        self.finish(turn)
+    }
+
+    fn dispatch(&mut self, turn: &mut Turn, event: Event) {
+        match event {
+            Event::JobSubmitted { id, spec, seed } => self.on_job_submitted(turn, id, spec, seed),
+            Event::StopRequested { job, force, delete } => self.on_stop_requested(turn, job, force, delete),
+            Event::RestartRequested { job } => self.on_restart_requested(turn, job),
+            Event::NodeLinked { hello } => self.on_node_linked(turn, *hello),
+            Event::NodeUnlinked { node } => self.on_node_unlinked(turn, &node),
+            Event::NodeReported { node, load } => self.on_node_reported(turn, &node, load),
+            Event::CordonRequested { node, cordoned } => self.on_cordon_requested(turn, &node, cordoned),
+            Event::NodeDraining { node, cordon } => self.on_node_draining(turn, &node, cordon),
+            Event::RankStarted(started) => self.on_rank_started(turn, &started),
+            Event::RankExited(exited) => self.on_rank_exited(turn, exited),
+            Event::RanksBeat(beats) => self.on_ranks_beat(turn, beats),
+            Event::RankJudged { incarnation, verdict, age_ms } => self.on_rank_judged(turn, incarnation, verdict, age_ms),
+            Event::AttemptResumed(resumed) => self.on_attempt_resumed(turn, resumed),
+            Event::CheckpointSeen { node, news } => self.on_checkpoint_seen(turn, &node, news),
+            Event::StartFailed { job, attempt, reason, permanent } => self.on_start_failed(turn, job, attempt, reason, permanent),
+            Event::Woke => {}
+        }
+    }
+
+    fn run_timers(&mut self, turn: &mut Turn) {
+        while let Some(timer) = self.timers.pop_due(turn.now) {
+            match timer {
+                Timer::Retry(job) => self.on_retry_due(turn, job),
+                Timer::Straggler(job) => self.on_straggler_due(turn, job),
+                Timer::TimeLimit(job) => self.on_time_limit_due(turn, job),
+                Timer::NodeLost(node) => self.on_node_lost(turn, &node),
+                Timer::CheckAll => {
+                    self.check_all();
+                    self.timers.set(Timer::CheckAll, Timestamp(turn.now.0 + CHECK_ALL_MS));
+                }
+            }
+        }
+    }
+
+    /// Rows of what was touched, after it was checked; final jobs leave.
+    fn finish(&mut self, mut turn: Turn) -> Step {
+        for id in std::mem::take(&mut turn.touched) {
+            self.check_job(id);
+            let Some(job) = self.jobs.get(&id) else { continue };
+            let fresh =
+                job.submitted_at == turn.now && turn.step.record.events.iter().any(|e| e.job == Some(id) && e.event == "job_submitted");
+            turn.step.record.jobs.push(job.to_row(fresh));
+            if job.state.is_final() {
+                let (state, delete, nodes) = (job.state, job.delete_when_final, job.nodes.clone());
+                turn.step.commands.push(Command::Final { job: id, state, nodes, delete });
+                self.timers.clear_job(id);
+                self.jobs.remove(&id);
+            }
+        }
+        turn.step
+    }
+
+    /// When it wants to be woken.
+    pub fn next_deadline(&self) -> Option<Timestamp> {
+        self.timers.next()
+    }
+
+    /// An active job.
+    pub fn job(&self, id: JobId) -> Option<&Job> {
+        self.jobs.get(&id)
+    }
+
+    /// Every active job, oldest first.
+    pub fn jobs(&self) -> impl DoubleEndedIterator<Item = &Job> {
+        self.jobs.values()
+    }
+
+    /// Every node, in name order.
+    pub fn nodes(&self) -> &BTreeMap<NodeId, Node> {
+        &self.nodes
+    }
+
+    /// Jobs that wait for a place.
+    pub fn queue_depth(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// News of past incarnations that were dropped since the start.
+    pub fn stale_news(&self) -> u64 {
+        self.stale
+    }
+}

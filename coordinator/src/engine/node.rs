@@ -1,0 +1,213 @@
+//! Nodes come, report, go silent and come back; after each `Hello` what is wanted there is held against what is there.
+//!
+//! Reconciliation rules: what runs and is wanted is adopted; what runs and is not wanted is stopped; what is wanted and was never started is
+//! started; what is wanted, was started and is not there is lost. Silence alone ends nothing unless the gang can live elsewhere.
+
+use everlit_api::agent::{Exited, Hello, RankReport, Started, ToAgent};
+use everlit_api::ids::{Incarnation, JobId, NodeId};
+use everlit_api::rank::{Cause, RankExit};
+use everlit_api::status::{JobState, NodeLoad};
+use everlit_api::time::{Millis, Timestamp};
+
+use super::placement::{Need, Placement, plan_gang};
+use super::state::{Ending, Facts, Then};
+use super::timers::Timer;
+use super::{Engine, Turn};
+
+impl Engine {
+    pub(super) fn on_node_linked(&mut self, turn: &mut Turn, hello: Hello) {
+        let id = hello.node.clone();
+        let fresh = !self.nodes.contains_key(&id);
+        let node = self.nodes.entry(id.clone()).or_default();
+        let back = node.lost;
+        node.capacity = hello.capacity.clone();
+        node.version = hello.version.clone();
+        node.boot_id = hello.boot_id.clone();
+        node.linked = true;
+        node.lost = false;
+        node.draining = hello.draining;
+        node.seen_at = Some(turn.now);
+        self.timers.clear(&Timer::NodeLost(id.clone()));
+        if fresh || back {
+            let why = if fresh { "joined" } else { "is back" };
+            turn.event(None, "node_ready", format!("{id} {why}"), Facts::from([("node", id.0.clone().into())]));
+        }
+        self.reconcile(turn, &id, hello);
+        self.queue.unpark();
+        self.schedule(turn);
+    }
+
+    fn reconcile(&mut self, turn: &mut Turn, node: &NodeId, hello: Hello) {
+        let mut unwanted: std::collections::BTreeSet<(JobId, u32)> = std::collections::BTreeSet::new();
+        let mut forget = Vec::new();
+        let mut seen: std::collections::BTreeSet<Incarnation> = std::collections::BTreeSet::new();
+        for report in hello.ranks {
+            let Incarnation { job, attempt, .. } = report.incarnation;
+            let wanted = self.jobs.get(&job).is_some_and(|j| j.retry_at.is_none() && j.gang.as_ref().is_some_and(|g| g.attempt == attempt));
+            if wanted {
+                seen.insert(report.incarnation);
+                self.adopt(turn, report);
+            } else if report.exit.is_some() || report.lost {
+                forget.push(report.incarnation);
+            } else {
+                unwanted.insert((job, attempt));
+            }
+        }
+        for (job, attempt) in unwanted {
+            // Its job went on without it or is final: nothing that it could save would ever be used.
+            turn.tell(node, ToAgent::StopGang { job, attempt, grace: Millis(0) });
+        }
+        if !forget.is_empty() {
+            turn.tell(node, ToAgent::Forget { incarnations: forget });
+        }
+        for news in hello.checkpoints {
+            self.on_checkpoint_seen(turn, node, news);
+        }
+        self.look_for_missing(turn, node, &seen);
+    }
+
+    fn adopt(&mut self, turn: &mut Turn, report: RankReport) {
+        let incarnation = report.incarnation;
+        if let Some(pid) = report.pid {
+            self.on_rank_started(turn, &Started { incarnation, pid, at: report.started_at.unwrap_or(turn.now) });
+        }
+        if let Some(beat) = report.beat {
+            self.on_ranks_beat(turn, vec![beat]);
+        }
+        if report.exit.is_some() || report.lost {
+            let exit = report.exit.unwrap_or_else(|| lost_exit(turn.now, "it was lost with its shim"));
+            self.on_rank_exited(turn, Exited { incarnation, exit, lost: report.lost });
+        }
+    }
+
+    /// Gangs that hold places on this node and whose ranks the agent did not name.
+    fn look_for_missing(&mut self, turn: &mut Turn, node: &NodeId, seen: &std::collections::BTreeSet<Incarnation>) {
+        let held: Vec<JobId> = self.jobs.values().filter(|j| holds(j, node) && j.retry_at.is_none()).map(|j| j.id).collect();
+        for id in held {
+            let Some(job) = self.jobs.get(&id) else { continue };
+            let Some(gang) = &job.gang else { continue };
+            let shares = gang.placement.iter().filter(|p| p.node == *node);
+            let ranks = shares.flat_map(|p| p.first_rank..p.first_rank + p.count);
+            let missing: Vec<_> = ranks
+                .map(|rank| Incarnation { job: id, attempt: gang.attempt, rank })
+                .filter(|i| !seen.contains(i) && job.ranks.get(i.rank).is_some_and(|r| r.exit.is_none()))
+                .collect();
+            let (started, ending) = (gang.running_at.is_some(), gang.ending.is_some());
+            if !missing.is_empty() && (started || ending) {
+                let why = if started { "its node does not know it any more" } else { "it was stopped before it was started" };
+                for incarnation in missing {
+                    self.on_rank_exited(turn, Exited { incarnation, exit: lost_exit(turn.now, why), lost: true });
+                }
+            } else if !missing.is_empty() {
+                for (to, frame) in job.start_frames(self.config.log_bytes_max) {
+                    if to == *node {
+                        turn.tell(&to, frame);
+                    }
+                }
+            }
+            let grace = self.jobs.get(&id).map(|j| j.spec.stop_grace).unwrap_or_default();
+            if ending && self.jobs.get(&id).is_some_and(|j| j.retry_at.is_none() && j.gang.as_ref().is_some_and(|g| g.ending.is_some())) {
+                self.stop_ranks(turn, id, grace);
+            }
+        }
+    }
+
+    pub(super) fn on_node_unlinked(&mut self, turn: &mut Turn, id: &NodeId) {
+        let Some(node) = self.nodes.get_mut(id) else { return };
+        node.linked = false;
+        node.seen_at = Some(turn.now);
+        self.timers.set(Timer::NodeLost(id.clone()), Timestamp(turn.now.0 + self.config.node_timeout_ms));
+    }
+
+    pub(super) fn on_node_reported(&mut self, turn: &mut Turn, id: &NodeId, load: NodeLoad) {
+        if let Some(node) = self.nodes.get_mut(id) {
+            node.load = load;
+            node.seen_at = Some(turn.now);
+        }
+    }
+
+    /// Not heard of for the node timeout: gangs move if they can, and wait for it if they can not.
+    pub(super) fn on_node_lost(&mut self, turn: &mut Turn, id: &NodeId) {
+        let Some(node) = self.nodes.get_mut(id).filter(|n| !n.linked) else { return };
+        node.lost = true;
+        let seconds = self.config.node_timeout_ms as f64 / 1_000.0;
+        turn.event(None, "node_lost", format!("{id} was not heard of for {seconds} s"), Facts::from([("node", id.0.clone().into())]));
+        let held: Vec<JobId> = self.jobs.values().filter(|j| holds(j, id) && j.retry_at.is_none()).map(|j| j.id).collect();
+        for job_id in held {
+            let Some(job) = self.jobs.get_mut(&job_id) else { continue };
+            if !matches!(plan_gang(&self.nodes, &Need::of(&job.spec)), Placement::Now(_)) {
+                job.reason = format!("{id} was not heard of for {seconds} s; its ranks may run on, and no other node has room");
+                turn.touched.insert(job_id);
+                continue;
+            }
+            let reason = format!("{id} was lost");
+            let ending = Ending { then: Then::Judge, at: turn.now, rank: None, cause: Some(Cause::NodeLost), reason: reason.clone() };
+            if let Some(gang) = job.gang.as_mut() {
+                gang.ending.get_or_insert(ending);
+            }
+            job.state = JobState::Recovering;
+            turn.event(Some(job_id), "gang_failed", reason, Facts::new());
+            let (attempt, world) = (job.attempt, job.spec.world_size);
+            for rank in 0..world {
+                let incarnation = Incarnation { job: job_id, attempt, rank };
+                self.on_rank_exited(turn, Exited { incarnation, exit: lost_exit(turn.now, "its node was lost"), lost: true });
+            }
+        }
+    }
+
+    pub(super) fn on_cordon_requested(&mut self, turn: &mut Turn, id: &NodeId, cordoned: bool) {
+        let Some(node) = self.nodes.get_mut(id) else { return };
+        if node.cordoned != cordoned {
+            node.cordoned = cordoned;
+            turn.step.record.cordons.push((id.clone(), cordoned));
+            let (event, what) = if cordoned { ("node_cordoned", "takes no new ranks") } else { ("node_uncordoned", "takes ranks again") };
+            turn.event(None, event, format!("{id} {what}: a user asked for it"), Facts::from([("node", id.0.clone().into())]));
+        }
+        if !cordoned {
+            node.draining = false;
+            self.queue.unpark();
+            self.schedule(turn);
+        }
+    }
+
+    pub(super) fn on_node_draining(&mut self, turn: &mut Turn, id: &NodeId, cordon: bool) {
+        if cordon {
+            self.on_cordon_requested(turn, id, true);
+        } else if let Some(node) = self.nodes.get_mut(id) {
+            node.draining = true;
+        }
+        let held: Vec<JobId> = self.jobs.values().filter(|j| holds(j, id)).map(|j| j.id).collect();
+        for job_id in held {
+            let Some(job) = self.jobs.get(&job_id) else { continue };
+            if job.retry_at.is_some() {
+                self.requeue(turn, job_id, &format!("{id} is draining"));
+                continue;
+            }
+            let ends_for_good =
+                job.gang.as_ref().and_then(|g| g.ending.as_ref()).is_some_and(|e| matches!(e.then, Then::Stop | Then::Fail));
+            if !ends_for_good {
+                let grace = job.spec.stop_grace;
+                let reason = format!("{id} is draining");
+                self.end_gang(
+                    turn,
+                    job_id,
+                    Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::Drain), reason },
+                    grace,
+                );
+            }
+        }
+    }
+
+    /// Whether any gang holds places on a node.
+    pub fn node_is_empty(&self, id: &NodeId) -> bool {
+        self.nodes.get(id).is_none_or(|n| n.taken.ranks == 0)
+    }
+}
+
+fn holds(job: &super::state::Job, node: &NodeId) -> bool {
+    job.gang.as_ref().is_some_and(|g| g.placement.iter().any(|p| p.node == *node))
+}
+
+fn lost_exit(at: Timestamp, why: &str) -> RankExit {
+    RankExit { code: None, signal: None, error: Some(why.into()), at, tail: Vec::new(), message: None }
+}

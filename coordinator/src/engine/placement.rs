@@ -1,0 +1,270 @@
+//! Where a gang goes: whole, on one node, or not at all (INV-9), with the reason returned beside the decision.
+//!
+//! Pure choice over what nodes report and what the ledger of reservations says is taken. Gangs across nodes need doors between hosts, which
+//! are not built; a gang that no single node can hold stays queued and is told so.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use everlit_api::ids::NodeId;
+use everlit_api::job::{Device, JobSpec};
+use everlit_api::status::{Capacity, NodeLoad, PlacedRanks};
+use everlit_api::time::Timestamp;
+
+/// A node as the engine holds it.
+#[derive(Debug, Clone, Default)]
+pub struct Node {
+    /// What it has; empty until its agent has said so.
+    pub capacity: Capacity,
+    /// What it does right now.
+    pub load: NodeLoad,
+    /// Version of its agent.
+    pub version: String,
+    /// The kernel's boot.
+    pub boot_id: String,
+    /// Its agent is connected.
+    pub linked: bool,
+    /// It has not been heard of for the node timeout.
+    pub lost: bool,
+    /// A user's wish: no new ranks.
+    pub cordoned: bool,
+    /// Its agent ends: no new ranks.
+    pub draining: bool,
+    /// When it was last heard of.
+    pub seen_at: Option<Timestamp>,
+    /// What gangs hold there.
+    pub taken: Taken,
+}
+
+/// What gangs hold on a node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// Ranks.
+    pub ranks: u32,
+    /// Thousandths of a CPU.
+    pub cpu_milli: u64,
+    /// Bytes.
+    pub memory: u64,
+    /// GPUs by index.
+    pub gpus: BTreeSet<u32>,
+}
+
+/// What a gang needs; jobs of the same need share a line in the queue.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Need {
+    /// Ranks.
+    pub ranks: u32,
+    /// Thousandths of a CPU per rank.
+    pub cpu_milli: u64,
+    /// Bytes per rank.
+    pub memory: u64,
+    /// GPUs per rank.
+    pub gpus: u32,
+    /// Without one GPU per rank it runs on the CPU instead.
+    pub gpus_optional: bool,
+}
+
+impl Need {
+    /// Of a job: the built-in program on `auto` takes a GPU each if every rank can have one.
+    pub fn of(spec: &JobSpec) -> Self {
+        let device = spec.worker.as_ref().map(|w| w.device);
+        let (gpus, gpus_optional) = match (spec.resources.gpus, device) {
+            (0, Some(Device::Auto)) => (1, true),
+            (0, Some(Device::Cuda)) => (1, false),
+            (asked, _) => (asked, false),
+        };
+        Self {
+            ranks: spec.world_size,
+            cpu_milli: (spec.resources.cpus * 1_000.0).ceil() as u64,
+            memory: spec.resources.memory,
+            gpus,
+            gpus_optional,
+        }
+    }
+
+    /// What `count` ranks of it hold, with these GPUs.
+    pub fn taken(&self, count: u32, gpus: &[u32]) -> Taken {
+        let count_wide = u64::from(count);
+        Taken {
+            ranks: count,
+            cpu_milli: self.cpu_milli.saturating_mul(count_wide),
+            memory: self.memory.saturating_mul(count_wide),
+            gpus: gpus.iter().copied().collect(),
+        }
+    }
+}
+
+/// Whether and where a gang goes.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Placement {
+    /// There.
+    Now(Vec<PlacedRanks>),
+    /// Some node could hold it when others have gone.
+    Later(String),
+    /// No known node could ever hold it.
+    Never(String),
+}
+
+impl Node {
+    /// It may take new ranks.
+    pub fn is_open(&self) -> bool {
+        self.linked && !self.cordoned && !self.draining
+    }
+
+    /// Reserves.
+    pub fn take(&mut self, taken: &Taken) {
+        self.taken.ranks += taken.ranks;
+        self.taken.cpu_milli += taken.cpu_milli;
+        self.taken.memory += taken.memory;
+        self.taken.gpus.extend(&taken.gpus);
+    }
+
+    /// Gives back.
+    pub fn give_back(&mut self, taken: &Taken) {
+        self.taken.ranks -= taken.ranks;
+        self.taken.cpu_milli -= taken.cpu_milli;
+        self.taken.memory -= taken.memory;
+        for gpu in &taken.gpus {
+            self.taken.gpus.remove(gpu);
+        }
+    }
+
+    /// GPUs for every rank, `None` when there are not enough (an empty list when none are needed).
+    fn gpus_for(&self, need: &Need, free_only: bool) -> Option<Vec<u32>> {
+        let wanted = (need.gpus as usize).checked_mul(need.ranks as usize)?;
+        let usable = self.capacity.gpus.iter().map(|g| g.index).filter(|g| !free_only || !self.taken.gpus.contains(g));
+        let found: Vec<u32> = usable.take(wanted).collect();
+        if found.len() == wanted {
+            Some(found)
+        } else if need.gpus_optional {
+            Some(Vec::new())
+        } else {
+            None
+        }
+    }
+
+    /// The GPUs that it would grant, or why it can not hold the gang. `empty`: as if nothing else ran there.
+    fn fit(&self, need: &Need, empty: bool) -> Result<Vec<u32>, String> {
+        let nothing = Taken::default();
+        let taken = if empty { &nothing } else { &self.taken };
+        let asked = need.taken(need.ranks, &[]);
+        let cpus = (self.capacity.cpus * 1_000.0) as u64;
+        let adverb = if empty { "has" } else { "has free" };
+        let slots = self.capacity.slots.saturating_sub(taken.ranks);
+        if asked.ranks > slots {
+            return Err(format!("needs {} ranks, {adverb} places for {slots}", asked.ranks));
+        }
+        let free = cpus.saturating_sub(taken.cpu_milli);
+        if asked.cpu_milli > free {
+            return Err(format!("needs {} CPUs, {adverb} {}", milli(asked.cpu_milli), milli(free)));
+        }
+        let free = self.capacity.memory.saturating_sub(taken.memory);
+        if asked.memory > free {
+            return Err(format!("needs {} of memory, {adverb} {}", gib(asked.memory), gib(free)));
+        }
+        self.gpus_for(need, !empty).ok_or_else(|| {
+            let free = self.capacity.gpus.iter().filter(|g| empty || !self.taken.gpus.contains(&g.index)).count();
+            format!("needs {} GPUs, {adverb} {free}", u64::from(need.gpus) * u64::from(need.ranks))
+        })
+    }
+
+    /// A sentence on why this gang is not here.
+    pub fn explain(&self, need: &Need) -> String {
+        match (self.fit(need, true), self.fit(need, false)) {
+            (Err(never), _) => format!("can never hold it: {never}"),
+            _ if self.lost || !self.linked => "its agent is not connected".into(),
+            _ if self.draining => "is draining".into(),
+            _ if self.cordoned => "is cordoned".into(),
+            (_, Err(later)) => later,
+            _ => "has room".into(),
+        }
+    }
+}
+
+fn milli(value: u64) -> String {
+    format!("{}", value as f64 / 1_000.0)
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))
+}
+
+/// Chooses the node that is left with the fewest free places (best fit), by name among equals.
+pub fn plan_gang(nodes: &BTreeMap<NodeId, Node>, need: &Need) -> Placement {
+    let fitting = nodes.iter().filter(|(_, n)| n.is_open()).filter_map(|(id, n)| n.fit(need, false).ok().map(|gpus| (id, n, gpus)));
+    let with_gpus = |gpus: &[u32]| need.gpus_optional && gpus.is_empty();
+    let best = fitting.min_by_key(|(id, n, gpus)| (with_gpus(gpus), n.capacity.slots.saturating_sub(n.taken.ranks), (*id).clone()));
+    if let Some((id, _, gpus)) = best {
+        return Placement::Now(vec![PlacedRanks { node: id.clone(), first_rank: 0, count: need.ranks, gpus }]);
+    }
+    if nodes.is_empty() {
+        return Placement::Later("no node has joined yet".into());
+    }
+    let ever: Vec<_> = nodes.iter().filter(|(_, n)| n.fit(need, true).is_ok()).collect();
+    match ever.first() {
+        Some((id, node)) => Placement::Later(format!("{id} {}", node.explain(need))),
+        None => {
+            let reasons: Vec<_> = nodes.iter().take(4).map(|(id, n)| format!("{id} {}", n.explain(need))).collect();
+            Placement::Never(format!("no node can ever hold it: {}", reasons.join("; ")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use everlit_api::status::GpuInfo;
+
+    use super::*;
+
+    fn node(cpus: f64, gpus: u32, slots: u32) -> Node {
+        let gpus = (0..gpus).map(|index| GpuInfo { index, name: "H100".into(), uuid: index.to_string(), memory: 80 << 30 }).collect();
+        Node { capacity: Capacity { cpus, memory: 8 << 30, gpus, slots }, linked: true, ..Node::default() }
+    }
+
+    fn need(ranks: u32) -> Need {
+        Need { ranks, cpu_milli: 0, memory: 0, gpus: 0, gpus_optional: false }
+    }
+
+    #[test]
+    fn a_gang_goes_whole_to_the_fullest_node_that_holds_it() {
+        let mut nodes = BTreeMap::from([(NodeId("a".into()), node(4.0, 0, 64)), (NodeId("b".into()), node(4.0, 0, 64))]);
+        nodes.get_mut(&NodeId("b".into())).expect("b").take(&need(10).taken(10, &[]));
+        let Placement::Now(placed) = plan_gang(&nodes, &need(20)) else { panic!("fits") };
+        assert_eq!(placed, vec![PlacedRanks { node: NodeId("b".into()), first_rank: 0, count: 20, gpus: vec![] }]);
+        let Placement::Now(placed) = plan_gang(&nodes, &need(60)) else { panic!("fits") };
+        assert_eq!(placed[0].node, NodeId("a".into()));
+    }
+
+    #[test]
+    fn what_no_node_can_ever_hold_is_told_apart_from_what_must_wait() {
+        let mut nodes = BTreeMap::from([(NodeId("a".into()), node(4.0, 2, 64))]);
+        assert!(matches!(plan_gang(&nodes, &need(65)), Placement::Never(why) if why.contains("needs 65 ranks, has places for 64")));
+        let cpus = Need { cpu_milli: 2_500, ..need(2) };
+        assert!(matches!(plan_gang(&nodes, &cpus), Placement::Never(why) if why.contains("needs 5 CPUs, has 4")));
+        nodes.get_mut(&NodeId("a".into())).expect("a").take(&need(60).taken(60, &[]));
+        assert!(matches!(plan_gang(&nodes, &need(5)), Placement::Later(why) if why.contains("has free places for 4")));
+        assert!(matches!(plan_gang(&BTreeMap::new(), &need(5)), Placement::Later(_)));
+    }
+
+    #[test]
+    fn gpus_are_granted_once_and_optional_ones_do_not_block() {
+        let mut nodes = BTreeMap::from([(NodeId("a".into()), node(4.0, 2, 64))]);
+        let auto = Need { gpus: 1, gpus_optional: true, ..need(2) };
+        let Placement::Now(placed) = plan_gang(&nodes, &auto) else { panic!("fits") };
+        assert_eq!(placed[0].gpus, vec![0, 1]);
+        nodes.get_mut(&NodeId("a".into())).expect("a").take(&auto.taken(2, &[0, 1]));
+        let Placement::Now(placed) = plan_gang(&nodes, &auto) else { panic!("fits on the CPU") };
+        assert!(placed[0].gpus.is_empty());
+        let hard = Need { gpus: 1, ..need(1) };
+        assert!(matches!(plan_gang(&nodes, &hard), Placement::Later(why) if why.contains("needs 1 GPUs, has free 0")));
+        assert!(matches!(plan_gang(&nodes, &Need { gpus: 3, ..need(1) }), Placement::Never(_)));
+    }
+
+    #[test]
+    fn what_was_taken_can_be_given_back() {
+        let mut one = node(4.0, 2, 64);
+        let held = Need { cpu_milli: 500, memory: 10, gpus: 1, ..need(2) }.taken(2, &[0, 1]);
+        one.take(&held);
+        one.give_back(&held);
+        assert_eq!(one.taken, Taken::default());
+    }
+}

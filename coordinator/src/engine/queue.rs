@@ -1,0 +1,131 @@
+//! Jobs that wait for a place: by priority, then by age. Jobs of the same need share a line, so that a long queue costs nothing to look at.
+//!
+//! Strict order: a job that could run later holds back what is behind it, so that big gangs are not starved by small ones. What no node
+//! could ever hold is parked and holds back nobody; it is looked at again when the nodes change.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+
+use everlit_api::ids::JobId;
+use everlit_api::job::Priority;
+
+use super::placement::Need;
+
+type Line = BTreeSet<JobId>;
+
+/// Jobs that wait for a place.
+#[derive(Debug, Default)]
+pub struct Queue {
+    lines: BTreeMap<(Reverse<Priority>, Need), Line>,
+    parked: BTreeMap<(Reverse<Priority>, Need), Line>,
+    len: usize,
+}
+
+impl Queue {
+    /// Waiting jobs.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// A job waits.
+    pub fn push(&mut self, job: JobId, priority: Priority, need: Need) {
+        let key = (Reverse(priority), need);
+        let line = if self.parked.contains_key(&key) { self.parked.entry(key) } else { self.lines.entry(key) };
+        self.len += usize::from(line.or_default().insert(job));
+    }
+
+    /// A job waits no more.
+    pub fn remove(&mut self, job: JobId, priority: Priority, need: Need) {
+        let key = (Reverse(priority), need);
+        for lines in [&mut self.lines, &mut self.parked] {
+            if let Some(line) = lines.get_mut(&key) {
+                self.len -= usize::from(line.remove(&job));
+                if line.is_empty() {
+                    lines.remove(&key);
+                }
+            }
+        }
+    }
+
+    /// Whether it waits.
+    pub fn contains(&self, job: JobId, priority: Priority, need: &Need) -> bool {
+        let key = (Reverse(priority), need.clone());
+        [&self.lines, &self.parked].iter().any(|lines| lines.get(&key).is_some_and(|line| line.contains(&job)))
+    }
+
+    /// The first in order, oldest first within the highest priority.
+    pub fn head(&self) -> Option<(JobId, Need)> {
+        let (Reverse(top), _) = self.lines.keys().next()?;
+        let top_lines = self.lines.iter().take_while(|((Reverse(priority), _), _)| priority == top);
+        top_lines.filter_map(|((_, need), line)| Some((*line.first()?, need.clone()))).min()
+    }
+
+    /// No node could ever hold jobs of this need.
+    pub fn park(&mut self, need: &Need) {
+        let keys: Vec<_> = self.lines.keys().filter(|(_, n)| n == need).cloned().collect();
+        for key in keys {
+            if let Some(line) = self.lines.remove(&key) {
+                self.parked.entry(key).or_default().extend(line);
+            }
+        }
+    }
+
+    /// The nodes changed: look at everything again.
+    pub fn unpark(&mut self) {
+        for (key, line) in std::mem::take(&mut self.parked) {
+            self.lines.entry(key).or_default().extend(line);
+        }
+    }
+
+    /// Jobs that come before this one, parked ones not counted.
+    pub fn position(&self, job: JobId, priority: Priority) -> u64 {
+        let before = self.lines.iter().take_while(|((Reverse(p), _), _)| *p >= priority);
+        before.map(|((Reverse(p), _), line)| if *p > priority { line.len() } else { line.range(..job).count() } as u64).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn need(ranks: u32) -> Need {
+        Need { ranks, cpu_milli: 0, memory: 0, gpus: 0, gpus_optional: false }
+    }
+
+    fn id(n: u128) -> JobId {
+        JobId::from_u128(n)
+    }
+
+    #[test]
+    fn priority_first_then_age_over_all_needs() {
+        let mut queue = Queue::default();
+        queue.push(id(2), Priority::Normal, need(1));
+        queue.push(id(1), Priority::Normal, need(9));
+        queue.push(id(3), Priority::High, need(4));
+        queue.push(id(4), Priority::Low, need(1));
+        let mut order = Vec::new();
+        while let Some((job, need)) = queue.head() {
+            order.push(job.as_u128());
+            for priority in [Priority::Low, Priority::Normal, Priority::High] {
+                queue.remove(job, priority, need.clone());
+            }
+        }
+        assert_eq!(order, [3, 1, 2, 4]);
+        assert_eq!(queue.len(), 0);
+    }
+
+    #[test]
+    fn a_parked_need_holds_back_nobody_and_comes_back() {
+        let mut queue = Queue::default();
+        queue.push(id(1), Priority::Normal, need(1_000));
+        queue.push(id(2), Priority::Normal, need(1));
+        queue.park(&need(1_000));
+        queue.push(id(3), Priority::Normal, need(1_000));
+        assert_eq!(queue.head(), Some((id(2), need(1))));
+        assert_eq!((queue.len(), queue.position(id(2), Priority::Normal)), (3, 0));
+        queue.unpark();
+        assert_eq!(queue.head(), Some((id(1), need(1_000))));
+        assert_eq!(queue.position(id(3), Priority::Normal), 2);
+        assert!(queue.contains(id(3), Priority::Normal, &need(1_000)));
+    }
+}

@@ -1,0 +1,115 @@
+//! The engine's state as rows, and back. A row carries a version; a later one than this build knows is refused, never guessed at.
+
+use std::sync::Arc;
+
+use everlit_api::ids::{JobId, NodeId};
+use everlit_api::job::JobSpec;
+use everlit_api::status::JobState;
+use everlit_api::time::Timestamp;
+
+use super::command::JobRow;
+use super::limits::CHECK_ALL_MS;
+use super::placement::{Need, Node};
+use super::state::{Job, ROW_VERSION, Ranks};
+use super::timers::Timer;
+use super::{Config, Engine};
+
+/// A job's row as it was read.
+#[derive(Debug, Clone)]
+pub struct StoredJob {
+    /// Which.
+    pub id: JobId,
+    /// What was submitted, JSON.
+    pub spec: String,
+    /// The engine's own state, JSON.
+    pub body: String,
+    /// The ranks' ends, JSON; only of a final job.
+    pub ranks: Option<String>,
+}
+
+/// A node's row as it was read.
+#[derive(Debug, Clone)]
+pub struct StoredNode {
+    /// Which.
+    pub id: NodeId,
+    /// No new ranks.
+    pub cordoned: bool,
+}
+
+impl Job {
+    pub(super) fn to_row(&self, fresh: bool) -> JobRow {
+        let text = |value: Result<String, serde_json::Error>| value.expect("the engine's types are plain data with text keys");
+        let is_final = self.state.is_final();
+        JobRow {
+            id: self.id,
+            state: self.state,
+            finished_at: self.finished_at,
+            spec: fresh.then(|| self.spec.clone()),
+            body: text(serde_json::to_string(self)),
+            ranks: is_final.then(|| text(serde_json::to_string(&self.ranks))),
+            series: (is_final && !self.series.points().is_empty()).then(|| text(serde_json::to_string(self.series.points()))),
+            delete: is_final && self.delete_when_final,
+        }
+    }
+}
+
+/// A job from its row.
+pub fn read_job(row: &StoredJob) -> Result<Job, String> {
+    let refuse = |what: &str, e: serde_json::Error| format!("job {}: {what} can not be read: {e}", row.id);
+    let mut job: Job = serde_json::from_str(&row.body).map_err(|e| refuse("its state", e))?;
+    if job.version > ROW_VERSION {
+        return Err(format!("job {} was written by a later everlit (row version {}, this build knows {ROW_VERSION})", row.id, job.version));
+    }
+    job.id = row.id;
+    let spec: JobSpec = serde_json::from_str(&row.spec).map_err(|e| refuse("its spec", e))?;
+    job.ranks = match &row.ranks {
+        Some(ranks) => serde_json::from_str(ranks).map_err(|e| refuse("its ranks", e))?,
+        None if job.gang.is_some() => Ranks::pending(spec.world_size),
+        None => Ranks::default(),
+    };
+    job.spec = Arc::new(spec);
+    Ok(job)
+}
+
+impl Engine {
+    /// From the rows of every active job and every node, as of `now`. Nodes count as silent from now on until they say `Hello`.
+    pub fn load(config: Config, now: Timestamp, jobs: &[StoredJob], nodes: &[StoredNode]) -> Result<Self, String> {
+        let mut engine = Self::new(config);
+        for node in nodes {
+            engine.nodes.insert(node.id.clone(), Node { cordoned: node.cordoned, ..Node::default() });
+        }
+        for row in jobs {
+            let job = read_job(row)?;
+            engine.load_job(now, job);
+        }
+        let names: Vec<NodeId> = engine.nodes.keys().cloned().collect();
+        for node in names {
+            engine.timers.set(Timer::NodeLost(node), Timestamp(now.0 + engine.config.node_timeout_ms));
+        }
+        engine.timers.set(Timer::CheckAll, Timestamp(now.0 + CHECK_ALL_MS));
+        engine.check_all();
+        Ok(engine)
+    }
+
+    fn load_job(&mut self, now: Timestamp, mut job: Job) {
+        let id = job.id;
+        let need = Need::of(&job.spec);
+        if job.state == JobState::Queued {
+            self.queue.push(id, job.spec.priority, need);
+        } else if let Some(gang) = &job.gang {
+            self.ports.insert(gang.port);
+            for share in &gang.placement {
+                self.nodes.entry(share.node.clone()).or_default().take(&need.taken(share.count, &share.gpus));
+            }
+            if let (Some(limit), Some(started)) = (job.spec.time_limit, job.started_at) {
+                self.timers.set(Timer::TimeLimit(id), Timestamp(started.0 + limit.0));
+            }
+        }
+        if let Some(at) = job.retry_at {
+            // Every rank of the failed attempt had ended when this was recorded.
+            job.ranks.mark_all_ended(now);
+            self.timers.set(Timer::Retry(id), at);
+        }
+        self.jobs.insert(id, job);
+    }
+}

@@ -1,0 +1,301 @@
+//! A job as the engine holds it. What is serialized is what a restart needs; what ranks do right now is told again by their agents.
+//!
+//! The trap: `Job::ranks` is not in the row of an active job. After a restart every rank is `Pending` until its node's `Hello`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use everlit_api::ids::{JobId, NodeId};
+use everlit_api::job::JobSpec;
+use everlit_api::manifest::Phase;
+use everlit_api::rank::{Cause, RankExit, RankState};
+use everlit_api::status::{CheckpointView, JobState, PlacedRanks};
+use everlit_api::time::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::ledger::Book;
+use super::progress::{Progress, Rates, Series};
+
+/// Version of a job's row. A row of a later version is refused at start.
+pub const ROW_VERSION: u32 = 1;
+
+/// A job.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Job {
+    /// [`ROW_VERSION`].
+    pub version: u32,
+    /// Which.
+    #[serde(skip)]
+    pub id: JobId,
+    /// What was submitted.
+    #[serde(skip)]
+    pub spec: Arc<JobSpec>,
+    /// What its ranks do; empty before the first attempt.
+    #[serde(skip)]
+    pub ranks: Ranks,
+    /// Recent speed.
+    #[serde(skip)]
+    pub rates: Rates,
+    /// Loss over steps, thinned out.
+    #[serde(skip)]
+    pub series: Series,
+    /// For everything random about this job.
+    pub seed: u64,
+    /// Where it is.
+    pub state: JobState,
+    /// Why, in one sentence.
+    pub reason: String,
+    /// When it was accepted.
+    pub submitted_at: Timestamp,
+    /// When its ranks first ran.
+    pub started_at: Option<Timestamp>,
+    /// When it became final.
+    pub finished_at: Option<Timestamp>,
+    /// Number of the last attempt, 0 before the first.
+    pub attempt: u32,
+    /// The attempt that holds places and maybe processes.
+    pub gang: Option<Gang>,
+    /// A failed gang is brought back then; its places stay reserved.
+    pub retry_at: Option<Timestamp>,
+    /// To be removed once final.
+    pub delete_when_final: bool,
+    /// What it may still spend on restarts.
+    pub budget: Budget,
+    /// How far it got.
+    pub progress: Progress,
+    /// Where its time went.
+    pub book: Book,
+    /// Newest first.
+    pub checkpoints: Vec<CheckpointView>,
+    /// Every node that ever had files of it.
+    pub nodes: Vec<NodeId>,
+}
+
+/// The processes of one attempt.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Gang {
+    /// From 1.
+    pub attempt: u32,
+    /// Membership of the process group, from 0.
+    pub generation: u32,
+    /// Where its ranks are.
+    pub placement: Vec<PlacedRanks>,
+    /// Leased for this attempt.
+    pub port: u16,
+    /// When it was placed.
+    pub placed_at: Timestamp,
+    /// When every rank ran; a node that lacks ranks after this has lost them.
+    pub running_at: Option<Timestamp>,
+    /// Step that it resumed from; null before its node has said so.
+    pub resumed_step: Option<u64>,
+    /// Highest step of the job when this attempt began: steps up to it are repeated.
+    pub floor: u64,
+    /// Why it is ending.
+    pub ending: Option<Ending>,
+}
+
+/// Why an attempt is ending, decided once; a user's stop overrides a failure.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Ending {
+    /// What follows.
+    pub then: Then,
+    /// When it was decided.
+    pub at: Timestamp,
+    /// The rank that failed first.
+    pub rank: Option<u32>,
+    /// For the budget.
+    pub cause: Option<Cause>,
+    /// In one sentence.
+    pub reason: String,
+}
+
+/// What follows an attempt that ends before its time, the weakest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Then {
+    /// Budget and backoff decide.
+    Judge,
+    /// A new attempt at once.
+    Again,
+    /// Back in the queue.
+    Requeue,
+    /// Final: failed.
+    Fail,
+    /// Final: stopped.
+    Stop,
+}
+
+/// What a job has spent on restarts.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Budget {
+    /// Restarts after failures, counted or free; never goes down.
+    pub restarts: u32,
+    /// Counted against `max_restarts`; forgiven after `heal_after` of committed progress.
+    pub counted: u32,
+    /// Counted failures in a row without a new step.
+    pub start_failures: u32,
+    /// Failures of any cause in a row without a new step: the backoff's exponent.
+    pub failures_in_a_row: u32,
+    /// When the last failure was.
+    pub last_failure_at: Option<Timestamp>,
+}
+
+/// The ranks of the current or last attempt, with counters kept beside them.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Ranks {
+    list: Vec<Rank>,
+    alive: u32,
+    ended: u32,
+    succeeded: u32,
+}
+
+/// One rank.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Rank {
+    /// Where it is in its life.
+    pub state: RankState,
+    /// Its own process id.
+    pub pid: Option<u32>,
+    /// How it ended.
+    pub exit: Option<RankExit>,
+    /// What it says it does.
+    pub phase: Option<Phase>,
+    /// Updates done by this incarnation's count.
+    pub step: Option<u64>,
+    /// When its last heartbeat was seen.
+    pub beat_at: Option<Timestamp>,
+}
+
+impl Default for Rank {
+    fn default() -> Self {
+        Self { state: RankState::Pending, pid: None, exit: None, phase: None, step: None, beat_at: None }
+    }
+}
+
+impl Ranks {
+    /// A fresh gang.
+    pub fn pending(world_size: u32) -> Self {
+        Self { list: vec![Rank::default(); world_size as usize], ..Self::default() }
+    }
+
+    /// All, in rank order.
+    pub fn list(&self) -> &[Rank] {
+        &self.list
+    }
+
+    /// One.
+    pub fn get(&self, rank: u32) -> Option<&Rank> {
+        self.list.get(rank as usize)
+    }
+
+    /// One, for news that does not change its state.
+    pub fn get_mut(&mut self, rank: u32) -> Option<&mut Rank> {
+        self.list.get_mut(rank as usize)
+    }
+
+    /// Its process lives; false when that was known, or it has ended already.
+    pub fn start(&mut self, rank: u32, pid: u32) -> bool {
+        let Some(own) = self.list.get_mut(rank as usize) else { return false };
+        if own.pid.is_some() || own.exit.is_some() {
+            return false;
+        }
+        own.state = RankState::Running;
+        own.pid = Some(pid);
+        self.alive += 1;
+        true
+    }
+
+    /// It ended; false when that was known.
+    pub fn end(&mut self, rank: u32, exit: RankExit, lost: bool) -> bool {
+        let Some(own) = self.list.get_mut(rank as usize) else { return false };
+        if own.exit.is_some() {
+            return false;
+        }
+        if own.pid.take().is_some() {
+            self.alive -= 1;
+        }
+        self.ended += 1;
+        self.succeeded += u32::from(exit.is_success());
+        own.state = if lost { RankState::Lost } else { RankState::Exited };
+        own.exit = Some(exit);
+        true
+    }
+
+    /// Every rank that lives is being stopped.
+    pub fn mark_stopping(&mut self) {
+        for own in self.list.iter_mut().filter(|r| r.state == RankState::Running) {
+            own.state = RankState::Stopping;
+        }
+    }
+
+    /// After a restart in mid-wait: the record says that every rank had ended, not how.
+    pub fn mark_all_ended(&mut self, at: Timestamp) {
+        let exit = RankExit {
+            code: None,
+            signal: None,
+            error: Some("ended before the coordinator's restart".into()),
+            at,
+            tail: Vec::new(),
+            message: None,
+        };
+        for rank in 0..self.list.len() as u32 {
+            self.end(rank, exit.clone(), false);
+        }
+    }
+
+    /// Ranks with a living process.
+    pub fn alive(&self) -> u32 {
+        self.alive
+    }
+
+    /// Every rank's process lives.
+    pub fn all_alive(&self) -> bool {
+        self.alive as usize == self.list.len()
+    }
+
+    /// Every rank ended.
+    pub fn all_ended(&self) -> bool {
+        self.ended as usize == self.list.len()
+    }
+
+    /// Every rank exited 0.
+    pub fn all_succeeded(&self) -> bool {
+        self.succeeded as usize == self.list.len()
+    }
+
+    /// Some rank exited 0.
+    pub fn some_succeeded(&self) -> bool {
+        self.succeeded > 0
+    }
+
+    /// The first that did not exit 0, in the kernel's order.
+    pub fn first_failure(&self) -> Option<(u32, &RankExit)> {
+        let failed = self.list.iter().enumerate().filter_map(|(n, r)| Some((n as u32, r.exit.as_ref()?)));
+        failed.filter(|(_, exit)| !exit.is_success()).min_by_key(|(rank, exit)| (exit.at, *rank))
+    }
+
+    /// The counters say what the list says.
+    pub fn is_consistent(&self) -> bool {
+        let count = |f: fn(&Rank) -> bool| self.list.iter().filter(|r| f(r)).count() as u32;
+        self.alive == count(|r| r.pid.is_some())
+            && self.ended == count(|r| r.exit.is_some())
+            && self.succeeded == count(|r| r.exit.as_ref().is_some_and(RankExit::is_success))
+            && count(|r| r.pid.is_some() && r.exit.is_some()) == 0
+    }
+}
+
+impl Job {
+    /// The node that holds a rank of the current attempt.
+    pub fn node_of(&self, rank: u32) -> Option<&NodeId> {
+        let share = |p: &&PlacedRanks| rank >= p.first_rank && rank - p.first_rank < p.count;
+        self.gang.as_ref()?.placement.iter().find(share).map(|p| &p.node)
+    }
+
+    /// `name` or `key` per label, for people.
+    pub fn title(&self) -> String {
+        self.spec.name.clone().unwrap_or_else(|| self.id.to_string())
+    }
+}
+
+/// Facts of an event, by name.
+pub type Facts = BTreeMap<&'static str, serde_json::Value>;

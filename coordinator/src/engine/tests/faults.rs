@@ -1,0 +1,193 @@
+//! Ranks fail: who is named, what is restarted when, and when it is given up.
+
+use everlit_api::agent::Exited;
+use everlit_api::status::JobState;
+use expect_test::expect;
+
+use super::*;
+
+#[test]
+fn a_killed_rank_restarts_the_gang_after_the_backoff_on_its_own_places() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2));
+    scene.start_all(10, 1, 1, 2);
+    scene.take();
+    scene.exits(1_000, rank(1, 1, 1), killed(999));
+    assert_eq!(scene.summary(1).state, JobState::Recovering);
+    // The places are kept: nobody else gets in between.
+    scene.submit(1_001, 2, command(7));
+    scene.exits(1_050, rank(1, 1, 0), exit(1, 1_049));
+    assert_eq!(scene.summary(2).state, JobState::Queued);
+    scene.at(1_499, Event::Woke).at(1_500, Event::Woke);
+    scene.start_all(1_510, 1, 2, 2);
+    scene.expect(expect![[r#"
+        1000 job 1: gang_failed: rank 1 ended with signal 9 (SIGKILL)
+        1000   n1 <- stop job 1 attempt 1 grace 30s
+        1001 job 2: job_submitted: accepted
+        1050 job 1: restart_scheduled: attempt 2 in 500 ms: restart 1 of 50
+        1050   n1 <- forget 1.1.0 1.1.1
+        1500 job 1: attempt_placed: attempt 2 is starting on n1
+        1500   n1 <- start job 1 attempt 2 ranks 0+2 port 29501
+        1510 job 1: attempt_resumed: attempt 2 begins anew: there is no checkpoint
+        1510 job 1: job_running: all 2 ranks of attempt 2 run
+    "#]]);
+}
+
+#[test]
+fn the_first_to_fail_is_named_by_the_kernel_s_order_not_by_the_news_order() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2));
+    scene.start_all(10, 1, 1, 2);
+    scene.take();
+    scene.exits(1_000, rank(1, 1, 0), exit(1, 998)).exits(1_001, rank(1, 1, 1), killed(990));
+    let attempts = scene.take();
+    assert!(attempts.contains("gang_failed: rank 0 ended with exit code 1: last words 1"), "{attempts}");
+    scene.at(2_000, Event::StopRequested { job: job(1), force: false, delete: false });
+    scene.take();
+}
+
+#[test]
+fn a_crash_loop_waits_longer_each_time_and_fails_with_the_rank_s_last_words() {
+    let mut scene = Scene::with_node();
+    let mut spec = command(1);
+    spec.restart.max_start_failures = 4;
+    scene.submit(0, 1, spec);
+    let mut now = 0;
+    for attempt in 1..=4 {
+        scene.start_all(now, 1, attempt, 1);
+        scene.exits(now, rank(1, attempt, 0), exit(3, now));
+        now = scene.engine.next_deadline().map_or(now, |at| at.0);
+        if attempt < 4 {
+            scene.at(now, Event::Woke);
+        }
+    }
+    scene.expect(expect![[r#"
+        0 job 1: job_submitted: accepted
+        0 job 1: attempt_placed: attempt 1 is starting on n1
+        0   n1 <- start job 1 attempt 1 ranks 0+1 port 29500
+        0 job 1: job_running: all 1 ranks of attempt 1 run
+        0 job 1: gang_failed: rank 0 ended with exit code 3: last words 3
+        0 job 1: restart_scheduled: attempt 2 in 500 ms: restart 1 of 50
+        0   n1 <- forget 1.1.0
+        500 job 1: attempt_placed: attempt 2 is starting on n1
+        500   n1 <- start job 1 attempt 2 ranks 0+1 port 29501
+        500 job 1: attempt_resumed: attempt 2 begins anew: there is no checkpoint
+        500 job 1: job_running: all 1 ranks of attempt 2 run
+        500 job 1: gang_failed: rank 0 ended with exit code 3: last words 3
+        500 job 1: restart_scheduled: attempt 3 in 1000 ms: restart 2 of 50
+        500   n1 <- forget 1.2.0
+        1500 job 1: attempt_placed: attempt 3 is starting on n1
+        1500   n1 <- start job 1 attempt 3 ranks 0+1 port 29502
+        1500 job 1: attempt_resumed: attempt 3 begins anew: there is no checkpoint
+        1500 job 1: job_running: all 1 ranks of attempt 3 run
+        1500 job 1: gang_failed: rank 0 ended with exit code 3: last words 3
+        1500 job 1: restart_scheduled: attempt 4 in 2000 ms: restart 3 of 50
+        1500   n1 <- forget 1.3.0
+        3500 job 1: attempt_placed: attempt 4 is starting on n1
+        3500   n1 <- start job 1 attempt 4 ranks 0+1 port 29503
+        3500 job 1: attempt_resumed: attempt 4 begins anew: there is no checkpoint
+        3500 job 1: job_running: all 1 ranks of attempt 4 run
+        3500 job 1: gang_failed: rank 0 ended with exit code 3: last words 3
+        3500 job 1: job_final: rank 0 ended with exit code 3: last words 3; it failed 4 times in a row without a new step (restart.max_start_failures)
+        3500   n1 <- forget 1.4.0
+        3500   n1 <- job 1 ended
+        3500   final job 1 failed
+    "#]]);
+}
+
+#[test]
+fn a_missing_program_is_not_tried_again() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1)).submit(0, 2, command(3));
+    scene.start_all(1, 1, 1, 1);
+    scene.exits(2, rank(1, 1, 0), exit(127, 2));
+    scene.at(3, Event::StartFailed { job: job(2), attempt: 1, reason: "everlit-worker is not built".into(), permanent: true });
+    scene.expect(expect![[r#"
+        0 job 1: job_submitted: accepted
+        0 job 1: attempt_placed: attempt 1 is starting on n1
+        0   n1 <- start job 1 attempt 1 ranks 0+1 port 29500
+        0 job 2: job_submitted: accepted
+        0 job 2: attempt_placed: attempt 1 is starting on n1
+        0   n1 <- start job 2 attempt 1 ranks 0+3 port 29501
+        1 job 1: job_running: all 1 ranks of attempt 1 run
+        2 job 1: gang_failed: rank 0 ended with exit code 127: last words 127
+        2 job 1: job_final: rank 0 ended with exit code 127: last words 127; it can not be started, and trying again would not help
+        2   n1 <- forget 1.1.0
+        2   n1 <- job 1 ended
+        2   final job 1 failed
+        3 job 2: gang_failed: everlit-worker is not built
+        3 job 2: job_final: everlit-worker is not built; it can not be started, and trying again would not help
+        3   n1 <- forget 2.1.0 2.1.1 2.1.2
+        3   n1 <- job 2 ended
+        3   final job 2 failed
+    "#]]);
+}
+
+#[test]
+fn a_lost_shim_is_free() {
+    let mut scene = Scene::with_node();
+    let mut spec = command(1);
+    spec.restart.max_restarts = 0;
+    scene.submit(0, 1, spec);
+    scene.start_all(1, 1, 1, 1);
+    scene.take();
+    let lost =
+        RankExit { code: None, signal: None, error: Some("its shim was killed".into()), at: Timestamp(50), tail: vec![], message: None };
+    scene.at(50, Event::RankExited(Exited { incarnation: rank(1, 1, 0), exit: lost, lost: true }));
+    scene.expect(expect![[r#"
+        50 job 1: gang_failed: rank 0 ended with its shim was killed
+        50 job 1: restart_scheduled: attempt 2 in 500 ms: restart without cost to the budget
+        50   n1 <- forget 1.1.0
+    "#]]);
+    assert_eq!(scene.summary(1).restarts, 1);
+}
+
+#[test]
+fn ranks_that_finish_wait_five_minutes_for_the_others() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2));
+    scene.start_all(1, 1, 1, 2);
+    scene.exits(1_000, rank(1, 1, 0), exit(0, 1_000));
+    scene.take();
+    scene.at(300_999, Event::Woke);
+    scene.expect(expect![[""]]);
+    scene.at(301_000, Event::Woke);
+    scene.expect(expect![[r#"
+        301000 job 1: gang_failed: some ranks exited 0 and 1 others did not within 5 minutes
+        301000   n1 <- stop job 1 attempt 1 grace 30s
+    "#]]);
+}
+
+#[test]
+fn a_stop_in_the_wait_before_a_restart_is_final_at_once() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(1, 1, 1, 1);
+    scene.exits(10, rank(1, 1, 0), exit(1, 10));
+    scene.take();
+    scene.at(20, Event::StopRequested { job: job(1), force: false, delete: false });
+    scene.expect(expect![[r#"
+        20 job 1: stop_requested: a user asked for it
+        20 job 1: job_final: stopped by a user
+        20   n1 <- job 1 ended
+        20   final job 1 stopped
+    "#]]);
+    assert!(scene.engine.node_is_empty(&node("n1")));
+}
+
+#[test]
+fn a_stop_while_the_gang_is_failing_wins() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2));
+    scene.start_all(1, 1, 1, 2);
+    scene.exits(10, rank(1, 1, 0), exit(1, 10));
+    scene.at(11, Event::StopRequested { job: job(1), force: false, delete: false });
+    scene.take();
+    scene.exits(12, rank(1, 1, 1), exit(1, 12));
+    scene.expect(expect![[r#"
+        12 job 1: job_final: stopped by a user
+        12   n1 <- forget 1.1.0 1.1.1
+        12   n1 <- job 1 ended
+        12   final job 1 stopped
+    "#]]);
+}

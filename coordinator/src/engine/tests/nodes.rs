@@ -1,0 +1,185 @@
+//! Nodes and coordinators go and come back: adoption, reconciliation, drain, loss.
+
+use everlit_api::agent::Exited;
+use everlit_api::status::JobState;
+use expect_test::expect;
+
+use super::*;
+
+#[test]
+fn a_restarted_coordinator_adopts_what_runs_and_nothing_is_signalled() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2));
+    scene.start_all(10, 1, 1, 2);
+    scene.take();
+    scene.restart_coordinator(5_000);
+    assert_eq!(scene.summary(1).state, JobState::Running);
+    scene.at(5_100, hello("n1", vec![alive(rank(1, 1, 0), 100), alive(rank(1, 1, 1), 101)]));
+    scene.expect(expect![[r#"
+        5100 job 1: job_running: all 2 ranks of attempt 1 run
+    "#]]);
+    let summary = scene.summary(1);
+    assert_eq!((summary.state, summary.attempt, summary.restarts), (JobState::Running, 1, 0));
+    assert_eq!(summary.ranks[1].pid, Some(101));
+}
+
+#[test]
+fn an_exit_that_happened_meanwhile_is_known_after_the_restart() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1)).submit(0, 2, command(1));
+    scene.start_all(10, 1, 1, 1).start_all(10, 2, 1, 1);
+    scene.take();
+    scene.restart_coordinator(5_000);
+    let ended = |n, exit| RankReport { exit: Some(exit), pid: None, ..alive(rank(n, 1, 0), 1) };
+    scene.at(5_100, hello("n1", vec![ended(1, exit(0, 3_000)), ended(2, killed(4_000))]));
+    scene.expect(expect![[r#"
+        5100 job 1: job_final: every rank exited 0
+        5100 job 2: gang_failed: rank 0 ended with signal 9 (SIGKILL)
+        5100 job 2: restart_scheduled: attempt 2 in 500 ms: restart 1 of 50
+        5100   n1 <- forget 1.1.0
+        5100   n1 <- job 1 ended
+        5100   n1 <- forget 2.1.0
+        5100   final job 1 succeeded
+    "#]]);
+    assert!((scene.summary(2).ledger.undetected - 1.1).abs() < 1e-9, "{:?}", scene.summary(2).ledger);
+}
+
+#[test]
+fn a_gang_that_was_placed_but_never_started_is_started_by_the_next_coordinator() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2));
+    scene.take();
+    scene.restart_coordinator(100);
+    scene.at(200, hello("n1", vec![]));
+    scene.expect(expect![[r#"
+        200   n1 <- start job 1 attempt 1 ranks 0+2 port 29500
+    "#]]);
+}
+
+#[test]
+fn ranks_that_their_node_does_not_know_any_more_are_lost_and_free() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2));
+    scene.start_all(10, 1, 1, 2);
+    scene.take();
+    scene.at(20, Event::NodeUnlinked { node: node("n1") });
+    scene.at(30, hello("n1", vec![alive(rank(1, 1, 0), 100)]));
+    scene.expect(expect![[r#"
+        30 job 1: gang_failed: rank 1 ended with its node does not know it any more
+        30   n1 <- stop job 1 attempt 1 grace 30s
+    "#]]);
+    scene.exits(40, rank(1, 1, 0), killed(40));
+    scene.expect(expect![[r#"
+        40 job 1: restart_scheduled: attempt 2 in 500 ms: restart without cost to the budget
+        40   n1 <- forget 1.1.0 1.1.1
+    "#]]);
+}
+
+#[test]
+fn what_runs_and_is_not_wanted_is_stopped_and_what_ended_is_forgotten() {
+    let mut scene = Scene::new();
+    let ended = RankReport { exit: Some(exit(0, 1)), pid: None, ..alive(rank(8, 1, 0), 1) };
+    scene.at(0, hello("n1", vec![alive(rank(7, 3, 0), 1), alive(rank(7, 3, 1), 2), ended]));
+    scene.expect(expect![[r#"
+        0 node_ready: n1 joined
+        0   n1 <- stop job 7 attempt 3 grace 0s
+        0   n1 <- forget 8.1.0
+    "#]]);
+}
+
+#[test]
+fn a_lone_node_s_silence_ends_nothing() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(10, 1, 1, 1);
+    scene.take();
+    scene.at(1_000, Event::NodeUnlinked { node: node("n1") });
+    scene.at(11_000, Event::Woke);
+    assert_eq!(scene.summary(1).state, JobState::Running);
+    scene.at(60_000, hello("n1", vec![alive(rank(1, 1, 0), 100)]));
+    scene.expect(expect![[r#"
+        11000 node_lost: n1 was not heard of for 10 s
+        60000 node_ready: n1 is back
+    "#]]);
+    assert_eq!(scene.summary(1).attempt, 1);
+}
+
+#[test]
+fn a_lost_node_s_gang_moves_when_another_has_room_and_is_stopped_when_the_node_is_back() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(10, 1, 1, 1);
+    scene.at(20, hello("n2", vec![]));
+    scene.take();
+    scene.at(1_000, Event::NodeUnlinked { node: node("n1") });
+    scene.at(11_000, Event::Woke).at(11_500, Event::Woke);
+    scene.at(20_000, hello("n1", vec![alive(rank(1, 1, 0), 100)]));
+    scene.expect(expect![[r#"
+        11000 node_lost: n1 was not heard of for 10 s
+        11000 job 1: gang_failed: n1 was lost
+        11000 job 1: restart_scheduled: attempt 2 in 500 ms: restart without cost to the budget
+        11000   n1 <- forget 1.1.0
+        11500 job 1: job_queued: waiting for a place: its node takes no ranks now
+        11500 job 1: attempt_placed: attempt 2 is starting on n2
+        11500   n2 <- start job 1 attempt 2 ranks 0+1 port 29501
+        20000 node_ready: n1 is back
+        20000   n1 <- stop job 1 attempt 1 grace 0s
+    "#]]);
+}
+
+#[test]
+fn a_drain_saves_and_puts_jobs_back_in_the_queue_without_counting() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2));
+    scene.start_all(10, 1, 1, 2);
+    scene.take();
+    scene.at(20, Event::NodeDraining { node: node("n1"), cordon: false });
+    scene.at(25, Event::RankExited(Exited { incarnation: rank(1, 1, 0), exit: exit(143, 25), lost: false }));
+    scene.exits(26, rank(1, 1, 1), exit(143, 26));
+    assert!(scene.engine.node_is_empty(&node("n1")));
+    assert_eq!((scene.summary(1).state, scene.summary(1).restarts), (JobState::Queued, 0));
+    // The next agent of that node takes it up again.
+    scene.at(30, Event::NodeUnlinked { node: node("n1") });
+    scene.at(40, hello("n1", vec![]));
+    scene.expect(expect![[r#"
+        20   n1 <- stop job 1 attempt 1 grace 30s
+        26 job 1: job_queued: waiting for a place: n1 is draining
+        26   n1 <- forget 1.1.0 1.1.1
+        40 job 1: attempt_placed: attempt 2 is starting on n1
+        40   n1 <- start job 1 attempt 2 ranks 0+2 port 29501
+    "#]]);
+}
+
+#[test]
+fn a_cordoned_node_takes_no_new_ranks_until_it_is_uncordoned() {
+    let mut scene = Scene::with_node();
+    scene.at(1, Event::CordonRequested { node: node("n1"), cordoned: true });
+    scene.submit(2, 1, command(1));
+    assert_eq!(scene.summary(1).reason.as_deref(), Some("queued: n1 is cordoned"));
+    scene.at(3, Event::CordonRequested { node: node("n1"), cordoned: false });
+    scene.expect(expect![[r#"
+        1 node_cordoned: n1 takes no new ranks: a user asked for it
+        2 job 1: job_submitted: accepted
+        3 node_uncordoned: n1 takes ranks again: a user asked for it
+        3 job 1: attempt_placed: attempt 1 is starting on n1
+        3   n1 <- start job 1 attempt 1 ranks 0+1 port 29500
+    "#]]);
+}
+
+#[test]
+fn a_wait_before_a_restart_survives_the_coordinator() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(10, 1, 1, 1);
+    scene.exits(1_000, rank(1, 1, 0), exit(1, 1_000));
+    scene.take();
+    scene.restart_coordinator(1_100);
+    scene.at(1_200, hello("n1", vec![]));
+    assert_eq!(scene.engine.next_deadline(), Some(Timestamp(1_500)));
+    scene.at(1_500, Event::Woke);
+    scene.expect(expect![[r#"
+        1500 job 1: attempt_placed: attempt 2 is starting on n1
+        1500   n1 <- start job 1 attempt 2 ranks 0+1 port 29500
+    "#]]);
+    assert_eq!(scene.summary(1).restarts, 1);
+}

@@ -1,0 +1,380 @@
+//! The loop: what happens goes to the engine; what it records is made durable, many steps per transaction; only then its commands run and
+//! callers get their answers. One `select!`, one `match`. While a transaction is under way the next batch gathers.
+//!
+//! Reads are answered from the engine, but not before what they show is durable. The trap: never run a command from anywhere else.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use everlit_api::agent::{FromAgent, Hello, ToAgent};
+use everlit_api::ids::{JobId, NodeId};
+use everlit_api::job::JobSpec;
+use everlit_api::problem::{Code, Problem};
+use everlit_api::status::{EventView, JobState};
+use everlit_api::time::Timestamp;
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+use super::agents::Agents;
+use super::clock::Clock;
+use super::metrics::Metrics;
+use super::store::{Batch, Idempotency, Store, StoreError, StoredEvent};
+use crate::engine::limits::QUEUED_JOBS_MAX;
+use crate::engine::{Command, Engine, Event, EventRow, Step};
+
+/// Inputs that may wait.
+pub const INPUTS_MAX: usize = 8_192;
+/// Steps per transaction at most.
+const BATCH_STEPS_MAX: usize = 1_024;
+/// Between two tries of a transaction that failed.
+const RETRY: Duration = Duration::from_millis(500);
+/// Events that a slow follower may lag behind before it reads the store again.
+const FOLLOW_EVENTS: usize = 1_024;
+
+/// What runs once everything before it is durable: an answer to a caller.
+pub type After = Box<dyn FnOnce() + Send>;
+/// Looks at the engine now and gives back what to do once that is durable.
+pub type Look = Box<dyn FnOnce(&Engine, Timestamp) -> After + Send>;
+
+/// What comes in.
+pub enum Input {
+    /// A job to accept.
+    Submit {
+        /// Checked.
+        spec: Box<JobSpec>,
+        /// The key and the body's hash.
+        idempotency: Option<(String, [u8; 32])>,
+        /// The answer, once durable.
+        reply: oneshot::Sender<Result<JobId, Problem>>,
+    },
+    /// A wish that the engine understands; the sender has checked that it makes sense.
+    Wish(Event),
+    /// A question.
+    Look(Look),
+    /// Final jobs go, with all that is known of them.
+    Remove {
+        /// Each with the nodes that have its files.
+        jobs: Vec<(JobId, Vec<NodeId>)>,
+        /// Once durable.
+        reply: oneshot::Sender<()>,
+    },
+    /// An agent said hello on a new link.
+    Linked(Box<Hello>),
+    /// An agent's frame.
+    Agent(NodeId, FromAgent),
+    /// The link of a node ended and no newer one is there.
+    Unlinked(NodeId),
+}
+
+/// What the driver tells everybody, after it is durable.
+#[derive(Debug, Clone)]
+pub enum News {
+    /// An event.
+    Event(Arc<StoredEvent>),
+    /// A job is final.
+    Final(JobId, JobState),
+}
+
+/// Both ends that others hold.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    /// Where inputs go.
+    pub inputs: mpsc::Sender<Input>,
+    /// What happened.
+    pub news: broadcast::Sender<News>,
+}
+
+/// A batch and what follows it.
+#[derive(Default)]
+struct Pending {
+    batch: Batch,
+    commands: Vec<Command>,
+    after: Vec<After>,
+    steps: usize,
+}
+
+impl Pending {
+    fn is_empty(&self) -> bool {
+        self.batch.is_empty() && self.commands.is_empty() && self.after.is_empty()
+    }
+}
+
+/// Owns the engine.
+pub struct Driver {
+    engine: Engine,
+    store: Arc<Store>,
+    agents: Arc<Agents>,
+    metrics: Arc<Metrics>,
+    clock: Clock,
+    news: broadcast::Sender<News>,
+    pending: Pending,
+    event_seq: u64,
+    last_job: u128,
+    seeds: u64,
+    /// Keys whose jobs are not durable yet, or only just.
+    keys: BTreeMap<String, ([u8; 32], JobId)>,
+    removals: BTreeMap<NodeId, Vec<JobId>>,
+}
+
+impl Driver {
+    /// Loads what is stored and gets ready to run.
+    pub async fn load(
+        config: crate::engine::Config,
+        store: Arc<Store>,
+        agents: Arc<Agents>,
+        metrics: Arc<Metrics>,
+    ) -> Result<(Self, Clock, broadcast::Sender<News>), StoreError> {
+        let (event_seq, last_time, last_job) = store.last().await?;
+        let clock = Clock::after(last_time);
+        let engine = Engine::load(config, clock.now(), &store.active_jobs().await?, &store.nodes().await?).map_err(StoreError::Refused)?;
+        let mut removals: BTreeMap<NodeId, Vec<JobId>> = BTreeMap::new();
+        for (job, node) in store.removals().await? {
+            removals.entry(node).or_default().push(job);
+        }
+        for (state, count) in store.count_states().await? {
+            metrics.jobs_loaded(state, count);
+        }
+        let (news, _) = broadcast::channel(FOLLOW_EVENTS);
+        let last_job = last_job.map_or(0, JobId::as_u128);
+        let seeds = fresh_seed();
+        let pending = Pending::default();
+        let keys = BTreeMap::new();
+        let driver =
+            Self { engine, store, agents, metrics, clock, news: news.clone(), pending, event_seq, last_job, seeds, keys, removals };
+        Ok((driver, clock, news))
+    }
+
+    /// Runs until every sender of inputs is gone.
+    pub async fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
+        let mut commit: Option<JoinHandle<Pending>> = None;
+        loop {
+            if commit.is_none() && !self.pending.is_empty() {
+                commit = self.begin_commit();
+                continue;
+            }
+            let wake = self.engine.next_deadline().map(|at| self.clock.instant(at));
+            tokio::select! {
+                biased;
+                done = async { commit.as_mut().expect("guarded").await }, if commit.is_some() => {
+                    commit = None;
+                    match done {
+                        Ok(done) => self.run_after(done),
+                        Err(e) => panic!("the commit task ended: {e}"),
+                    }
+                }
+                input = inputs.recv(), if self.pending.steps < BATCH_STEPS_MAX => {
+                    let Some(input) = input else { break };
+                    self.take(input);
+                    while self.pending.steps < BATCH_STEPS_MAX && let Ok(input) = inputs.try_recv() {
+                        self.take(input);
+                    }
+                }
+                () = async { tokio::time::sleep_until(wake.expect("guarded")).await }, if wake.is_some() => self.feed(Event::Woke),
+            }
+        }
+        if let Some(done) = commit
+            && let Ok(done) = done.await
+        {
+            self.run_after(done);
+        }
+    }
+
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::Submit { spec, idempotency, reply } => self.submit(*spec, idempotency, reply),
+            Input::Wish(event) => self.feed(event),
+            Input::Look(look) => {
+                let after = look(&self.engine, self.clock.now());
+                self.pending.after.push(after);
+                self.pending.steps += 1;
+            }
+            Input::Remove { jobs, reply } => self.remove(jobs, reply),
+            Input::Linked(hello) => {
+                let node = hello.node.clone();
+                self.feed(Event::NodeLinked { hello });
+                for job in self.removals.get(&node).into_iter().flatten() {
+                    self.pending.commands.push(Command::Tell { node: node.clone(), frame: ToAgent::RemoveJob { job: *job } });
+                }
+            }
+            Input::Agent(node, frame) => self.agent_said(node, frame),
+            Input::Unlinked(node) => self.feed(Event::NodeUnlinked { node }),
+        }
+    }
+
+    fn agent_said(&mut self, node: NodeId, frame: FromAgent) {
+        let event = match frame {
+            FromAgent::Hello(hello) => Event::NodeLinked { hello: Box::new(hello) },
+            FromAgent::Report(load) => Event::NodeReported { node, load },
+            FromAgent::Started(started) => Event::RankStarted(started),
+            FromAgent::Exited(exited) => Event::RankExited(exited),
+            FromAgent::Beats { beats } => Event::RanksBeat(beats),
+            FromAgent::Judged { incarnation, verdict, age_ms } => Event::RankJudged { incarnation, verdict, age_ms },
+            FromAgent::Resumed(resumed) => Event::AttemptResumed(resumed),
+            FromAgent::Checkpoint(news) => Event::CheckpointSeen { node, news },
+            FromAgent::StartFailed { job, attempt, reason, permanent } => Event::StartFailed { job, attempt, reason, permanent },
+            FromAgent::Draining => Event::NodeDraining { node, cordon: false },
+            FromAgent::Removed { job } => {
+                if let Some(jobs) = self.removals.get_mut(&node) {
+                    jobs.retain(|j| *j != job);
+                }
+                self.pending.batch.cleared.push((job, node));
+                return;
+            }
+            FromAgent::LogClosed { .. } => return,
+        };
+        self.feed(event);
+    }
+
+    /// One event through the engine into the batch.
+    fn feed(&mut self, event: Event) {
+        let now = self.clock.now();
+        let Step { record, commands } = self.engine.handle(now, event);
+        self.metrics.note_record(&record);
+        let mut seq = self.event_seq;
+        let deleted: Vec<JobId> = record.jobs.iter().filter(|row| row.delete).map(|row| row.id).collect();
+        self.pending.batch.add(record, || {
+            seq += 1;
+            seq
+        });
+        self.event_seq = seq;
+        for command in &commands {
+            if let Command::Final { job, nodes, delete: true, .. } = command {
+                debug_assert!(deleted.contains(job));
+                self.note_removal(*job, nodes.clone());
+            }
+        }
+        self.pending.commands.extend(commands);
+        self.pending.steps += 1;
+    }
+
+    fn submit(&mut self, spec: JobSpec, idempotency: Option<(String, [u8; 32])>, reply: oneshot::Sender<Result<JobId, Problem>>) {
+        if let Some((key, hash)) = &idempotency
+            && let Some((used_hash, job)) = self.keys.get(key)
+        {
+            let answer = if used_hash == hash {
+                Err(Problem::new(Code::IdempotencyInProgress, format!("job {job} is being made with this key: ask again")).retry_after(1))
+            } else {
+                Err(Problem::new(Code::IdempotencyMismatch, "use a new Idempotency-Key for another body"))
+            };
+            let _ = reply.send(answer);
+            return;
+        }
+        if self.store.is_low() {
+            let why = "the disk of the coordinator's data folder is full: free space, or purge final jobs";
+            let _ = reply.send(Err(Problem::new(Code::StoreUnavailable, why).retry_after(10)));
+            return;
+        }
+        if self.engine.queue_depth() >= QUEUED_JOBS_MAX {
+            let why = format!("{QUEUED_JOBS_MAX} jobs wait already: try again when some have run");
+            let _ = reply.send(Err(Problem::new(Code::QueueFull, why).retry_after(30)));
+            return;
+        }
+        let id = self.fresh_job_id();
+        self.seeds = self.seeds.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.feed(Event::JobSubmitted { id, spec: Arc::new(spec), seed: self.seeds });
+        if let Some((key, body_hash)) = idempotency {
+            self.keys.insert(key.clone(), (body_hash, id));
+            self.pending.batch.idempotency.push(Idempotency { key, body_hash, job: id, at: self.clock.now() });
+        }
+        self.pending.after.push(Box::new(move || {
+            let _ = reply.send(Ok(id));
+        }));
+    }
+
+    /// A ULID that is larger than every one before.
+    fn fresh_job_id(&mut self) -> JobId {
+        let ms = self.clock.now().0;
+        let random = (u128::from(self.seeds) << 16) & ((1 << 80) - 1);
+        let fresh = JobId::from_parts(ms, random).as_u128();
+        self.last_job = fresh.max(self.last_job + 1);
+        JobId::from_u128(self.last_job)
+    }
+
+    fn remove(&mut self, jobs: Vec<(JobId, Vec<NodeId>)>, reply: oneshot::Sender<()>) {
+        for (job, nodes) in jobs {
+            self.note_removal(job, nodes.clone());
+            for node in nodes {
+                self.pending.commands.push(Command::Tell { node, frame: ToAgent::RemoveJob { job } });
+            }
+        }
+        self.pending.after.push(Box::new(move || {
+            let _ = reply.send(());
+        }));
+    }
+
+    fn note_removal(&mut self, job: JobId, nodes: Vec<NodeId>) {
+        self.event_seq += 1;
+        let data = serde_json::json!({ "job_id": job });
+        let row = EventRow { job: None, time: self.clock.now(), event: "job_deleted", reason: format!("job {job} was removed"), data };
+        self.pending.batch.events.push((self.event_seq, row));
+        for node in &nodes {
+            self.removals.entry(node.clone()).or_default().push(job);
+        }
+        self.pending.batch.remove(job, nodes);
+        self.pending.steps += 1;
+    }
+
+    /// A batch without anything to record follows at once; else a task makes it durable, however long that takes.
+    fn begin_commit(&mut self) -> Option<JoinHandle<Pending>> {
+        let pending = std::mem::take(&mut self.pending);
+        if pending.batch.is_empty() {
+            self.run_after(pending);
+            return None;
+        }
+        let (store, metrics) = (self.store.clone(), self.metrics.clone());
+        Some(tokio::spawn(async move {
+            let started = std::time::Instant::now();
+            while let Err(e) = store.commit(&pending.batch).await {
+                metrics.commit_failed();
+                tracing::error!("a transaction failed and is tried again: {e}");
+                tokio::time::sleep(RETRY).await;
+                store.restore_ballast();
+            }
+            metrics.committed(started.elapsed(), pending.steps);
+            pending
+        }))
+    }
+
+    fn run_after(&mut self, done: Pending) {
+        for used in &done.batch.idempotency {
+            self.keys.remove(&used.key);
+        }
+        for (seq, row) in done.batch.events {
+            let view = EventView {
+                id: seq.to_string(),
+                job_id: row.job,
+                time: row.time,
+                event: row.event.to_string(),
+                reason: row.reason,
+                data: row.data,
+            };
+            // Nobody listening is no error.
+            let _ = self.news.send(News::Event(Arc::new(StoredEvent { seq, view })));
+        }
+        for command in done.commands {
+            match command {
+                Command::Tell { node, frame } => self.agents.tell(&node, &frame),
+                Command::Final { job, state, nodes, delete } => {
+                    let _ = self.news.send(News::Final(job, state));
+                    if delete {
+                        for node in nodes {
+                            self.agents.tell(&node, &ToAgent::RemoveJob { job });
+                        }
+                    }
+                }
+            }
+        }
+        for after in done.after {
+            after();
+        }
+    }
+}
+
+/// Different in every process; jobs' own seeds are made from it and recorded.
+fn fresh_seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
+    hasher.write_u128(Timestamp::now().0.into());
+    hasher.finish()
+}

@@ -1,0 +1,149 @@
+//! What Prometheus reads. Names and labels stand here and nowhere else; never a job id, a path or a user as a label.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use everlit_api::status::JobState;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::engine::Record;
+
+type Label = Vec<(&'static str, String)>;
+
+/// Every metric of the coordinator.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    events: Family<Label, Counter>,
+    jobs: Family<Label, Gauge>,
+    ranks: Gauge,
+    nodes: Family<Label, Gauge>,
+    queue: Gauge,
+    stale: Gauge,
+    commits: Histogram,
+    batch: Histogram,
+    commit_failures: Counter,
+    uptime: Gauge<f64, AtomicU64>,
+    final_jobs: Mutex<BTreeMap<JobState, u64>>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("everlit");
+        let own = Self {
+            registry: Registry::default(),
+            events: Family::default(),
+            jobs: Family::default(),
+            ranks: Gauge::default(),
+            nodes: Family::default(),
+            queue: Gauge::default(),
+            stale: Gauge::default(),
+            commits: Histogram::new(exponential_buckets(0.000_25, 2.0, 14)),
+            batch: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
+            commit_failures: Counter::default(),
+            uptime: Gauge::default(),
+            final_jobs: Mutex::default(),
+        };
+        registry.register("events", "Recorded events by name", own.events.clone());
+        registry.register("jobs", "Jobs by state, removed ones not counted", own.jobs.clone());
+        registry.register("ranks", "Ranks alive", own.ranks.clone());
+        registry.register("nodes", "Nodes by state", own.nodes.clone());
+        registry.register("queue_depth", "Jobs that wait for a place", own.queue.clone());
+        registry.register("stale_news", "News of past incarnations that were dropped since the start", own.stale.clone());
+        registry.register_with_unit("store_commit", "Time of a transaction until it is durable", Unit::Seconds, own.commits.clone());
+        registry.register("store_commit_steps", "Engine steps per transaction", own.batch.clone());
+        registry.register("store_commit_failures", "Transactions that failed and were tried again", own.commit_failures.clone());
+        registry.register_with_unit("uptime", "Since the start", Unit::Seconds, own.uptime.clone());
+        Self { registry, ..own }
+    }
+}
+
+/// What the engine has right now.
+#[derive(Debug, Clone, Default)]
+pub struct Now {
+    /// Active jobs by state.
+    pub jobs: BTreeMap<JobState, u64>,
+    /// Ranks alive.
+    pub ranks: u64,
+    /// Connected and lost nodes.
+    pub nodes: (u64, u64),
+    /// Jobs that wait.
+    pub queue: u64,
+    /// Dropped news.
+    pub stale: u64,
+    /// Since the start.
+    pub uptime: Duration,
+}
+
+impl Metrics {
+    /// Jobs that were there at start.
+    pub fn jobs_loaded(&self, state: JobState, count: u64) {
+        if state.is_final() {
+            self.final_jobs().insert(state, count);
+        }
+    }
+
+    fn final_jobs(&self) -> std::sync::MutexGuard<'_, BTreeMap<JobState, u64>> {
+        self.final_jobs.lock().expect("no panic while holding the lock")
+    }
+
+    /// A step's record.
+    pub fn note_record(&self, record: &Record) {
+        for event in &record.events {
+            self.events.get_or_create(&vec![("event", event.event.to_string())]).inc();
+        }
+        for row in record.jobs.iter().filter(|row| row.state.is_final() && !row.delete) {
+            *self.final_jobs().entry(row.state).or_default() += 1;
+        }
+    }
+
+    /// Final jobs that were removed.
+    pub fn jobs_removed(&self, states: impl IntoIterator<Item = JobState>) {
+        let mut jobs = self.final_jobs();
+        for state in states {
+            if let Some(count) = jobs.get_mut(&state) {
+                *count = count.saturating_sub(1);
+            }
+        }
+    }
+
+    /// A transaction is durable.
+    pub fn committed(&self, took: Duration, steps: usize) {
+        self.commits.observe(took.as_secs_f64());
+        self.batch.observe(steps as f64);
+    }
+
+    /// A transaction failed.
+    pub fn commit_failed(&self) {
+        self.commit_failures.inc();
+    }
+
+    /// Every job by state, with those that the engine has.
+    pub fn job_counts(&self, active: &BTreeMap<JobState, u64>) -> BTreeMap<JobState, u64> {
+        let finals = self.final_jobs();
+        JobState::ALL.into_iter().map(|s| (s, if s.is_final() { finals.get(&s) } else { active.get(&s) }.copied().unwrap_or(0))).collect()
+    }
+
+    /// The text that Prometheus reads.
+    pub fn text(&self, now: &Now) -> String {
+        for (state, count) in self.job_counts(&now.jobs) {
+            self.jobs.get_or_create(&vec![("state", state.to_string())]).set(count as i64);
+        }
+        self.ranks.set(now.ranks as i64);
+        self.queue.set(now.queue as i64);
+        self.stale.set(now.stale as i64);
+        self.nodes.get_or_create(&vec![("state", "ready".to_string())]).set(now.nodes.0 as i64);
+        self.nodes.get_or_create(&vec![("state", "lost".to_string())]).set(now.nodes.1 as i64);
+        self.uptime.set(now.uptime.as_secs_f64());
+        let mut text = String::new();
+        encode(&mut text, &self.registry).expect("writing to a string does not fail");
+        text
+    }
+}

@@ -1,0 +1,20 @@
+//! The shell around the engine: clock, store, links to agents, logs, control. It does; it does not decide.
+
+use std::path::Path;
+
+pub mod agents;
+pub mod clock;
+pub mod control;
+pub mod down;
+pub mod driver;
+pub mod local;
+pub mod logs;
+pub mod metrics;
+pub mod store;
+pub mod up;
+
+/// Bytes that an unprivileged process may still write to the disk of a folder.
+pub(crate) fn disk_free(dir: &Path) -> Option<u64> {
+    let stat = nix::sys::statvfs::statvfs(dir).ok()?;
+    Some(stat.blocks_available() as u64 * stat.fragment_size() as u64)
+}

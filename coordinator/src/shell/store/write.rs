@@ -1,0 +1,169 @@
+//! Writing: one transaction per batch, one statement per table whatever the number of rows (they travel as one JSON text).
+
+use std::collections::BTreeMap;
+
+use everlit_api::ids::{JobId, NodeId};
+use everlit_api::status::AttemptView;
+use everlit_api::time::Timestamp;
+use serde_json::json;
+
+use super::{Store, StoreError};
+use crate::engine::{EventRow, JobRow, Record};
+
+/// A used `Idempotency-Key`.
+#[derive(Debug, Clone)]
+pub struct Idempotency {
+    /// The key.
+    pub key: String,
+    /// sha256 of the body.
+    pub body_hash: [u8; 32],
+    /// What it made.
+    pub job: JobId,
+    /// When.
+    pub at: Timestamp,
+}
+
+/// Many steps' records as one transaction. Of each job only the newest row is kept.
+#[derive(Debug, Default)]
+pub struct Batch {
+    jobs: BTreeMap<JobId, JobRow>,
+    /// With their numbers.
+    pub events: Vec<(u64, EventRow)>,
+    attempts: BTreeMap<(JobId, u32), AttemptView>,
+    cordons: BTreeMap<NodeId, bool>,
+    /// Keys used by jobs of this batch.
+    pub idempotency: Vec<Idempotency>,
+    removed: BTreeMap<JobId, Vec<NodeId>>,
+    /// Files that a node says are gone.
+    pub cleared: Vec<(JobId, NodeId)>,
+}
+
+impl Batch {
+    /// Nothing to write.
+    pub fn is_empty(&self) -> bool {
+        self.jobs.is_empty()
+            && self.events.is_empty()
+            && self.attempts.is_empty()
+            && self.cordons.is_empty()
+            && self.idempotency.is_empty()
+            && self.removed.is_empty()
+            && self.cleared.is_empty()
+    }
+
+    /// Adds a step's record; events are numbered by the caller.
+    pub fn add(&mut self, record: Record, mut number: impl FnMut() -> u64) {
+        for mut row in record.jobs {
+            let before = self.jobs.remove(&row.id);
+            row.spec = row.spec.or(before.and_then(|b| b.spec));
+            self.jobs.insert(row.id, row);
+        }
+        self.events.extend(record.events.into_iter().map(|e| (number(), e)));
+        self.attempts.extend(record.attempts.into_iter().map(|(job, view)| ((job, view.attempt), view)));
+        self.cordons.extend(record.cordons);
+    }
+
+    /// A job goes with everything that is known of it; its nodes are to remove its files.
+    pub fn remove(&mut self, job: JobId, nodes: Vec<NodeId>) {
+        self.jobs.remove(&job);
+        self.attempts.retain(|(id, _), _| *id != job);
+        self.removed.insert(job, nodes);
+    }
+}
+
+impl Store {
+    pub(super) async fn try_commit(&self, batch: &Batch) -> Result<(), StoreError> {
+        let mut tx = self.writer.begin().await?;
+        let (fresh, known): (Vec<_>, Vec<_>) = batch.jobs.values().partition(|row| row.spec.is_some());
+        if !fresh.is_empty() {
+            let rows: Vec<_> = fresh.iter().map(|row| job_json(row)).collect();
+            sqlx::query(
+                "INSERT INTO jobs (job_id, state, finished_at, body, ranks, series, spec, name)
+                 SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5, value->>6, value->>7 FROM json_each(?)",
+            )
+            .bind(text(&rows)?)
+            .execute(&mut *tx)
+            .await?;
+        }
+        if !known.is_empty() {
+            let rows: Vec<_> = known.iter().map(|row| job_json(row)).collect();
+            sqlx::query(
+                "UPDATE jobs SET state = v.value->>1, finished_at = v.value->>2, body = v.value->>3, ranks = v.value->>4, series = v.value->>5
+                 FROM json_each(?) AS v WHERE jobs.job_id = v.value->>0",
+            )
+            .bind(text(&rows)?)
+            .execute(&mut *tx)
+            .await?;
+        }
+        if !batch.events.is_empty() {
+            let row = |(seq, e): &(u64, EventRow)| {
+                json!([seq, e.job.filter(|job| !batch.removed.contains_key(job)), e.time.0, e.event, e.reason, e.data.to_string()])
+            };
+            let rows: Vec<_> = batch.events.iter().map(row).collect();
+            sqlx::query(
+                "INSERT INTO events (seq, job_id, time, event, reason, data)
+                 SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5 FROM json_each(?)",
+            )
+            .bind(text(&rows)?)
+            .execute(&mut *tx)
+            .await?;
+        }
+        if !batch.attempts.is_empty() {
+            let row = |((job, attempt), view): (&(JobId, u32), &AttemptView)| Ok(json!([job, attempt, text(view)?]));
+            let rows = batch.attempts.iter().map(row).collect::<Result<Vec<_>, StoreError>>()?;
+            sqlx::query("INSERT OR REPLACE INTO attempts (job_id, attempt, body) SELECT value->>0, value->>1, value->>2 FROM json_each(?)")
+                .bind(text(&rows)?)
+                .execute(&mut *tx)
+                .await?;
+        }
+        for (node, cordoned) in &batch.cordons {
+            sqlx::query("INSERT OR REPLACE INTO nodes (node, cordoned) VALUES (?, ?)")
+                .bind(&node.0)
+                .bind(cordoned)
+                .execute(&mut *tx)
+                .await?;
+        }
+        for used in &batch.idempotency {
+            sqlx::query("INSERT OR IGNORE INTO idempotency (key, body_hash, job_id, created_at) VALUES (?, ?, ?, ?)")
+                .bind(&used.key)
+                .bind(&used.body_hash[..])
+                .bind(used.job.to_string())
+                .bind(used.at.0 as i64)
+                .execute(&mut *tx)
+                .await?;
+        }
+        if !batch.removed.is_empty() {
+            let ids = text(&batch.removed.keys().collect::<Vec<_>>())?;
+            let pairs: Vec<_> = batch.removed.iter().flat_map(|(job, nodes)| nodes.iter().map(move |node| json!([job, node]))).collect();
+            sqlx::query("DELETE FROM jobs WHERE job_id IN (SELECT value FROM json_each(?))").bind(&ids).execute(&mut *tx).await?;
+            sqlx::query("DELETE FROM attempts WHERE job_id IN (SELECT value FROM json_each(?))").bind(&ids).execute(&mut *tx).await?;
+            sqlx::query("DELETE FROM idempotency WHERE job_id IN (SELECT value FROM json_each(?))").bind(&ids).execute(&mut *tx).await?;
+            sqlx::query("DELETE FROM events WHERE job_id IN (SELECT value FROM json_each(?))").bind(&ids).execute(&mut *tx).await?;
+            sqlx::query("INSERT OR IGNORE INTO removals (job_id, node) SELECT value->>0, value->>1 FROM json_each(?)")
+                .bind(text(&pairs)?)
+                .execute(&mut *tx)
+                .await?;
+        }
+        for (job, node) in &batch.cleared {
+            sqlx::query("DELETE FROM removals WHERE job_id = ? AND node = ?").bind(job.to_string()).bind(&node.0).execute(&mut *tx).await?;
+        }
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Forgets keys that are older than a day.
+    pub async fn forget_keys(&self, now: Timestamp) -> Result<(), StoreError> {
+        let day = 24 * 3_600 * 1_000;
+        sqlx::query("DELETE FROM idempotency WHERE created_at < ?").bind(now.0.saturating_sub(day) as i64).execute(&self.writer).await?;
+        Ok(())
+    }
+}
+
+fn job_json(row: &JobRow) -> serde_json::Value {
+    let spec = row.spec.as_ref().and_then(|spec| serde_json::to_string(&**spec).ok());
+    let name = row.spec.as_ref().and_then(|spec| spec.name.clone());
+    json!([row.id, row.state.as_str(), row.finished_at.map(|t| t.0), row.body, row.ranks, row.series, spec, name])
+}
+
+fn text<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {
+    serde_json::to_string(value).map_err(|e| StoreError::Database(sqlx::Error::Encode(Box::new(e))))
+}

@@ -1,0 +1,265 @@
+//! `everlit up`: read everything without binding anything, then open, serve, and end the way one was asked to.
+//!
+//! Ctrl-C drains this machine's agent and ends both; a second one ends at once and leaves ranks running. SIGTERM ends the coordinator
+//! alone (in a container, whose processes end with it, it drains like Ctrl-C).
+
+use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use axum::serve::ListenerExt;
+use everlit_api::agent::ToAgent;
+use everlit_api::ids::NodeId;
+use everlit_api::time::{Millis, Timestamp};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use super::agents::Agents;
+use super::control::Coordinator;
+use super::driver::{Driver, Handle, INPUTS_MAX, Input};
+use super::local::{LocalAgent, beside, try_lock};
+use super::metrics::Metrics;
+use super::store::Store;
+use crate::engine::{self, Event};
+
+/// Between two looks at what is old.
+const HOUSEKEEPING: Duration = Duration::from_secs(60);
+/// For open answers to be finished at the end.
+const CLOSE_WAIT: Duration = Duration::from_secs(2);
+
+/// Everything that `up` may be told.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// Everything durable.
+    pub data_dir: PathBuf,
+    /// Between two reports of a node.
+    pub report_interval: Millis,
+    /// Silence after which a node counts as lost.
+    pub node_timeout: Millis,
+    /// First and last port for `MASTER_PORT`.
+    pub rendezvous_ports: (u16, u16),
+    /// Final jobs go after this.
+    pub retain_jobs: Millis,
+    /// Run an agent on this machine.
+    pub local_agent: bool,
+}
+
+/// How it was asked to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// Save and end everything of this machine.
+    Drain,
+    /// End the coordinator alone.
+    Leave,
+}
+
+/// Runs until it is told to end.
+pub async fn up(settings: Settings) -> anyhow::Result<()> {
+    if !settings.listen.ip().is_loopback() {
+        bail!("--listen {} is open to others, and doors with locks (tokens, TLS) are not built yet: listen on 127.0.0.1", settings.listen);
+    }
+    let dir = &settings.data_dir;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("--data-dir {} can not be made", dir.display()))?;
+    let dir = std::fs::canonicalize(dir)?;
+    let Some(lock) = try_lock(&dir.join("coordinator.lock")).with_context(|| format!("{}", dir.display()))? else {
+        bail!("another coordinator runs on {}: end it, or use another --data-dir", dir.display());
+    };
+    let store = Arc::new(Store::open(&dir).await?);
+    let metrics = Arc::new(Metrics::default());
+    let agents = Arc::new(Agents::new(settings.report_interval));
+    let config = engine::Config { node_timeout_ms: settings.node_timeout.0, ports: settings.rendezvous_ports, ..engine::Config::default() };
+    let (driver, clock, news) = Driver::load(config, store.clone(), agents.clone(), metrics.clone()).await?;
+
+    let listener = TcpListener::bind(settings.listen).await.with_context(|| {
+        format!("{} can not be listened on: is another everlit or another program there? --listen takes another address", settings.listen)
+    })?;
+    let address = listener.local_addr()?;
+    let token = agent_token(&dir)?;
+    let coordinator_file = dir.join("coordinator.json");
+    write_whole(
+        &coordinator_file,
+        &serde_json::json!({ "url": format!("http://{address}"), "token": token, "pid": std::process::id() }).to_string(),
+    )?;
+
+    let (inputs, input_queue) = mpsc::channel(INPUTS_MAX);
+    let handle = Handle { inputs: inputs.clone(), news };
+    let driving = tokio::spawn(driver.run(input_queue));
+    let ready = Arc::new(AtomicBool::new(true));
+    let coordinator = Coordinator {
+        handle,
+        store: store.clone(),
+        agents: agents.clone(),
+        metrics,
+        clock,
+        agent_token: token.into(),
+        ready: ready.clone(),
+    };
+    let local = LocalAgent { dir: dir.join("agent"), coordinator_file, program: beside("everlit-agent")? };
+    let keeper = settings.local_agent.then(|| {
+        let local = local.clone();
+        tokio::spawn(async move { local.keep().await })
+    });
+    let housekeeper = tokio::spawn(keep_house(coordinator.clone(), settings.retain_jobs));
+
+    println!("everlit {} listens on http://{address} (data in {})", env!("CARGO_PKG_VERSION"), dir.display());
+    println!("submit a job:  curl -s -X POST http://{address}/jobs -H 'Content-Type: application/json' -d '{{\"world_size\": 2}}'");
+    let router = everlit_api::server::router(Arc::new(coordinator.clone()), everlit_api::server::Policy::Loopback);
+    let (close, closing) = tokio::sync::watch::channel(false);
+    let mut serving = tokio::spawn(async move {
+        let mut closing = closing;
+        let asked = async move { drop(closing.wait_for(|asked| *asked).await) };
+        // Small answers and events must not wait for the reader's acknowledgement.
+        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
+        axum::serve(listener, router).with_graceful_shutdown(asked).await
+    });
+
+    let mut ends = Signals::new()?;
+    let end = tokio::select! {
+        end = ends.next() => end,
+        served = &mut serving => bail!("the server ended: {served:?}"),
+    };
+    ready.store(false, Ordering::Relaxed);
+    let drained = match end {
+        End::Drain => tokio::select! {
+            drained = drain(&coordinator) => drained,
+            _ = ends.next() => false,
+        },
+        End::Leave => false,
+    };
+    housekeeper.abort();
+    if let Some(keeper) = keeper {
+        keeper.abort();
+    }
+    if drained {
+        wait_for_agent(&local, &mut ends).await;
+    }
+    let _ = close.send(true);
+    let _ = tokio::time::timeout(CLOSE_WAIT, &mut serving).await;
+    serving.abort();
+    drop((coordinator, inputs));
+    driving.abort();
+    let _ = driving.await;
+    store.close().await;
+    drop(lock);
+    println!(
+        "{}",
+        if drained {
+            "ended: jobs were saved and wait for the next `everlit up`"
+        } else {
+            "ended: ranks run on, the next `everlit up` adopts them"
+        }
+    );
+    Ok(())
+}
+
+/// Puts every job of the linked nodes back in the queue. True once nothing runs any more.
+async fn drain(coordinator: &Coordinator) -> bool {
+    let nodes = coordinator.agents.linked();
+    println!("saving jobs and ending (Ctrl-C again leaves them running) …");
+    for node in &nodes {
+        if coordinator.handle.inputs.send(Input::Wish(Event::NodeDraining { node: node.clone(), cordon: false })).await.is_err() {
+            return false;
+        }
+    }
+    let mut news = coordinator.handle.news.subscribe();
+    loop {
+        let all: Vec<NodeId> = nodes.clone();
+        match coordinator.look(move |engine, _| all.iter().all(|node| engine.node_is_empty(node))).await {
+            Ok(true) => break,
+            Ok(false) => drop(tokio::time::timeout(Duration::from_millis(200), news.recv()).await),
+            Err(_) => return false,
+        }
+    }
+    for node in &nodes {
+        coordinator.agents.tell(node, &ToAgent::Shutdown);
+    }
+    true
+}
+
+async fn wait_for_agent(local: &LocalAgent, ends: &mut Signals) {
+    let gone = async {
+        while local.is_alive().unwrap_or(false) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::select! {
+        () = gone => {}
+        _ = ends.next() => {}
+        () = tokio::time::sleep(Duration::from_secs(5)) => tracing::warn!("this machine's agent did not end in time"),
+    }
+}
+
+async fn keep_house(coordinator: Coordinator, retain: Millis) {
+    let mut tick = tokio::time::interval(HOUSEKEEPING);
+    loop {
+        tick.tick().await;
+        coordinator.store.restore_ballast();
+        let now = coordinator.clock.now();
+        if let Err(e) = coordinator.store.forget_keys(now).await {
+            tracing::warn!("old keys stay: {e}");
+        }
+        match coordinator.purge_before(Timestamp(now.0.saturating_sub(retain.0)), Vec::new(), false).await {
+            Ok(ids) if !ids.is_empty() => tracing::info!(count = ids.len(), "final jobs older than --retain-jobs were removed"),
+            Ok(_) => {}
+            Err(e) => tracing::warn!("old jobs stay: {e}"),
+        }
+    }
+}
+
+struct Signals {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+    in_container: bool,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            in_container: std::process::id() == 1,
+        })
+    }
+
+    async fn next(&mut self) -> End {
+        tokio::select! {
+            _ = self.interrupt.recv() => End::Drain,
+            _ = self.terminate.recv() => if self.in_container { End::Drain } else { End::Leave },
+        }
+    }
+}
+
+/// The secret that only who can read the data folder knows; made once.
+fn agent_token(dir: &Path) -> anyhow::Result<String> {
+    let path = dir.join("agent.token");
+    if let Ok(text) = std::fs::read_to_string(&path)
+        && text.trim().len() == 64
+    {
+        return Ok(text.trim().to_string());
+    }
+    let mut bytes = [0u8; 32];
+    std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
+    let token: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    write_whole(&path, &token)?;
+    Ok(token)
+}
+
+/// Replaces a small private file as a whole.
+fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
+    let draft = path.with_extension("new");
+    let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
+    std::io::Write::write_all(&mut file, text.as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(&draft, path).with_context(|| format!("{}", path.display()))
+}

@@ -1,0 +1,319 @@
+"""The main job, end to end: real programs, real kills, seen only from the outside."""
+
+import hashlib
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from lib import BIN, Everlit, is_alive, parent, run, sse, until
+
+CUTS = int(os.environ.get("EVERLIT_CUTS", "5"))
+LINES = int(os.environ.get("EVERLIT_LINES", "200000"))
+SAVE_KILLS = int(os.environ.get("EVERLIT_SAVE_KILLS", "20"))
+SMALL = {"model": "mlp-10k", "steps": 400, "batch_size": 32}
+
+
+def a_true_job_passes_through_every_layer():
+    with Everlit() as everlit:
+        job = everlit.submit(command=["true"])
+        summary = everlit.final(job)
+        assert summary["state"] == "succeeded", summary
+        assert summary["ranks"][0]["exit"]["code"] == 0 and summary["ranks"][0]["pid"] is None, summary
+        names = [e["event"] for e in everlit.events(job)]
+        assert names == ["job_submitted", "attempt_placed", "job_running", "job_final"], names
+        ledger = summary["ledger"]
+        assert abs(sum(ledger.values()) - wall(summary)) < 0.005, (ledger, wall(summary))
+
+
+def wall(summary):
+    at = lambda key: time.mktime(time.strptime(summary[key][:19], "%Y-%m-%dT%H:%M:%S")) + float(summary[key][19:-1])
+    return at("finished_at") - at("submitted_at")
+
+
+def a_program_gets_torchrun_s_environment():
+    wanted = """RANK LOCAL_RANK GROUP_RANK ROLE_RANK ROLE_NAME WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE MASTER_ADDR
+        MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_ERROR_FILE
+        TORCH_NCCL_ASYNC_ERROR_HANDLING OMP_NUM_THREADS PYTHONUNBUFFERED EVERLIT_JOB_ID EVERLIT_ATTEMPT EVERLIT_HEARTBEAT_FILE
+        EVERLIT_CHECKPOINT_DIR EVERLIT_RESUME_FROM EVERLIT_DATA_SHARDS PATH""".split()
+    with Everlit() as everlit:
+        os.environ["EVERLIT_TEST_LEAK"] = "secret"
+        job = everlit.submit(command=["env", "-0"], world_size=2, env={"MINE": "yes"}, secrets={"KEY": "s3cr3t"})
+        assert everlit.final(job)["state"] == "succeeded"
+        seen = []
+        for rank in (0, 1):
+            text = everlit.get(f"/jobs/{job}/logs?rank={rank}", raw=True).decode()
+            seen.append(dict(pair.split("=", 1) for pair in text.split("\0") if "=" in pair))
+        for env in seen:
+            missing = [name for name in wanted if name not in env]
+            assert not missing, missing
+            assert env["MINE"] == "yes" and env["KEY"] == "s3cr3t" and "EVERLIT_TEST_LEAK" not in env and "EVERLIT_TOKEN" not in env
+            assert env["EVERLIT_JOB_ID"] == env["TORCHELASTIC_RUN_ID"] == job and env["WORLD_SIZE"] == "2"
+        assert [env["RANK"] for env in seen] == ["0", "1"]
+        differing = {name for name in seen[0] if seen[0][name] != seen[1].get(name)}
+        allowed = {"RANK", "LOCAL_RANK", "ROLE_RANK", "TORCHELASTIC_ERROR_FILE", "EVERLIT_HEARTBEAT_FILE", "EVERLIT_DATA_SHARDS"}
+        assert differing <= allowed, differing
+        # What the program itself printed (the tail of its exit) is its own affair.
+        shown = json.dumps([everlit.get(f"/jobs/{job}"), everlit.events(job), everlit.get("/jobs")])
+        assert "s3cr3t" not in shown and "***" in shown
+
+
+def a_foreign_program_is_restarted_read_and_resumed():
+    script = pathlib.Path(tempfile.mkdtemp(prefix="everlit-e2e-")) / "program.py"
+    script.write_text(
+        """
+import os, pathlib, subprocess, sys, time
+rank, attempt = os.environ["RANK"], int(os.environ["EVERLIT_ATTEMPT"])
+resume = os.environ["EVERLIT_RESUME_FROM"]
+start = int((pathlib.Path(resume) / "state.txt").read_text()) if resume else 0
+print(f"rank {rank} attempt {attempt} begins at {start}")
+for step in range(start + 1, 41):
+    time.sleep(0.02)
+    if rank == "0":
+        print(f"step={step}/40 loss={10 / step:.3f}")
+        if step == 20 and attempt == 1:
+            draft = pathlib.Path(os.environ["EVERLIT_CHECKPOINT_DIR"]) / "mine-20"
+            draft.mkdir()
+            (draft / "state.txt").write_text(str(step))
+            subprocess.run([sys.argv[1], "checkpoint", "commit", str(draft), "--step", str(step)], check=True)
+    if step == 30 and attempt == 1 and rank == "1":
+        sys.exit(9)
+"""
+    )
+    with Everlit() as everlit:
+        command = [sys.executable, str(script), str(BIN / "everlit-agent")]
+        job = everlit.submit(command=command, world_size=2, restart={"scope": "gang"})
+        summary = everlit.final(job)
+        assert summary["state"] == "succeeded" and summary["restarts"] == 1 and summary["attempt"] == 2, summary
+        assert summary["step"] == 40 and summary["total_steps"] == 40 and summary["progress"] == 1.0, summary
+        assert abs(summary["loss"] - 0.25) < 1e-9, summary
+        log = everlit.get(f"/jobs/{job}/logs", raw=True).decode()
+        assert "rank 0 attempt 1 begins at 0" in log and "rank 1 attempt 2 begins at 20" in log, log
+        attempts = everlit.get(f"/jobs/{job}/attempts")
+        attempts = attempts.get("data", attempts) if isinstance(attempts, dict) else attempts
+        assert attempts[0]["cause"] == "exit" and attempts[0]["first_failed_rank"] == 1 and attempts[1]["resumed_from_step"] == 20, attempts
+
+
+def a_crash_loop_is_visible_and_ends_with_the_rank_s_words():
+    with Everlit() as everlit:
+        job = everlit.submit(
+            command=["sh", "-c", "echo no such model: tiny >&2; exit 3"],
+            restart={"max_start_failures": 8, "backoff": {"max": "4s"}},
+        )
+        summary = everlit.final(job)
+        assert summary["state"] == "failed" and "no such model: tiny" in summary["reason"], summary
+        delays = [e["data"]["delay_ms"] for e in everlit.events(job) if e["event"] == "restart_scheduled"]
+        plain = [500, 1000, 2000, 4000, 4000, 4000, 4000]
+        assert len(delays) == 7 and all(max(500, p * 0.8) <= d <= p * 1.2 for d, p in zip(delays, plain)), delays
+        assert len(set(delays[3:])) > 1, "no jitter: " + str(delays)
+        print(f"     delays: {delays}; reason: {summary['reason']}")
+
+
+def typed_as_it_stands():
+    """The owner's lines, through bash, curl, jq and ps."""
+    with Everlit() as everlit:
+        script = """
+            set -e
+            JOB_ID=$(curl -s -X POST $URL/jobs -H "Content-Type: application/json" -d '{"world_size": 4}' | jq -r .job_id)
+            echo "$JOB_ID"
+            curl -s $URL/jobs/$JOB_ID/summary | jq -e '.ranks | length == 4' >/dev/null
+            (curl -sN --max-time 20 $URL/jobs/$JOB_ID/logs/stream || true) | grep -m1 '^event: log' >/dev/null
+            test "$(curl -s -o /dev/null -w '%{http_code}' -X DELETE $URL/jobs/$JOB_ID)" = 409
+        """
+        done = subprocess.run(["bash", "-c", script], env={**os.environ, "URL": everlit.url}, capture_output=True, text=True)
+        assert done.returncode == 0, done
+        job = done.stdout.strip()
+        everlit.at_step(job, 3)
+        listing = subprocess.check_output(["ps", "aux"], text=True)
+        workers = [int(line.split()[1]) for line in listing.splitlines() if "everlit-worker train" in line and job in line]
+        pids = [r["pid"] for r in everlit.summary(job)["ranks"]]
+        assert sorted(workers) == sorted(pids), (workers, pids)
+        os.kill(workers[2], signal.SIGKILL)
+        until("recovered", lambda: (s := everlit.running(job))["restarts"] == 1 and s["attempt"] == 2 and s, 60)
+        everlit.at_step(job, 1)
+        # The shim's death is survived too, and free.
+        shim = parent(everlit.summary(job)["ranks"][1]["pid"])
+        os.kill(shim, signal.SIGKILL)
+        until("recovered again", lambda: (s := everlit.running(job))["restarts"] == 2 and s["attempt"] == 3 and s, 60)
+        causes = [e["data"].get("cause") for e in everlit.events(job) if e["event"] == "restart_scheduled"]
+        assert causes == ["signal", "infrastructure"], causes
+        everlit.at_step(job, 1)
+        assert everlit.refused("DELETE", f"/jobs/{job}")[0] == 409
+        pids = [r["pid"] for r in everlit.summary(job)["ranks"]]
+        everlit.request("DELETE", f"/jobs/{job}?stop_first=true")
+        until("the job's removal", lambda: gone(everlit, job), 60)
+        assert not any(is_alive(pid) for pid in pids)
+        until("its files' removal", lambda: not (everlit.data / "agent/jobs" / job).exists(), 20)
+
+
+def gone(everlit, job):
+    try:
+        everlit.get(f"/jobs/{job}")
+        return False
+    except Exception as e:
+        return getattr(e, "status", 0) == 404
+
+
+def the_coordinator_s_death_is_not_noticed():
+    with Everlit() as everlit:
+        job = everlit.submit(world_size=2, worker={**SMALL, "steps": 1500})
+        before = everlit.at_step(job, 100)
+        pids = [r["pid"] for r in before["ranks"]]
+        history = everlit.events(job)
+        everlit.kill()
+        heartbeats = list((everlit.data / "agent/jobs" / job).rglob("HEARTBEAT"))
+        steps = [json.loads(h.read_text())["step"] for h in heartbeats]
+        until("steps without a coordinator", lambda: all(json.loads(h.read_text())["step"] > s + 20 for h, s in zip(heartbeats, steps)))
+        assert all(map(is_alive, pids))
+        everlit.up()
+        after = everlit.running(job)
+        assert [r["pid"] for r in after["ranks"]] == pids and after["attempt"] == 1 and after["restarts"] == 0, after
+        assert everlit.events(job)[: len(history)] == history
+        final = everlit.final(job)
+        assert final["state"] == "succeeded" and final["restarts"] == 0 and final["step"] == 1500, final
+
+
+def ctrl_c_saves_and_the_next_up_resumes():
+    with Everlit() as everlit:
+        job = everlit.submit(world_size=2, worker={**SMALL, "steps": 3000}, checkpoint={"every_steps": 100000})
+        reached = everlit.at_step(job, 150)["step"]
+        assert everlit.interrupt() == 0
+        assert everlit.agent_pid() is None
+        everlit.up()
+        after = everlit.at_step(job, reached)
+        resumed = [e for e in everlit.events(job) if e["event"] == "attempt_resumed"]
+        assert resumed and resumed[-1]["data"]["step"] >= reached, resumed
+        assert after["restarts"] == 0 and after["lost_steps"] == 0, after
+        assert everlit.final(job)["state"] == "succeeded"
+
+
+def sigterm_leaves_ranks_running():
+    with Everlit() as everlit:
+        job = everlit.submit(command=["sleep", "1000"], world_size=2)
+        pids = [r["pid"] for r in everlit.running(job)["ranks"]]
+        everlit.process.terminate()
+        assert everlit.process.wait(20) == 0
+        assert all(map(is_alive, pids))
+        everlit.up()
+        assert [r["pid"] for r in everlit.running(job)["ranks"]] == pids
+
+
+def the_agent_s_death_is_not_noticed():
+    with Everlit() as everlit:
+        job = everlit.submit(command=["sleep", "1000"], world_size=2)
+        short = everlit.submit(command=["sh", "-c", "sleep 1; exit 0"])
+        everlit.running(short)
+        pids = [r["pid"] for r in everlit.running(job)["ranks"]]
+        old = everlit.agent_pid()
+        os.kill(old, signal.SIGKILL)
+        until("another agent", lambda: (new := everlit.agent_pid()) and new != old and new)
+        assert everlit.final(short)["state"] == "succeeded"
+        until("the node", lambda: everlit.get("/status")["nodes"]["ready"] == 1)
+        assert [r["pid"] for r in everlit.running(job)["ranks"]] == pids
+
+
+def a_reader_misses_and_repeats_nothing_over_cuts():
+    """A long log, read with cuts of the connection and of the coordinator; the bytes are hashed on both sides."""
+    with Everlit() as everlit:
+        program = f"import sys\nfor n in range({LINES}): sys.stdout.write('line %d of the log, with some text to carry\\n' % n)"
+        job = everlit.submit(command=[sys.executable, "-c", program])
+        rng = random.Random(7)
+        digest, last, count, cuts, ended = hashlib.sha256(), None, 0, 0, False
+        per_cut = LINES // (CUTS + 1)
+        while not ended:
+            headers = {"Last-Event-ID": last} if last else {}
+            try:
+                ended, last, count = read_some(everlit, job, headers, digest, last, count, per_cut if cuts < CUTS else None)
+            except OSError as e:
+                print(f"     cut: {e}", file=sys.stderr)
+            if not ended:
+                cuts += 1
+                if cuts % 2 and rng.random() < 0.8:
+                    everlit.kill()
+                    everlit.up()
+        expected = hashlib.sha256()
+        for n in range(LINES):
+            expected.update(b"line %d of the log, with some text to carry\n" % n)
+        assert count == LINES and digest.digest() == expected.digest(), (count, LINES)
+        assert cuts >= CUTS, cuts
+        print(f"     {count} lines over {cuts} cuts, sha256 {digest.hexdigest()[:16]}… equal")
+
+
+def read_some(everlit, job, headers, digest, last, count, stop_after):
+    import urllib.request
+
+    request = urllib.request.Request(f"{everlit.url}/jobs/{job}/logs/stream", headers=headers)
+    taken = 0
+    with urllib.request.urlopen(request, timeout=60) as response:
+        for event_id, event, data in sse(response):
+            if event == "end":
+                return True, event_id, count
+            assert event == "log", (event, data)
+            digest.update(data["line"].encode() + b"\n")
+            last, count, taken = event_id, count + 1, taken + 1
+            if stop_after and taken >= stop_after:
+                break
+    return False, last, count
+
+
+def kills_at_any_moment_of_a_save_leave_only_whole_checkpoints():
+    rng = random.Random(11)
+    with Everlit() as everlit:
+        job = everlit.submit(
+            world_size=2,
+            worker={"model": "mlp-500k", "steps": 1_000_000, "batch_size": 16},
+            checkpoint={"every_steps": 5},
+            restart={"max_restarts": 100_000, "max_start_failures": 1000, "backoff": {"initial": "1ms", "max": "1ms"}},
+        )
+        folder = everlit.data / "agent/jobs" / job / "checkpoints"
+        in_save = 0
+        for n in range(SAVE_KILLS):
+            attempt = n + 1
+            until("stepping", lambda: (s := everlit.summary(job))["attempt"] == attempt and s["step"] and s["state"] == "running", 60, 0.01)
+            pids = [r["pid"] for r in everlit.summary(job)["ranks"]]
+            until("a save", lambda: any(folder.glob(".draft-*")), 60, 0.0005)
+            time.sleep(rng.random() * 0.02)
+            in_save += any(folder.glob(".draft-*"))
+            os.kill(rng.choice(pids), signal.SIGKILL)
+            until("the restart", lambda: everlit.summary(job)["attempt"] == attempt + 1, 60, 0.01)
+        everlit.at_step(job, 1)
+        events = []
+        after = ""
+        while True:
+            page = everlit.get(f"/jobs/{job}/events?limit=500{after}")
+            events += page["data"]
+            if not page["has_more"]:
+                break
+            after = f"&after={page['last_id']}"
+        resumes = [e for e in events if e["event"] == "attempt_resumed"]
+        torn = [e for e in events if e["event"] == "checkpoint_quarantined"]
+        everlit.post(f"/jobs/{job}/stop?force=true")
+        everlit.final(job)
+        assert len(resumes) == SAVE_KILLS and not torn, (len(resumes), torn)
+        for found in folder.glob("step-*"):
+            subprocess.run([BIN / "everlit-agent", "checkpoint", "verify", found], check=True, stdout=subprocess.DEVNULL)
+        assert in_save, "no kill fell into a save"
+        print(f"     {SAVE_KILLS} kills, {in_save} with a save under way, {len(resumes)} resumes, 0 torn")
+
+
+CHECKS = [
+    a_true_job_passes_through_every_layer,
+    a_program_gets_torchrun_s_environment,
+    a_foreign_program_is_restarted_read_and_resumed,
+    a_crash_loop_is_visible_and_ends_with_the_rank_s_words,
+    typed_as_it_stands,
+    the_coordinator_s_death_is_not_noticed,
+    ctrl_c_saves_and_the_next_up_resumes,
+    sigterm_leaves_ranks_running,
+    the_agent_s_death_is_not_noticed,
+    a_reader_misses_and_repeats_nothing_over_cuts,
+    kills_at_any_moment_of_a_save_leave_only_whole_checkpoints,
+]
+
+if __name__ == "__main__":
+    run(CHECKS, "e2e-main")

@@ -1,0 +1,326 @@
+// The C face of libtorch's c10d: a store of callbacks, a Gloo group that can be aborted, the DDP reducer, and AdamW.
+//
+// Every function answers 0, or 1 with a message in everlit_error(); no C++ exception passes to Rust. Tensors come in as
+// the at::Tensor* that tch holds: they are copied (one reference each), never freed. Only c10d.rs calls this file.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/_fused_adamw.h>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
+#include <torch/csrc/distributed/c10d/Store.hpp>
+#include <torch/csrc/distributed/c10d/comm.hpp>
+#include <torch/csrc/distributed/c10d/reducer.hpp>
+
+#include <chrono>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace {
+
+thread_local std::string last_error;
+
+template <typename Body>
+int guarded(Body body) {
+  try {
+    body();
+    return 0;
+  } catch (const c10::Error& error) {
+    last_error = error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    last_error = error.what();
+  } catch (...) {
+    last_error = "unknown C++ exception";
+  }
+  return 1;
+}
+
+std::vector<at::Tensor> tensors(void* const* pointers, size_t count) {
+  std::vector<at::Tensor> list;
+  list.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    list.push_back(*static_cast<const at::Tensor*>(pointers[i]));
+  }
+  return list;
+}
+
+}  // namespace
+
+extern "C" {
+// Answers 0, or 1 when the store failed or timed out. `got` is called with the value's bytes before the answer.
+struct EverlitStore {
+  void* context;
+  int (*set)(void* context, const char* key, size_t key_bytes, const uint8_t* value, size_t bytes);
+  int (*get)(void* context, const char* key, size_t key_bytes, int64_t timeout_ms, void* into,
+             void (*got)(void* into, const uint8_t* value, size_t bytes));
+  int (*check)(void* context, const char* key, size_t key_bytes);
+};
+}
+
+namespace {
+
+// Gloo asks for set, get and wait; whatever else c10d knows is refused aloud.
+class CallbackStore : public c10d::Store {
+ public:
+  CallbackStore(EverlitStore callbacks, std::chrono::milliseconds timeout) : Store(timeout), callbacks_(callbacks) {}
+
+  c10::intrusive_ptr<c10d::Store> clone() override {
+    return c10::make_intrusive<CallbackStore>(callbacks_, timeout_);
+  }
+
+  void set(const std::string& key, const std::vector<uint8_t>& value) override {
+    if (callbacks_.set(callbacks_.context, key.data(), key.size(), value.data(), value.size()) != 0) {
+      C10_THROW_ERROR(DistStoreError, "rendezvous: could not write " + key);
+    }
+  }
+
+  std::vector<uint8_t> get(const std::string& key) override { return get_within(key, timeout_); }
+
+  bool check(const std::vector<std::string>& keys) override {
+    for (const auto& key : keys) {
+      if (callbacks_.check(callbacks_.context, key.data(), key.size()) != 0) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  void wait(const std::vector<std::string>& keys) override { wait(keys, timeout_); }
+
+  void wait(const std::vector<std::string>& keys, const std::chrono::milliseconds& timeout) override {
+    for (const auto& key : keys) {
+      get_within(key, timeout);
+    }
+  }
+
+  int64_t add(const std::string&, int64_t) override { refuse("add"); }
+  bool deleteKey(const std::string&) override { refuse("deleteKey"); }
+  int64_t getNumKeys() override { refuse("getNumKeys"); }
+
+ private:
+  std::vector<uint8_t> get_within(const std::string& key, std::chrono::milliseconds timeout) {
+    std::vector<uint8_t> value;
+    auto got = [](void* into, const uint8_t* bytes, size_t count) {
+      static_cast<std::vector<uint8_t>*>(into)->assign(bytes, bytes + count);
+    };
+    if (callbacks_.get(callbacks_.context, key.data(), key.size(), timeout.count(), &value, got) != 0) {
+      C10_THROW_ERROR(DistStoreError, "rendezvous: no value for " + key);
+    }
+    return value;
+  }
+
+  [[noreturn]] static void refuse(const char* what) {
+    C10_THROW_ERROR(NotImplementedError, std::string("the rendezvous store has no ") + what);
+  }
+
+  EverlitStore callbacks_;
+};
+
+// Gloo's own abort does nothing; this one does to each connection what Gloo does itself when a collective times out.
+class AbortableGloo : public c10d::ProcessGroupGloo {
+ public:
+  using c10d::ProcessGroupGloo::ProcessGroupGloo;
+
+  void abort() override {
+    for (const auto& context : contexts_) {
+      for (int peer = 0; peer < getSize(); ++peer) {
+        if (peer == getRank()) {
+          continue;
+        }
+        auto* pair = context->getPair(peer).get();
+        if (pair != nullptr) {
+          reinterpret_cast<gloo::transport::tcp::Pair*>(pair)->signalExceptionExternal("the group was aborted");
+        }
+      }
+    }
+  }
+};
+
+struct Group {
+  c10::intrusive_ptr<CallbackStore> store;
+  c10::intrusive_ptr<AbortableGloo> gloo;
+  c10::intrusive_ptr<c10d::ProcessGroup> group;
+};
+
+// Bytes over all ranks up to which a bucket is gathered instead of reduced around the ring.
+constexpr int64_t kGatherBytesMax = 1 << 20;
+
+// For small models: every rank gathers all gradients and sums them in rank order. The ring takes several times as many
+// messages one after the other, and messages are what a tiny step is made of.
+class GatherHook : public c10d::CppCommHookInterface<c10::intrusive_ptr<c10d::ProcessGroup>> {
+ public:
+  using CppCommHookInterface::CppCommHookInterface;
+
+  c10::intrusive_ptr<c10::ivalue::Future> runHook(c10d::GradBucket& bucket) override {
+    at::Tensor own = bucket.getBufferRef();
+    const int64_t size = state_->getSize();
+    at::Tensor all = at::empty({size, own.numel()}, own.options());
+    std::vector<std::vector<at::Tensor>> outputs = {all.unbind(0)};
+    std::vector<at::Tensor> inputs = {own};
+    auto work = state_->allgather(outputs, inputs);
+    return work->getFuture()->then(
+        [own, all, size](c10::ivalue::Future& gathered) {
+          gathered.value();  // Throws what the gather threw.
+          at::NoGradGuard no_grad;
+          own.copy_(all[0]);
+          for (int64_t rank = 1; rank < size; ++rank) {
+            own.add_(all[rank]);
+          }
+          own.div_(size);
+          return c10::IValue(std::vector<at::Tensor>{own});
+        },
+        c10::ListType::ofTensors());
+  }
+};
+
+// Buckets that are rebuilt after the first step change the summing order, so a restart would change the bits at three
+// ranks and more. These are "rebuilt" from the start: fixed, and nothing is remembered for a rebuild.
+class FixedReducer : public c10d::Reducer {
+ public:
+  using c10d::Reducer::Reducer;
+
+  void fix_buckets() { has_rebuilt_bucket_ = true; }
+};
+
+struct AdamW {
+  std::vector<at::Tensor> parameters, first_moments, second_moments, steps, gradients;
+  // One counter for all: `steps` holds it once per parameter, as the fused kernel wants it.
+  at::Tensor step;
+};
+
+}  // namespace
+
+extern "C" {
+
+const char* everlit_error() { return last_error.c_str(); }
+
+int everlit_set_threads(int intra, int inter) {
+  return guarded([&] {
+    at::set_num_threads(intra);
+    at::set_num_interop_threads(inter);
+  });
+}
+
+int everlit_group_new(EverlitStore callbacks, int rank, int size, const char* host, int64_t setup_ms, int64_t timeout_ms,
+                      void** out) {
+  return guarded([&] {
+    auto own = std::make_unique<Group>();
+    own->store = c10::make_intrusive<CallbackStore>(callbacks, std::chrono::milliseconds(setup_ms));
+    auto options = c10d::ProcessGroupGloo::Options::create(std::chrono::milliseconds(setup_ms));
+    options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(host, false));
+    options->threads = 2;
+    own->gloo = c10::make_intrusive<AbortableGloo>(own->store, rank, size, options);
+    own->gloo->setTimeout(std::chrono::milliseconds(timeout_ms));
+    own->group = c10::make_intrusive<c10d::ProcessGroup>(own->store, rank, size);
+    own->group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::GLOO, own->gloo);
+    own->group->setDefaultBackend(c10d::ProcessGroup::BackendType::GLOO);
+    *out = own.release();
+  });
+}
+
+void everlit_group_free(void* group) {
+  guarded([&] {
+    std::unique_ptr<Group> own(static_cast<Group*>(group));
+    own->group.reset();
+    own->gloo.reset();
+  });
+}
+
+int everlit_group_abort(void* group) {
+  return guarded([&] { static_cast<Group*>(group)->gloo->abort(); });
+}
+
+int everlit_group_all_reduce(void* group, void* tensor) {
+  return guarded([&] {
+    std::vector<at::Tensor> list = tensors(&tensor, 1);
+    static_cast<Group*>(group)->gloo->allreduce(list)->wait();
+  });
+}
+
+// `buckets[i]` is the bucket of parameter `order[i]`; buckets count up from 0 along `order`.
+int everlit_reducer_new(void* group, void* const* list, size_t count, const size_t* order, const size_t* buckets,
+                        void** out) {
+  return guarded([&] {
+    std::vector<std::vector<size_t>> indices;
+    for (size_t i = 0; i < count; ++i) {
+      if (buckets[i] >= indices.size()) {
+        indices.emplace_back();
+      }
+      indices[buckets[i]].push_back(order[i]);
+    }
+    auto reducer = std::make_unique<FixedReducer>(
+        tensors(list, count), indices, static_cast<Group*>(group)->group, std::vector<bool>(count, false),
+        c10d::kDefaultBucketBytesCap, /*find_unused=*/false, /*gradient_as_bucket_view=*/true,
+        std::unordered_map<size_t, std::string>{}, c10d::kDefaultFirstBucketBytes, /*skip_all_reduce_unused=*/false,
+        /*use_python_reducer=*/false, std::vector<int64_t>{});
+    reducer->fix_buckets();
+    int64_t bytes = 0;
+    for (const auto& tensor : tensors(list, count)) {
+      bytes += static_cast<int64_t>(tensor.nbytes());
+    }
+    const auto& ranks = static_cast<Group*>(group)->group;
+    if (bytes * ranks->getSize() <= kGatherBytesMax) {
+      reducer->register_comm_hook(std::make_unique<GatherHook>(ranks));
+    }
+    *out = reducer.release();
+  });
+}
+
+void everlit_reducer_free(void* reducer) {
+  guarded([&] { delete static_cast<FixedReducer*>(reducer); });
+}
+
+int everlit_reducer_prepare(void* reducer) {
+  return guarded([&] {
+    static_cast<FixedReducer*>(reducer)->prepare_for_forward();
+    static_cast<FixedReducer*>(reducer)->prepare_for_backward({});
+  });
+}
+
+int everlit_adamw_new(void* const* parameters, void* const* first, void* const* second, size_t count, void** out) {
+  return guarded([&] {
+    auto own = std::make_unique<AdamW>();
+    own->parameters = tensors(parameters, count);
+    own->first_moments = tensors(first, count);
+    own->second_moments = tensors(second, count);
+    own->step = at::zeros({}, at::kFloat);
+    own->steps.assign(count, own->step);
+    own->gradients.resize(count);
+    *out = own.release();
+  });
+}
+
+void everlit_adamw_free(void* optimizer) {
+  guarded([&] { delete static_cast<AdamW*>(optimizer); });
+}
+
+// `step` is the number of this update, from 1. The gradients are dropped.
+int everlit_adamw_step(void* optimizer, int64_t step, double rate, double beta1, double beta2, double decay, double epsilon) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    auto* own = static_cast<AdamW*>(optimizer);
+    for (size_t i = 0; i < own->parameters.size(); ++i) {
+      own->gradients[i] = own->parameters[i].grad();
+      TORCH_CHECK(own->gradients[i].defined(), "parameter ", i, " has no gradient");
+    }
+    own->step.fill_(step);
+    at::_fused_adamw_(own->parameters, own->gradients, own->first_moments, own->second_moments, {}, own->steps, rate,
+                      beta1, beta2, decay, epsilon, /*amsgrad=*/false, /*maximize=*/false);
+    for (size_t i = 0; i < own->parameters.size(); ++i) {
+      own->gradients[i].reset();
+      own->parameters[i].mutable_grad().reset();
+    }
+  });
+}
+
+// Drops the gradients themselves: tch's way detaches them in place, which views of a bucket refuse.
+int everlit_drop_gradients(void* const* list, size_t count) {
+  return guarded([&] {
+    for (size_t i = 0; i < count; ++i) {
+      static_cast<at::Tensor*>(list[i])->mutable_grad().reset();
+    }
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,226 @@
+//! Text as training samples: which bytes are sample number k, for any k, without state.
+//!
+//! Shards are cut into windows; an epoch visits each window once in an order that is computed from (seed, epoch). Sample
+//! k of the job is place `k % windows` of epoch `k / windows`, whatever the world size: a resume, or a resume with other
+//! ranks, continues with the next k and neither skips nor repeats. Memory is bounded: files are read where needed.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::TrainError;
+use super::random::{Permutation, Stream};
+
+/// Files held open at once; more are opened again when needed.
+const OPEN_MAX: usize = 256;
+
+struct Shard {
+    path: PathBuf,
+    /// Windows in all shards before this one.
+    first: u64,
+    file: Option<File>,
+}
+
+/// The text of a job.
+pub struct Corpus {
+    shards: Vec<Shard>,
+    open: usize,
+    window: u64,
+    windows: u64,
+    listing_sha256: String,
+    seed: u64,
+    /// The epoch's order, kept because most samples in a row are of one epoch.
+    order: Option<(u64, Permutation)>,
+}
+
+impl std::fmt::Debug for Corpus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Corpus").field("shards", &self.shards.len()).field("windows", &self.windows).finish()
+    }
+}
+
+/// The shards that a job's settings name, in order: given ones, a file, a folder's `*.txt`, or the sample text.
+pub fn locate(shards: &[String], data: Option<&str>) -> Result<Vec<PathBuf>, TrainError> {
+    if !shards.is_empty() {
+        return Ok(shards.iter().map(PathBuf::from).collect());
+    }
+    let place = match data {
+        Some(path) => PathBuf::from(path),
+        None => sample_text()?,
+    };
+    if !place.is_dir() {
+        return Ok(vec![place]);
+    }
+    let bad = |error: std::io::Error| TrainError::Config(format!("data `{}` can not be listed: {error}", place.display()));
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(&place).map_err(bad)? {
+        let path = entry.map_err(bad)?.path();
+        if path.extension().is_some_and(|end| end == "txt") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    if files.is_empty() {
+        return Err(TrainError::Config(format!("data `{}` has no file that ends in .txt", place.display())));
+    }
+    Ok(files)
+}
+
+fn sample_text() -> Result<PathBuf, TrainError> {
+    let beside = std::env::current_exe().ok().and_then(|own| own.parent().map(|folder| folder.join("sample-text")));
+    beside.filter(|path| path.is_dir()).ok_or_else(|| {
+        TrainError::Config("no data given and no folder `sample-text` beside the executable: run scripts/fetch-sample-text.sh".into())
+    })
+}
+
+impl Corpus {
+    /// Looks at every shard once. Each window has `window` bytes, the last of which is the next one's first.
+    pub fn open(paths: &[PathBuf], window: u64, seed: u64) -> Result<Self, TrainError> {
+        let mut shards = Vec::with_capacity(paths.len());
+        let mut windows = 0;
+        let mut listing = Sha256::new();
+        for path in paths {
+            let bad = |why: &dyn std::fmt::Display| TrainError::Config(format!("data `{}`: {why}", path.display()));
+            let about = std::fs::metadata(path).map_err(|error| bad(&error))?;
+            if !about.is_file() {
+                return Err(bad(&"it is not a regular file"));
+            }
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            listing.update(name.as_bytes());
+            listing.update(b"\0");
+            listing.update(about.len().to_le_bytes());
+            shards.push(Shard { path: path.clone(), first: windows, file: None });
+            windows += about.len().saturating_sub(1) / (window - 1);
+        }
+        if windows == 0 {
+            return Err(TrainError::Config(format!("the data has not even one sample of {window} bytes")));
+        }
+        let listing_sha256 = listing.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Self { shards, open: 0, window, windows, listing_sha256, seed, order: None })
+    }
+
+    /// Hex sha256 over name and length of each shard, in order.
+    pub fn listing_sha256(&self) -> &str {
+        &self.listing_sha256
+    }
+
+    /// Epoch and place in it of the job's sample `number`.
+    pub fn position(&self, number: u64) -> (u64, u64) {
+        (number / self.windows, number % self.windows)
+    }
+
+    /// The window, over all shards, that sample `number` is.
+    pub fn window_of(&mut self, number: u64) -> u64 {
+        let (epoch, place) = self.position(number);
+        let order = match self.order {
+            Some((of, order)) if of == epoch => order,
+            _ => Permutation::new(Stream::new(self.seed, "data").child(epoch), self.windows),
+        };
+        self.order = Some((epoch, order));
+        order.at(place)
+    }
+
+    /// Appends the bytes of sample `number` to `into`, widened to what an embedding takes.
+    pub fn read(&mut self, number: u64, scratch: &mut Vec<u8>, into: &mut Vec<i64>) -> Result<(), TrainError> {
+        let window = self.window_of(number);
+        let index = self.shards.partition_point(|shard| shard.first <= window) - 1;
+        scratch.resize(usize::try_from(self.window).unwrap_or(usize::MAX), 0);
+        let offset = (window - self.shards[index].first) * (self.window - 1);
+        let failed = |path: &Path, error: std::io::Error| TrainError::failed(format!("data `{}`: {error}", path.display()));
+        if self.shards[index].file.is_none() {
+            if self.open >= OPEN_MAX {
+                self.shards.iter_mut().for_each(|shard| shard.file = None);
+                self.open = 0;
+            }
+            let shard = &mut self.shards[index];
+            shard.file = Some(File::open(&shard.path).map_err(|error| failed(&shard.path, error))?);
+            self.open += 1;
+        }
+        let shard = &self.shards[index];
+        let file = shard.file.as_ref().expect("opened above");
+        file.read_exact_at(scratch, offset).map_err(|error| failed(&shard.path, error))?;
+        into.extend(scratch.iter().map(|byte| i64::from(*byte)));
+        Ok(())
+    }
+}
+
+/// The samples of one update that are this rank's: numbers `from..from + batch`, dealt out in turn.
+pub fn own_samples(from: u64, batch: u64, rank: u32, world: u32) -> impl Iterator<Item = u64> {
+    (u64::from(rank)..batch).step_by(world as usize).map(move |place| from + place)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn corpus(texts: &[&str], window: u64, seed: u64) -> (tempfile::TempDir, Corpus) {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |(index, text): (usize, &&str)| {
+            let path = dir.path().join(format!("{index}.txt"));
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let paths: Vec<_> = texts.iter().enumerate().map(write).collect();
+        let corpus = Corpus::open(&paths, window, seed).unwrap();
+        (dir, corpus)
+    }
+
+    fn text(corpus: &mut Corpus, number: u64) -> String {
+        let mut bytes = Vec::new();
+        corpus.read(number, &mut Vec::new(), &mut bytes).unwrap();
+        bytes.iter().map(|byte| char::from(u8::try_from(*byte).unwrap())).collect()
+    }
+
+    #[test]
+    fn an_epoch_reads_every_window_of_every_shard_once() {
+        let (_dir, mut corpus) = corpus(&["abcdefg", "x", "", "hijkl"], 3, 1);
+        assert_eq!(corpus.windows, 5);
+        for epoch in 0..3 {
+            let mut seen: Vec<String> = (0..5).map(|place| text(&mut corpus, epoch * 5 + place)).collect();
+            seen.sort();
+            assert_eq!(seen, ["abc", "cde", "efg", "hij", "jkl"]);
+        }
+    }
+
+    #[test]
+    fn the_order_depends_on_seed_and_epoch_only() {
+        let long = "x".repeat(2001);
+        let order = |seed, from| {
+            let (_dir, mut corpus) = corpus(&[&long], 3, seed);
+            (from..from + 100).map(|number| corpus.window_of(number)).collect::<Vec<_>>()
+        };
+        assert_eq!(order(1, 0), order(1, 0));
+        assert_ne!(order(1, 0), order(2, 0));
+        assert_ne!(order(1, 0), order(1, 1000), "the next epoch has another order");
+    }
+
+    #[test]
+    fn any_world_size_consumes_the_same_samples() {
+        for world in 1..=7 {
+            let mut all: Vec<u64> = (0..world).flat_map(|rank| own_samples(100, 16, rank, world)).collect();
+            all.sort_unstable();
+            assert_eq!(all, (100..116).collect::<Vec<_>>(), "world {world}");
+        }
+    }
+
+    #[test]
+    fn the_listing_knows_names_lengths_and_order() {
+        let listing = |texts: &[&str]| corpus(texts, 3, 0).1.listing_sha256().to_string();
+        assert_eq!(listing(&["abc", "de"]), listing(&["xyz", "uv"]));
+        assert_ne!(listing(&["abc", "de"]), listing(&["de", "abc"]));
+        assert_ne!(listing(&["abc"]), listing(&["abcd"]));
+    }
+
+    #[test]
+    fn missing_or_tiny_data_is_a_configuration_error() {
+        let code = |paths: &[PathBuf]| Corpus::open(paths, 129, 0).unwrap_err().exit_code();
+        assert_eq!(code(&[PathBuf::from("/nowhere/at/all.txt")]), 78);
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(code(&[dir.path().into()]), 78);
+        assert_eq!(locate(&[], dir.path().to_str()).unwrap_err().exit_code(), 78);
+        std::fs::write(dir.path().join("a.txt"), "short").unwrap();
+        assert_eq!(code(&locate(&[], dir.path().to_str()).unwrap()), 78);
+    }
+}

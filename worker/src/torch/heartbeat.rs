@@ -1,0 +1,191 @@
+//! The heartbeat file, and the watch over a rank that was told to end.
+//!
+//! The training loop only changes numbers under a mutex; a thread of its own writes the file, at most ten times a second
+//! and at least once a second, so that a slow disk never slows a step. The same thread looks at SIGTERM: before training
+//! there is nothing to save and the process ends at once; in a step that does not return (a peer is gone or stuck) it
+//! aborts the process group, which gives the training loop its error.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use everlit_api::manifest::{Heartbeat, Phase};
+use everlit_api::time::Timestamp;
+
+use super::c10d::Group;
+use super::{EXIT_TERMINATED, environment::Environment, signals};
+
+const WRITE_INTERVAL_MIN: Duration = Duration::from_millis(100);
+const WRITE_INTERVAL_MAX: Duration = Duration::from_secs(1);
+/// A step that takes this long after SIGTERM, and three times the longest so far, is blocked.
+const BLOCKED_AFTER: Duration = Duration::from_secs(3);
+/// A save has more time: its disk may be slow. The first one has no limit here.
+const SAVE_BLOCKED_AFTER: Duration = Duration::from_secs(10);
+
+struct State {
+    beat: Heartbeat,
+    changed: bool,
+    ended: bool,
+    /// When the step or phase that runs now began.
+    since: Instant,
+    longest_step: Duration,
+    longest_save: Option<Duration>,
+    group: Option<Arc<Group>>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    wake: Condvar,
+    path: Option<PathBuf>,
+}
+
+/// The sign of life of this process. Dropping it writes the last state.
+pub struct Pulse {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Pulse {
+    /// Writes the first heartbeat and starts the thread.
+    pub fn start(environment: &Environment, total_steps: u64) -> Self {
+        let beat = Heartbeat {
+            seq: 0,
+            pid: std::process::id(),
+            rank: environment.rank,
+            attempt: environment.attempt.unwrap_or(0),
+            generation: environment.generation,
+            phase: Some(Phase::Init),
+            step: None,
+            total_steps: Some(total_steps),
+            samples: None,
+            loss: None,
+            metrics: Default::default(),
+            time: None,
+        };
+        let (since, longest_step) = (Instant::now(), Duration::ZERO);
+        let state = State { beat, changed: false, ended: false, since, longest_step, longest_save: None, group: None };
+        let path = environment.heartbeat_file.clone();
+        let shared = Arc::new(Shared { state: Mutex::new(state), wake: Condvar::new(), path });
+        shared.write();
+        let own = shared.clone();
+        let thread = std::thread::Builder::new().name("heartbeat".into()).spawn(move || own.run()).ok();
+        Self { shared, thread }
+    }
+
+    /// Enters a phase.
+    pub fn phase(&self, phase: Phase) {
+        let mut state = self.shared.lock();
+        if state.beat.phase == Some(Phase::Checkpoint) {
+            state.longest_save = state.longest_save.max(Some(state.since.elapsed()));
+        }
+        state.beat.phase = Some(phase);
+        state.changed = true;
+        state.since = Instant::now();
+    }
+
+    /// Updates are done up to `step`.
+    pub fn step(&self, step: u64, samples: u64, loss: Option<f64>, rate: f64) {
+        let now = Instant::now();
+        let mut state = self.shared.lock();
+        state.beat.step = Some(step);
+        state.beat.samples = Some(samples);
+        state.beat.loss = loss;
+        match state.beat.metrics.get_mut("lr") {
+            Some(known) => *known = rate,
+            None => drop(state.beat.metrics.insert("lr".into(), rate)),
+        }
+        state.longest_step = state.longest_step.max(now - state.since);
+        state.since = now;
+        state.changed = true;
+    }
+
+    /// The group to abort when a step is blocked after SIGTERM.
+    pub fn watch(&self, group: Arc<Group>) {
+        self.shared.lock().group = Some(group);
+    }
+}
+
+impl Drop for Pulse {
+    fn drop(&mut self) {
+        self.shared.lock().ended = true;
+        self.shared.wake.notify_all();
+        if let Some(thread) = self.thread.take() {
+            // A panic there was printed; the last word is written below in any case.
+            let _ = thread.join();
+        }
+        self.shared.write();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self) {
+        let mut written = Instant::now();
+        let mut terminating: Option<Instant> = None;
+        let mut aborted = false;
+        loop {
+            let state = self.lock();
+            if state.ended {
+                return;
+            }
+            let (state, _) = self.wake.wait_timeout(state, WRITE_INTERVAL_MIN).unwrap_or_else(PoisonError::into_inner);
+            if signals::terminate_requested() {
+                let told = *terminating.get_or_insert_with(Instant::now);
+                self.on_terminating(&state, told, &mut aborted);
+            }
+            let age = written.elapsed();
+            let due = (state.changed && age >= WRITE_INTERVAL_MIN) || age >= WRITE_INTERVAL_MAX;
+            drop(state);
+            if due {
+                self.write();
+                written = Instant::now();
+            }
+        }
+    }
+
+    fn on_terminating(&self, state: &State, told: Instant, aborted: &mut bool) {
+        let patience = match (state.beat.phase, state.longest_save) {
+            (Some(Phase::Init | Phase::Load), _) => end_now("told to end before the first step: nothing to save"),
+            (Some(Phase::Checkpoint), Some(longest)) => SAVE_BLOCKED_AFTER.max(3 * longest),
+            (Some(Phase::Train), _) => BLOCKED_AFTER.max(3 * state.longest_step),
+            _ => return,
+        };
+        let blocked = state.since.max(told).elapsed();
+        if let Some(group) = &state.group {
+            if blocked >= patience && !*aborted {
+                *aborted = true;
+                if let Err(error) = group.abort() {
+                    eprintln!("could not abort the process group: {error}");
+                }
+            } else if blocked >= patience + BLOCKED_AFTER {
+                end_now("told to end while a peer was stuck: not saved");
+            }
+        }
+    }
+
+    fn write(&self) {
+        let text = {
+            let mut state = self.lock();
+            state.beat.seq += 1;
+            state.changed = false;
+            state.beat.time = Some(Timestamp::now().to_string());
+            serde_json::to_vec(&state.beat)
+        };
+        let (Some(path), Ok(text)) = (&self.path, text) else { return };
+        let draft = path.with_extension("tmp");
+        // A heartbeat that can't be written shows as silence, which is the truth about this node's disk.
+        let _ = fs::write(&draft, text).and_then(|()| fs::rename(&draft, path));
+    }
+}
+
+/// Ends the process without unwinding threads that may be blocked in libtorch.
+fn end_now(why: &str) -> ! {
+    eprintln!("{why}");
+    // SAFETY: ends the process; nothing of it is used again.
+    unsafe { nix::libc::_exit(EXIT_TERMINATED) }
+}

@@ -1,0 +1,143 @@
+//! How ranks find each other: a folder that the agent makes for each attempt, and in it one small file per key.
+//!
+//! A value appears by rename, whole or not at all, and stays when its writer dies. Keys live under the generation, so a
+//! new membership never sees an old one's. Waiting is short polling: a rank waits here once per start, for milliseconds.
+//! Knows no sockets; Gloo stores its addresses through this.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::TrainError;
+
+const POLL_FIRST: Duration = Duration::from_micros(500);
+const POLL_MAX: Duration = Duration::from_millis(10);
+
+/// One rank's view of a membership.
+#[derive(Debug)]
+pub struct Rendezvous {
+    folder: PathBuf,
+    rank: u32,
+    world: u32,
+}
+
+impl Rendezvous {
+    /// From `dir:<path>`, as the agent gives it.
+    pub fn open(address: &str, generation: u32, rank: u32, world: u32) -> Result<Self, TrainError> {
+        let path = address.strip_prefix("dir:").filter(|path| !path.is_empty());
+        let path = path.ok_or_else(|| TrainError::Config(format!("EVERLIT_RENDEZVOUS is `{address}`, not `dir:<path>`")))?;
+        let folder = Path::new(path).join(format!("g{generation}"));
+        fs::create_dir_all(&folder).map_err(|error| TrainError::failed(format!("could not create `{}`: {error}", folder.display())))?;
+        Ok(Self { folder, rank, world })
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    /// Ranks in all.
+    pub fn world(&self) -> u32 {
+        self.world
+    }
+
+    /// Writes a value; the last writer of a key wins.
+    pub fn set(&self, key: &str, value: &[u8]) -> io::Result<()> {
+        let draft = self.folder.join(format!(".{}.{}.tmp", file_name(key), std::process::id()));
+        fs::write(&draft, value)?;
+        fs::rename(&draft, self.folder.join(file_name(key)))
+    }
+
+    /// Waits for a value.
+    pub fn get(&self, key: &str, timeout: Duration) -> io::Result<Vec<u8>> {
+        let path = self.folder.join(file_name(key));
+        let deadline = Instant::now() + timeout;
+        let mut pause = POLL_FIRST;
+        loop {
+            match fs::read(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                other => return other,
+            }
+            if Instant::now() >= deadline {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(POLL_MAX);
+        }
+    }
+
+    /// Whether a key has a value.
+    pub fn has(&self, key: &str) -> bool {
+        self.folder.join(file_name(key)).exists()
+    }
+
+    /// Says `what` with a text and waits until every rank has said it too; answers all texts in rank order.
+    pub fn gather(&self, what: &str, text: &str, timeout: Duration) -> Result<Vec<String>, TrainError> {
+        let key = |rank: u32| format!("{what}/{rank}");
+        self.set(&key(self.rank), text.as_bytes())
+            .map_err(|error| TrainError::failed(format!("rendezvous: could not write to `{}`: {error}", self.folder.display())))?;
+        let deadline = Instant::now() + timeout;
+        let mut texts = Vec::new();
+        let mut missing = Vec::new();
+        for rank in 0..self.world {
+            match self.get(&key(rank), deadline.saturating_duration_since(Instant::now())) {
+                Ok(text) => texts.push(String::from_utf8_lossy(&text).into_owned()),
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => missing.push(rank),
+                Err(error) => return Err(TrainError::failed(format!("rendezvous: could not read rank {rank}'s {what}: {error}"))),
+            }
+        }
+        if missing.is_empty() {
+            return Ok(texts);
+        }
+        let named: Vec<String> = missing.iter().take(8).map(u32::to_string).collect();
+        let more = if missing.len() > 8 { " and more" } else { "" };
+        Err(TrainError::PeerLost(format!(
+            "rendezvous: {} of {} ranks did not say `{what}` within {} s: {}{more}",
+            missing.len(),
+            self.world,
+            timeout.as_secs(),
+            named.join(", "),
+        )))
+    }
+}
+
+/// A file name per key, one to one.
+fn file_name(key: &str) -> String {
+    key.bytes().fold(String::new(), |mut name, byte| {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => name.push(byte.into()),
+            other => name.push_str(&format!("%{other:02X}")),
+        }
+        name
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_have_names_of_their_own_inside_the_folder() {
+        assert_eq!(file_name("hello/0"), "hello%2F0");
+        assert_eq!(file_name("../x%"), "%2E%2E%2Fx%25");
+    }
+
+    #[test]
+    fn ranks_meet_and_the_missing_one_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = format!("dir:{}", dir.path().display());
+        let open = |rank| Rendezvous::open(&address, 0, rank, 3).unwrap();
+        let threads: Vec<_> = (0..2)
+            .map(|rank| {
+                let own = open(rank);
+                std::thread::spawn(move || own.gather("hello", &rank.to_string(), Duration::from_millis(100)))
+            })
+            .collect();
+        for thread in threads {
+            assert!(thread.join().unwrap().unwrap_err().to_string().ends_with("within 0 s: 2"));
+        }
+        assert_eq!(open(2).gather("hello", "2", Duration::from_millis(100)).unwrap(), ["0", "1", "2"]);
+        assert!(!Rendezvous::open(&address, 1, 0, 3).unwrap().has("hello/0"), "a generation sees only its own");
+    }
+}
