@@ -2,7 +2,13 @@
 //!
 //! Waits are for frames or conditions, with a deadline; never for time to pass. What a test leaves running is killed when it ends, found by
 //! the test's own folder in the shims' arguments.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::result_large_err, reason = "a part of tests, of which each test file uses some")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::result_large_err,
+    reason = "a part of tests, of which each test file uses some"
+)]
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
