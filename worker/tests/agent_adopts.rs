@@ -1,5 +1,7 @@
 //! Agents that die, end, and come back: what ranks notice, and what the next agent knows.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod agent_support;
 
 use std::process::Command;

@@ -1,5 +1,7 @@
 //! Logs from the rank's write to the coordinator's frame: nothing lost, nothing twice, in one order for every reader.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod agent_support;
 
 use std::collections::BTreeMap;
@@ -65,8 +67,9 @@ impl Tape {
     }
 
     fn until(&mut self, bench: &mut Bench, mut enough: impl FnMut(&Self) -> bool) {
+        let until = std::time::Instant::now() + PATIENCE;
         while !enough(self) {
-            assert!(self.turn(bench, true));
+            assert!(self.turn(bench, true) && std::time::Instant::now() < until, "in vain: {} records", self.got.len());
         }
     }
 
@@ -208,7 +211,8 @@ fn a_log_is_bounded_and_what_is_gone_is_said() {
             );
         }
     }
-    assert_eq!(last, BTreeMap::from([(0, 600_000), (1, 600_000)]));
+    // A rank that ended early may be gone altogether.
+    assert!(!last.is_empty() && last.values().all(|number| *number == 600_000), "{last:?}");
 }
 
 #[test]
@@ -234,4 +238,28 @@ fn a_rank_that_closes_its_output_runs_on() {
     let (spec, _) = bench.start("echo bye; exec >&- 2>&-; sleep 0.3; exit 3");
     let exited = bench.exited(rank(&spec, 0));
     assert_eq!((exited.exit.code, exited.exit.tail), (Some(3), vec!["bye".to_string()]));
+}
+
+#[test]
+fn a_full_disk_costs_output_but_never_the_rank() {
+    let mut bench = Bench::unstarted();
+    // Much more than the pipe holds, so that the shim has met the limit when the rank is done.
+    // A limit on file sizes is a disk that is full for the log alone, and can be made larger from outside.
+    bench.start_agent_limited(64 * 1024);
+    bench.accept();
+    let (spec, started) = bench.start("seq 1 500000; echo done > done; while [ ! -e more ]; do sleep 0.02; done; echo back; exit 0");
+    let done = bench.dir.path().join("done");
+    bench.until("the rank to have written everything", || done.exists());
+    let shim = nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(started.pid as i32))).unwrap();
+    agent_support::lift_file_size_limit(shim.as_raw());
+    std::fs::write(bench.dir.path().join("more"), "").unwrap();
+    let mut tape = Tape::open(&mut bench, 1, &spec, LogStart::Beginning, true);
+    tape.until(&mut bench, |tape| tape.text().ends_with("back\n"));
+    assert_eq!(bench.exited(rank(&spec, 0)).exit.code, Some(0));
+    let (told, kept): (Vec<_>, Vec<_>) = tape.got.iter().partition(|got| got.header.flags == everlit_api::agent::log::FLAG_DROPPED);
+    let dropped: usize = String::from_utf8_lossy(&told[0].data).parse().unwrap();
+    let kept: usize = kept.iter().map(|got| got.data.len()).sum();
+    assert_eq!(told.len(), 1);
+    assert_eq!(kept + dropped, numbers(500_000).len() + "back\n".len());
+    assert!(dropped > 100_000);
 }

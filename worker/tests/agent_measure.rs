@@ -1,6 +1,8 @@
 //! Figures of the agent alone, without a coordinator behind the link. Run one with
 //! `cargo test --release -p everlit-worker --test agent_measure -- --ignored --nocapture --test-threads 1`.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod agent_support;
 
 use std::collections::BTreeMap;

@@ -1,5 +1,7 @@
 //! Ranks from start to end: what they are given, how they end, and what is left of them.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod agent_support;
 
 use agent_support::{Bench, is_alive, rank, read};

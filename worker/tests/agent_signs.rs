@@ -1,5 +1,7 @@
 //! Signs of life: heartbeat files, however broken, output, verdicts, and checkpoints.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod agent_support;
 
 use agent_support::{Bench, rank, read};

@@ -9,7 +9,7 @@ use everlit_api::manifest::{MANIFEST_FORMAT, Manifest};
 use everlit_api::time::{Millis, Timestamp};
 use tracing_subscriber::EnvFilter;
 
-use super::{driver, status};
+use super::{begin, status};
 use crate::checkpoint;
 
 /// Supervises training processes on one node.
@@ -78,7 +78,7 @@ enum CheckpointVerb {
 /// The whole program.
 pub fn main() -> ExitCode {
     let done = match Cli::parse().verb {
-        Verb::Run(args) => run(args),
+        Verb::Run(args) => run(&args),
         Verb::Health { data_dir } => health(&data_dir),
         Verb::Checkpoint(CheckpointVerb::Commit { dir, step }) => commit(&dir, step),
         Verb::Checkpoint(CheckpointVerb::Verify { dir }) => verify(&dir),
@@ -92,10 +92,10 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(args: RunArgs) -> anyhow::Result<()> {
+fn run(args: &RunArgs) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&args.log).context("--log")?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).with_target(false).init();
-    driver::run(args)
+    begin::run(args)
 }
 
 fn health(data_dir: &Path) -> anyhow::Result<()> {

@@ -11,8 +11,6 @@ use anyhow::Context;
 use everlit_api::agent::{FromAgent, Hello, PROTOCOL, ToAgent};
 use everlit_api::ids::{Incarnation, NodeId};
 use everlit_api::time::Timestamp;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{SigHandler, Signal, signal};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal as signals};
 use tokio::sync::{Notify, mpsc};
@@ -21,44 +19,23 @@ use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use super::cli::RunArgs;
 use super::effects::{Done, Effects};
 use super::engine::{Action, Engine, Event};
-use super::folders::Folders;
-use super::limits::{BLOCKING_THREADS, LOOK_EVERY};
+use super::limits::LOOK_EVERY;
 use super::link::{self, LinkEvent};
 use super::ranks::ShimNews;
 use super::shim::{Settled, Told};
 use super::start::Node;
 use super::watch::{Noticed, Watched, Watcher};
-use super::{adopt, environment, gpu, load, shim, status};
+use super::{adopt, gpu, load, shim, status};
 
 /// Events that may wait for the loop.
 const QUEUE: usize = 1024;
 /// Longest wait for adopted shims to say who their ranks are.
 const ADOPTION_MAX: Duration = Duration::from_secs(2);
 /// Longest time in which the last frames leave.
-const FLUSH_MAX: Duration = Duration::from_millis(500);
+pub(super) const FLUSH_MAX: Duration = Duration::from_millis(500);
 
-/// Runs the agent to its end.
-pub(super) fn run(args: RunArgs) -> anyhow::Result<()> {
-    let root = std::path::absolute(&args.data_dir)?;
-    let folders = Folders::new(root);
-    for folder in [folders.jobs(), folders.trash()] {
-        std::fs::create_dir_all(&folder).with_context(|| format!("could not make `{}`", folder.display()))?;
-    }
-    let lock = status::lock(&folders)?;
-    // SAFETY: sets a disposition to a constant. Shims are never waited for, and the kernel reaps them then.
-    unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn)? };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .max_blocking_threads(BLOCKING_THREADS)
-        .thread_stack_size(512 * 1024)
-        .build()?;
-    let reason = runtime.block_on(async { Driver::new(args, folders, lock)?.run().await })?;
-    tracing::info!(reason, "ended");
-    runtime.shutdown_timeout(FLUSH_MAX);
-    Ok(())
-}
-
-struct Driver {
+/// The agent's loop and everything that it holds.
+pub(super) struct Driver {
     started: Instant,
     engine: Engine,
     effects: Effects,
@@ -73,51 +50,31 @@ struct Driver {
     _lock: File,
 }
 
-/// Raises the agent's own limit of open files; answers what ranks get.
-fn raise_open_files() -> Option<u64> {
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).ok()?;
-    Some(soft)
-}
-
 impl Driver {
-    fn new(args: RunArgs, folders: Folders, lock: File) -> anyhow::Result<Self> {
-        let programs = std::env::current_exe()?.parent().map(PathBuf::from).unwrap_or_default();
-        let gpus = gpu::Gpus::find();
-        let capacity = load::capacity(&gpus, args.slots);
+    /// Everything in place, nothing done yet.
+    pub(super) fn new(args: &RunArgs, node: Node, gpus: gpu::Gpus, lock: File) -> anyhow::Result<Self> {
         let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_string();
-        let env = environment::PASSED.iter().filter_map(|name| Some(((*name).to_string(), std::env::var(name).ok()?)));
-        let node = Node {
-            folders: folders.clone(),
-            programs,
-            env: env.collect(),
-            has_gpus: !capacity.gpus.is_empty(),
-            open_files: raise_open_files(),
-            boot_id: load::boot_id(),
-        };
         let hello = Hello {
             protocol: PROTOCOL,
-            node: NodeId(args.node.unwrap_or(name)),
+            node: NodeId(args.node.clone().unwrap_or(name)),
             boot_id: node.boot_id.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
-            capacity,
+            capacity: load::capacity(&gpus, args.slots),
             ranks: Vec::new(),
             checkpoints: Vec::new(),
             draining: false,
         };
-        let health = status::listen(folders.root()).context("could not open the health socket")?;
+        let health = status::listen(node.folders.root()).context("could not open the health socket")?;
         let coordinator_file = std::path::absolute(&args.coordinator_file)?;
         let watcher = Watcher::new(&coordinator_file).context("could not use inotify")?;
         let (link_events_tx, link_events) = mpsc::channel(QUEUE);
         let (shims_tx, shims) = mpsc::channel(QUEUE);
         let (done_tx, done) = mpsc::channel(QUEUE);
-        let effects = Effects::new(node, gpus, watcher, shims_tx, done_tx);
-        let started = Instant::now();
         Ok(Self {
-            started,
+            started: Instant::now(),
             engine: Engine::new(0, args.linger.0),
-            effects,
+            effects: Effects::new(node, gpus, watcher, shims_tx, done_tx),
             hello,
             coordinator_file,
             health,
@@ -149,7 +106,8 @@ impl Driver {
         end
     }
 
-    async fn run(mut self) -> anyhow::Result<&'static str> {
+    /// Turns until the agent ends; answers why it does.
+    pub(super) async fn run(mut self) -> anyhow::Result<&'static str> {
         self.adopt().await;
         self.effects.empty_trash();
         let link = tokio::spawn(link::run(self.coordinator_file.clone(), self.file_changed.clone(), self.link_events_tx.clone()));

@@ -70,6 +70,10 @@ pub(super) fn environment(
     if spec.count > 1 {
         env.insert("OMP_NUM_THREADS".into(), "1".into());
     }
+    if node_has_gpus {
+        // The order that the driver counts in; CUDA's own default puts the fastest first.
+        env.insert("CUDA_DEVICE_ORDER".into(), "PCI_BUS_ID".into());
+    }
     if matches!(spec.program, Program::Command { .. }) {
         env.insert("TORCH_NCCL_ASYNC_ERROR_HANDLING".into(), "1".into());
     }
@@ -166,6 +170,7 @@ pub(crate) mod tests {
         spec.gpus = vec![1, 0];
         spec.env = [("RANK", "7"), ("LANG", "C"), ("SEED", "3"), ("EVERLIT_ATTEMPT", "9")].map(|(n, v)| (n.into(), v.into())).into();
         expect![[r#"
+            CUDA_DEVICE_ORDER=PCI_BUS_ID
             CUDA_VISIBLE_DEVICES=1,0
             EVERLIT_ATTEMPT=1
             EVERLIT_CHECKPOINT_DIR=/c

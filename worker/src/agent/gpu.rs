@@ -23,8 +23,9 @@ impl Gpus {
             }
         };
         let count = nvml.device_count().unwrap_or(0);
-        let infos =
-            (0..count).filter_map(|index| info(&nvml, index).inspect_err(|error| tracing::warn!(index, %error, "a GPU is left out")).ok());
+        let infos = (0..count)
+            .filter(|index| is_ours(std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref(), *index))
+            .filter_map(|index| info(&nvml, index).inspect_err(|error| tracing::warn!(index, %error, "a GPU is left out")).ok());
         Self { infos: infos.collect(), nvml: Some(nvml) }
     }
 
@@ -45,6 +46,14 @@ impl Gpus {
     }
 }
 
+/// An agent that was itself given only some GPUs (by index) has only those.
+fn is_ours(visible: Option<&str>, index: u32) -> bool {
+    let Some(visible) = visible else { return true };
+    let indexes: Result<Vec<u32>, _> = visible.split(',').map(|one| one.trim().parse()).collect();
+    // A list of device names is not understood here: all are taken.
+    indexes.map_or(!visible.trim().is_empty(), |indexes| indexes.contains(&index))
+}
+
 fn info(nvml: &Nvml, index: u32) -> Result<GpuInfo, nvml_wrapper::error::NvmlError> {
     let device = nvml.device_by_index(index)?;
     Ok(GpuInfo { index, name: device.name()?, uuid: device.uuid()?, memory: device.memory_info()?.total })
@@ -57,4 +66,16 @@ fn load(nvml: &Nvml, index: u32) -> Option<GpuLoad> {
         memory: device.memory_info().map_or(0, |memory| memory.used),
         temperature: device.temperature(TemperatureSensor::Gpu).ok(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_agents_own_list_of_gpus_holds() {
+        assert!(is_ours(None, 3));
+        assert!(is_ours(Some("1, 3"), 3) && !is_ours(Some("1,3"), 2) && !is_ours(Some(""), 0));
+        assert!(is_ours(Some("GPU-8f2c"), 0));
+    }
 }

@@ -84,7 +84,7 @@ impl LoadMeter {
         let (busy_before, total_before) = (std::mem::replace(&mut self.busy, busy), std::mem::replace(&mut self.total, total));
         let passed = total.saturating_sub(total_before);
         let share = if passed == 0 { 0.0 } else { busy.saturating_sub(busy_before) as f64 / passed as f64 };
-        let disk_free = statvfs(data_folder).map_or(0, |about| about.blocks_available() as u64 * about.fragment_size() as u64);
+        let disk_free = statvfs(data_folder).map_or(0, |about| about.blocks_available() * about.fragment_size());
         NodeLoad { cpus: share * cpus as f64, memory: memory().1, disk_free, gpus: gpus.loads(), agent_memory: own_memory() }
     }
 }

@@ -1,10 +1,11 @@
 //! The agent: supervises the ranks of one node, tells a coordinator about them, and outlives it.
 //!
-//! The [`engine`] decides and does nothing; the [`driver`] does and decides nothing: one `select!` over the link, shims, the kernel's news of
+//! The [`engine`] decides and does nothing; the `driver` does and decides nothing: one `select!` over the link, shims, the kernel's news of
 //! files, signals and the engine's clock. Everything that can block for long (preparing a gang, reading back a checkpoint, removing folders,
 //! reading logs) runs on other threads. A rank's process belongs to its shim, so nothing here may assume that it started what it finds.
 
 mod adopt;
+mod begin;
 mod checkpoints;
 pub mod cli;
 mod driver;

@@ -79,18 +79,17 @@ fn take_streams() -> Option<[OwnedFd; 3]> {
     Some([spec, state, control].map(|fd| unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) }))
 }
 
-/// Children's ends come through a descriptor; what would end the shim by accident is ignored.
+/// Children's ends come through a descriptor. Everything else that can be is blocked: a shim ends by SIGKILL, its own faults, or its rank's end.
 fn signals() -> nix::Result<SignalFd> {
     let mut children = SigSet::empty();
     children.add(Signal::SIGCHLD);
-    // SAFETY: sets dispositions to constants. The agent ignores SIGCHLD, and ignored is inherited: ends of children would be lost.
-    unsafe {
-        nix::sys::signal::signal(Signal::SIGCHLD, nix::sys::signal::SigHandler::SigDfl)?;
-        for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGUSR1, Signal::SIGUSR2] {
-            nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigIgn)?;
-        }
+    // SAFETY: sets a disposition to a constant. The agent ignores SIGCHLD, and ignored is inherited: ends of children would be lost.
+    unsafe { nix::sys::signal::signal(Signal::SIGCHLD, nix::sys::signal::SigHandler::SigDfl)? };
+    let mut blocked = SigSet::all();
+    for fault in [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGTRAP, Signal::SIGABRT] {
+        blocked.remove(fault);
     }
-    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&children), None)?;
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&blocked), None)?;
     SignalFd::with_flags(&children, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
 }
 
@@ -186,7 +185,8 @@ impl Shim {
         let until = Instant::now() + DRAIN_MAX;
         while !self.output.is_closed() && Instant::now() < until {
             let now = Instant::now();
-            if (0..2).fold(false, |any, index| self.output.on_readable(index, now) || any) {
+            let read = [0, 1].map(|index| self.output.on_readable(index, now));
+            if read.contains(&true) {
                 self.tell_output(now);
             } else if !self.output.is_closed() {
                 // Somebody who survived the sweep still holds the other end.

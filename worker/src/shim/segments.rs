@@ -65,8 +65,8 @@ impl Segments {
         (self.bytes_max / 4).clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES)
     }
 
-    /// Appends one record. On an error nothing, or a torn record, was written.
-    pub(super) fn append(&mut self, header: &[u8], data: &[u8]) -> io::Result<()> {
+    /// Appends one record; answers how many bytes of the data were written, which are fewer on a full disk (a torn record).
+    pub(super) fn append(&mut self, header: &[u8], data: &[u8]) -> io::Result<usize> {
         for _ in 0..TRIES {
             let segment_bytes = self.segment_bytes();
             let (_, file) = self.open()?;
@@ -84,7 +84,7 @@ impl Segments {
             } else {
                 lock(file, libc::LOCK_UN)?;
             }
-            return if written? == total { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) };
+            return written.map(|count| count.saturating_sub(header.len()));
         }
         Err(io::Error::other("no segment takes the record"))
     }

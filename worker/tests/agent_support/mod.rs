@@ -2,7 +2,13 @@
 //!
 //! Waits are for frames or conditions, with a deadline; never for time to pass. What a test leaves running is killed when it ends, found by
 //! the test's own folder in the shims' arguments.
-#![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::result_large_err,
+    reason = "a part of tests, of which each test file uses some"
+)]
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -14,6 +20,7 @@ use everlit_api::ids::{Incarnation, JobId};
 use everlit_api::job::{CheckpointPolicy, HeartbeatPolicy};
 use everlit_api::time::Millis;
 use futures_util::{SinkExt, StreamExt};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
 use tokio_tungstenite::WebSocketStream;
@@ -86,6 +93,18 @@ impl Bench {
 
     pub fn start_agent(&mut self) {
         self.agent = Some(self.agent_command().env("EVERLIT_TEST_SECRET", "never seen by a rank").spawn().unwrap());
+    }
+
+    /// An agent whose files, and those of what it starts, can not grow beyond this.
+    pub fn start_agent_limited(&mut self, bytes: u64) {
+        use std::os::unix::process::CommandExt;
+        let mut command = self.agent_command();
+        let limit = move || {
+            let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE)?;
+            Ok(setrlimit(Resource::RLIMIT_FSIZE, bytes, hard)?)
+        };
+        // SAFETY: only system calls between fork and exec.
+        self.agent = Some(unsafe { command.pre_exec(limit) }.spawn().unwrap());
     }
 
     pub fn agent_pid(&self) -> i32 {
@@ -330,6 +349,13 @@ impl Drop for Bench {
 
 pub fn rank(spec: &GangSpec, rank: u32) -> Incarnation {
     Incarnation { job: spec.job, attempt: spec.attempt, rank }
+}
+
+pub fn lift_file_size_limit(pid: i32) {
+    let all = nix::libc::rlimit { rlim_cur: nix::libc::RLIM_INFINITY, rlim_max: nix::libc::RLIM_INFINITY };
+    // SAFETY: a system call with a valid pointer.
+    let done = unsafe { nix::libc::prlimit(pid, nix::libc::RLIMIT_FSIZE, &raw const all, std::ptr::null_mut()) };
+    assert_eq!(done, 0);
 }
 
 pub fn is_alive(pid: u32) -> bool {

@@ -1,7 +1,7 @@
 //! What the agent decides: desired gangs against observed ranks. Pure: no I/O, no clock, no randomness; time is passed in.
 //!
 //! [`Engine::handle`] takes a fact and answers wishes; [`Engine::next_deadline`] says when it wants to be woken. Ranks are fenced by their
-//! incarnation: news of one that is not known here are dropped in one place ([`Engine::rank_mut`]). The agent never stops a rank because
+//! incarnation: news of one that is not known here are dropped in one place (`Engine::rank_mut`). The agent never stops a rank because
 //! its coordinator is silent: it can not tell a dead one from a cut cable. The trap: what is said while no coordinator is connected is
 //! lost, so everything that matters must be said again by [`Engine::hello`] or after it.
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]

@@ -26,6 +26,8 @@ pub(crate) struct Chunk {
     pub skipped: u64,
     /// There was no more.
     pub at_end: bool,
+    /// A record was begun and not finished: it is being written, or its writer was killed.
+    pub unfinished: bool,
 }
 
 /// A place in a job's log.
@@ -78,9 +80,9 @@ impl Reader {
     pub(crate) fn read(&mut self, buffer: &mut Vec<u8>, to_the_end: bool) -> io::Result<Chunk> {
         loop {
             if !self.open()? {
-                return Ok(self.nothing());
+                return Ok(self.nothing(false));
             }
-            let Some(file) = &self.open else { return Ok(self.nothing()) };
+            let Some(file) = &self.open else { return Ok(self.nothing(false)) };
             let about = file.metadata()?;
             let sealed = is_sealed(&about);
             buffer.resize(LOG_FRAME_BYTES_MAX, 0);
@@ -97,7 +99,7 @@ impl Reader {
             let consumed = records.consumed();
             let Some(start) = start else {
                 if count < LOG_FRAME_BYTES_MAX && consumed == 0 {
-                    return Ok(self.nothing());
+                    return Ok(self.nothing(count > 0));
                 }
                 // No record in a whole buffer: not a log.
                 let passed = if consumed > 0 { consumed } else { count - HEADER_BYTES } as u64;
@@ -111,15 +113,16 @@ impl Reader {
                 bytes: buffer[start..consumed].to_vec(),
                 skipped: std::mem::take(&mut self.skipped) + start as u64,
                 at_end: reached && consumed == count && !sealed,
+                unfinished: false,
             };
             self.offset += consumed as u64;
             return Ok(chunk);
         }
     }
 
-    fn nothing(&mut self) -> Chunk {
+    fn nothing(&mut self, unfinished: bool) -> Chunk {
         let skipped = std::mem::take(&mut self.skipped);
-        Chunk { segment: self.segment, offset: self.offset, bytes: Vec::new(), skipped, at_end: true }
+        Chunk { segment: self.segment, offset: self.offset, bytes: Vec::new(), skipped, at_end: true, unfinished }
     }
 }
 
@@ -129,7 +132,7 @@ mod tests {
     use everlit_api::agent::log::{Header, Stream};
     use std::os::unix::fs::PermissionsExt;
 
-    pub(crate) fn record(rank: u32, data: &str) -> Vec<u8> {
+    fn record(rank: u32, data: &str) -> Vec<u8> {
         let header = Header { len: data.len() as u32, rank, attempt: 1, stream: Stream::Stdout, flags: 0, time_us: 0 };
         [&header.encode()[..], data.as_bytes()].concat()
     }

@@ -3,13 +3,16 @@
 //! Bytes under way are bounded by the reader's credit. A trickle is sent at once after a pause and at most every [`LOG_SPACING`] otherwise;
 //! full frames need no spacing. The end is said once each time it is reached.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use everlit_api::agent::{LOG_CREDIT_BYTES, LOG_FRAME_BYTES_MAX, LogFrame};
 
 use super::reader::Reader;
 use super::{FromLogs, Link};
 use crate::agent::limits::LOG_SPACING;
+
+/// How long a reader that does not follow waits for a record's end.
+const UNFINISHED_MAX: Duration = Duration::from_millis(100);
 
 /// One stream.
 pub(super) struct Stream {
@@ -22,6 +25,8 @@ pub(super) struct Stream {
     pub(super) dirty: bool,
     end_said: bool,
     next_send: Option<Instant>,
+    /// A record at the end was found unfinished before.
+    unfinished: bool,
 }
 
 /// How it goes on.
@@ -39,7 +44,7 @@ pub(super) enum Next {
 
 impl Stream {
     pub(super) fn new(id: u64, link: Link, follow: bool, reader: Option<Reader>) -> Self {
-        Self { id, link, follow, reader, under_way: 0, dirty: true, end_said: false, next_send: None }
+        Self { id, link, follow, reader, under_way: 0, dirty: true, end_said: false, next_send: None, unfinished: false }
     }
 
     pub(super) fn located(&mut self, reader: Reader) {
@@ -64,10 +69,16 @@ impl Stream {
         if let Some(due) = self.next_send.filter(|due| now < *due) {
             return Next::Wait(Some(due));
         }
-        let chunk = match reader.read(buffer, !self.follow) {
+        let chunk = match reader.read(buffer, self.unfinished) {
             Ok(chunk) => chunk,
             Err(error) => return Next::Closed(Some(format!("the log can not be read: {error}"))),
         };
+        if chunk.unfinished && !self.follow && !self.unfinished {
+            // Being written at this moment, most likely; should it be torn it is given out as it is.
+            self.unfinished = true;
+            self.next_send = Some(now + UNFINISHED_MAX);
+            return Next::Wait(self.next_send);
+        }
         let size = chunk.bytes.len();
         let caught_up = chunk.at_end;
         self.dirty = !caught_up;

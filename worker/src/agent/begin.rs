@@ -1,0 +1,52 @@
+//! The agent's beginning and end: take the data folder, read what the node is, run the driver, and let the last work finish.
+//!
+//! Everything that needs no loop is here. The trap: ranks are started by posix_spawn from threads, so dispositions and limits must be set
+//! before the runtime exists.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigHandler, Signal, signal};
+
+use super::cli::RunArgs;
+use super::driver::{Driver, FLUSH_MAX};
+use super::folders::Folders;
+use super::limits::BLOCKING_THREADS;
+use super::start::Node;
+use super::{environment, gpu, load, status};
+
+/// Runs the agent to its end.
+pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
+    let folders = Folders::new(std::path::absolute(&args.data_dir)?);
+    for folder in [folders.jobs(), folders.trash()] {
+        std::fs::create_dir_all(&folder).with_context(|| format!("could not make `{}`", folder.display()))?;
+    }
+    let lock = status::lock(&folders)?;
+    // SAFETY: sets a disposition to a constant. Shims are never waited for, and the kernel reaps them then.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn)? };
+    let gpus = gpu::Gpus::find();
+    let node = node(folders, !gpus.infos().is_empty())?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_stack_size(512 * 1024)
+        .build()?;
+    let reason = runtime.block_on(async { Driver::new(args, node, gpus, lock)?.run().await })?;
+    tracing::info!(reason, "ended");
+    runtime.shutdown_timeout(FLUSH_MAX);
+    Ok(())
+}
+
+fn node(folders: Folders, has_gpus: bool) -> anyhow::Result<Node> {
+    let programs = std::env::current_exe()?.parent().map(PathBuf::from).unwrap_or_default();
+    let env = environment::PASSED.iter().filter_map(|name| Some(((*name).to_string(), std::env::var(name).ok()?)));
+    Ok(Node { folders, programs, env: env.collect(), has_gpus, open_files: raise_open_files(), boot_id: load::boot_id() })
+}
+
+/// Raises the agent's own limit of open files; answers what ranks get.
+fn raise_open_files() -> Option<u64> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).ok()?;
+    Some(soft)
+}
