@@ -5,14 +5,14 @@
 use everlit_api::agent::{Beat, CheckpointNews, Exited, Resumed, Started, ToAgent};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::manifest::Phase;
-use everlit_api::rank::{Cause, RankExit, Verdict};
+use everlit_api::rank::{Cause, RankExit, RankState, Verdict};
 use everlit_api::status::{CheckpointView, JobState, MetricPoint};
 use everlit_api::time::{Millis, Timestamp};
 
 use super::ledger::Activity;
 use super::limits::{CHECKPOINTS_MAX, MUTE_PROGRESS_MS, STRAGGLER_WAIT_MS};
 use super::restart::{Decision, Failure, decide_restart, heal};
-use super::state::{Ending, Facts, Job, Then};
+use super::state::{Ending, Facts, Job, Ranks, Then};
 use super::timers::Timer;
 use super::{Engine, Turn};
 
@@ -32,7 +32,7 @@ impl Engine {
     pub(super) fn on_rank_started(&mut self, turn: &mut Turn, started: &Started) {
         let Incarnation { job: id, attempt, rank } = started.incarnation;
         let Some(job) = self.current(id, attempt) else { return };
-        if !job.ranks.start(rank, started.pid) || !job.ranks.all_alive() {
+        if !job.ranks.start(rank, started.pid) || !job.ranks.all_started() {
             return;
         }
         // Adoption is no change of state: a gang that ran before a restart of ours is not announced again.
@@ -59,7 +59,7 @@ impl Engine {
             return;
         }
         let ending = job.gang.as_ref().is_some_and(|g| g.ending.is_some());
-        if !ending && exit.is_success() {
+        if !ending && exit.is_success() && !exited.lost {
             if !job.ranks.all_ended() && !self.timers.is_set(&Timer::Straggler(id)) {
                 self.timers.set(Timer::Straggler(id), Timestamp(turn.now.0 + STRAGGLER_WAIT_MS));
             }
@@ -144,7 +144,8 @@ impl Engine {
             && let Some((rank, exit)) = job.ranks.first_failure()
         {
             ending.rank = Some(rank);
-            ending.cause = Some(cause_of(exit, false));
+            let lost = job.ranks.get(rank).is_some_and(|r| r.state == RankState::Lost);
+            ending.cause = Some(cause_of(exit, lost));
             ending.reason = failure_sentence(rank, exit);
         }
         let ending = gang.ending.clone();
@@ -256,12 +257,13 @@ impl Engine {
 
     pub(super) fn on_start_failed(&mut self, turn: &mut Turn, id: JobId, attempt: u32, reason: String, permanent: bool) {
         let Some(job) = self.current(id, attempt) else { return };
-        if job.gang.as_ref().is_some_and(|g| g.ending.is_some()) {
-            return;
-        }
+        let ending = job.gang.as_ref().is_some_and(|g| g.ending.is_some());
         let exit = RankExit { code: None, signal: None, error: Some(reason.clone()), at: turn.now, tail: Vec::new(), message: None };
         for rank in 0..job.spec.world_size {
             job.ranks.end(rank, exit.clone(), false);
+        }
+        if ending {
+            return self.end_attempt_when_over(turn, id);
         }
         let cause = if permanent { Cause::CannotStart } else { Cause::Infrastructure };
         self.fail_gang(turn, id, None, cause, reason, 0, false);
@@ -298,20 +300,22 @@ impl Engine {
                 Facts::new(),
             );
         }
+        job.advance(turn.now);
         turn.touched.insert(id);
     }
 
     pub(super) fn on_checkpoint_seen(&mut self, turn: &mut Turn, node: &NodeId, news: CheckpointNews) {
         let id = news.job;
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        let known = job.checkpoints.iter().any(|c| c.step == news.step && c.attempt == news.attempt && (c.verified || !news.verified));
+        let was = job.checkpoints.iter().find(|c| c.step == news.step && c.attempt == news.attempt).map(|c| c.verified);
+        let known = was.is_some_and(|verified| verified || !news.verified);
         job.checkpoints.retain(|c| c.step != news.step && news.kept.contains(&c.step));
         let view = CheckpointView {
             step: news.step,
             attempt: news.attempt,
             bytes: news.bytes,
             created_at: news.created_at,
-            verified: news.verified || known,
+            verified: news.verified || was == Some(true),
             node: node.clone(),
             path: news.path,
         };
@@ -364,8 +368,8 @@ impl Job {
         let moved = fresh.is_some() && fresh != own.step;
         own.step = fresh.or(own.step);
         self.progress.total_steps = beat.total_steps.or(self.progress.total_steps);
-        let leads = self.ranks.list().iter().take(rank as usize).all(|r| r.step.is_none());
-        if leads && let Some(step) = fresh.filter(|_| moved) {
+        let leads = |ranks: &Ranks| ranks.list().iter().take(rank as usize).all(|r| r.step.is_none());
+        if let Some(step) = fresh.filter(|_| moved && leads(&self.ranks)) {
             self.progress.loss = beat.loss;
             self.progress.samples = beat.samples.or(self.progress.samples);
             self.rates.note(seen_at, step, beat.samples);
@@ -376,11 +380,13 @@ impl Job {
     /// What the ranks' steps mean for the job. True when the record should know: a first step, the end of repeating.
     fn advance(&mut self, now: Timestamp) -> bool {
         let Some(gang) = self.gang.as_ref().filter(|g| g.ending.is_none()) else { return false };
+        // Before its node has said what it resumed from, nobody knows which steps are repeated.
+        let Some(from) = gang.resumed_step else { return false };
         let before = self.book.activity;
         let reporting = self.ranks.list().iter().filter_map(|r| r.step);
         let all = self.spec.worker.is_none() || self.ranks.list().iter().all(|r| r.step.is_some());
         if let Some(slowest) = reporting.min().filter(|_| all) {
-            self.progress.advance(now, slowest, gang.resumed_step.unwrap_or(0), gang.floor);
+            self.progress.advance(now, slowest, from, gang.floor);
         }
         let saving = self.ranks.get(0).is_some_and(|r| r.phase == Some(Phase::Checkpoint));
         let next = match self.progress.step {
@@ -410,7 +416,9 @@ fn failure_sentence(rank: u32, exit: &RankExit) -> String {
     let words = exit.message.as_ref().or(exit.tail.iter().rev().find(|line| !line.trim().is_empty()));
     match (words, &exit.error) {
         (_, Some(error)) => format!("rank {rank}: {error}"),
-        (Some(words), None) => format!("rank {rank} ended with {}: {}", exit.describe(), words.trim().chars().take(500).collect::<String>()),
+        (Some(words), None) => {
+            format!("rank {rank} ended with {}: {}", exit.describe(), words.trim().chars().take(500).collect::<String>())
+        }
         (None, None) => format!("rank {rank} ended with {}", exit.describe()),
     }
 }

@@ -66,8 +66,10 @@ impl Engine {
                 return port;
             }
         }
-        // More gangs than ports: share one rather than wait; most gangs of one rank never use it.
-        self.next_port
+        // More gangs than ports: share rather than wait; most gangs of one rank never use theirs.
+        let port = self.next_port;
+        self.next_port = if port == last { first } else { port + 1 };
+        port
     }
 
     /// Reserves, counts the attempt, and tells the nodes once that is durable.
@@ -79,9 +81,9 @@ impl Engine {
             if let Some(node) = self.nodes.get_mut(&share.node) {
                 node.take(&need.taken(share.count, &share.gpus));
             }
-            if !job.nodes.contains(&share.node) {
-                job.nodes.push(share.node.clone());
-            }
+            // The newest is the last: its log is the one that goes on.
+            job.nodes.retain(|node| *node != share.node);
+            job.nodes.push(share.node.clone());
         }
         job.attempt += 1;
         job.retry_at = None;
@@ -139,7 +141,12 @@ impl Engine {
         let running = job.gang.is_some() && job.retry_at.is_none();
         if running {
             let grace = if force { Millis(0) } else { job.spec.stop_grace };
+            let placement = job.gang.as_ref().map(|g| g.placement.clone()).unwrap_or_default();
             self.end_gang(turn, id, Ending { then, at: turn.now, rank: None, cause, reason }, grace);
+            if placement.iter().all(|p| self.nodes.get(&p.node).is_none_or(|n| n.lost)) {
+                // Nobody can tell how its ranks end; what may still run there is stopped when the node is back.
+                self.lose_ranks(turn, id);
+            }
         } else {
             let state = if then == Then::Fail { JobState::Failed } else { JobState::Stopped };
             self.release(id);

@@ -6,7 +6,7 @@
 use everlit_api::agent::{Exited, Hello, RankReport, Started, ToAgent};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::rank::{Cause, RankExit};
-use everlit_api::status::{JobState, NodeLoad};
+use everlit_api::status::NodeLoad;
 use everlit_api::time::{Millis, Timestamp};
 
 use super::placement::{Need, Placement, plan_gang};
@@ -41,17 +41,24 @@ impl Engine {
         let mut unwanted: std::collections::BTreeSet<(JobId, u32)> = std::collections::BTreeSet::new();
         let mut forget = Vec::new();
         let mut seen: std::collections::BTreeSet<Incarnation> = std::collections::BTreeSet::new();
-        for report in hello.ranks {
+        let mut beats = Vec::new();
+        let mut ended = Vec::new();
+        for mut report in hello.ranks {
             let Incarnation { job, attempt, .. } = report.incarnation;
             let wanted = self.jobs.get(&job).is_some_and(|j| j.retry_at.is_none() && j.gang.as_ref().is_some_and(|g| g.attempt == attempt));
             if wanted {
                 seen.insert(report.incarnation);
-                self.adopt(turn, report);
+                beats.extend(report.beat.take());
+                ended.extend(self.adopt(turn, report));
             } else if report.exit.is_some() || report.lost {
                 forget.push(report.incarnation);
             } else {
                 unwanted.insert((job, attempt));
             }
+        }
+        self.on_ranks_beat(turn, beats);
+        for exited in ended {
+            self.on_rank_exited(turn, exited);
         }
         for (job, attempt) in unwanted {
             // Its job went on without it or is final: nothing that it could save would ever be used.
@@ -61,23 +68,25 @@ impl Engine {
             turn.tell(node, ToAgent::Forget { incarnations: forget });
         }
         for news in hello.checkpoints {
+            if !self.jobs.contains_key(&news.job) {
+                turn.tell(node, ToAgent::JobEnded { job: news.job });
+            }
             self.on_checkpoint_seen(turn, node, news);
         }
         self.look_for_missing(turn, node, &seen);
     }
 
-    fn adopt(&mut self, turn: &mut Turn, report: RankReport) {
+    /// What lives is taken over; how it ended, when it has, is for after all beats.
+    fn adopt(&mut self, turn: &mut Turn, report: RankReport) -> Option<Exited> {
         let incarnation = report.incarnation;
         if let Some(pid) = report.pid {
             self.on_rank_started(turn, &Started { incarnation, pid, at: report.started_at.unwrap_or(turn.now) });
         }
-        if let Some(beat) = report.beat {
-            self.on_ranks_beat(turn, vec![beat]);
+        if report.exit.is_none() && !report.lost {
+            return None;
         }
-        if report.exit.is_some() || report.lost {
-            let exit = report.exit.unwrap_or_else(|| lost_exit(turn.now, "it was lost with its shim"));
-            self.on_rank_exited(turn, Exited { incarnation, exit, lost: report.lost });
-        }
+        let exit = report.exit.unwrap_or_else(|| lost_exit(turn.now, "it was lost with its shim"));
+        Some(Exited { incarnation, exit, lost: report.lost })
     }
 
     /// Gangs that hold places on this node and whose ranks the agent did not name.
@@ -126,32 +135,57 @@ impl Engine {
         }
     }
 
-    /// Not heard of for the node timeout: gangs move if they can, and wait for it if they can not.
+    /// Not heard of for the node timeout: gangs move if they can, and wait for it if they can not. Looked at again while any waits.
     pub(super) fn on_node_lost(&mut self, turn: &mut Turn, id: &NodeId) {
         let Some(node) = self.nodes.get_mut(id).filter(|n| !n.linked) else { return };
-        node.lost = true;
-        let seconds = self.config.node_timeout_ms as f64 / 1_000.0;
-        turn.event(None, "node_lost", format!("{id} was not heard of for {seconds} s"), Facts::from([("node", id.0.clone().into())]));
+        let timeout_ms = self.config.node_timeout_ms;
+        let seconds = timeout_ms as f64 / 1_000.0;
+        if !node.lost {
+            node.lost = true;
+            turn.event(None, "node_lost", format!("{id} was not heard of for {seconds} s"), Facts::from([("node", id.0.clone().into())]));
+        }
         let held: Vec<JobId> = self.jobs.values().filter(|j| holds(j, id) && j.retry_at.is_none()).map(|j| j.id).collect();
+        let mut waiting = false;
         for job_id in held {
             let Some(job) = self.jobs.get_mut(&job_id) else { continue };
-            if !matches!(plan_gang(&self.nodes, &Need::of(&job.spec)), Placement::Now(_)) {
-                job.reason = format!("{id} was not heard of for {seconds} s; its ranks may run on, and no other node has room");
-                turn.touched.insert(job_id);
-                continue;
+            let decided = job.gang.as_ref().and_then(|g| g.ending.as_ref()).is_some_and(|e| e.then != Then::Judge);
+            if decided {
+                // It was to end anyway: what may still run there is stopped when the node is back.
+                self.lose_ranks(turn, job_id);
+            } else if matches!(plan_gang(&self.nodes, &Need::of(&job.spec)), Placement::Now(_)) {
+                let reason = format!("{id} was lost");
+                let ending = Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::NodeLost), reason: reason.clone() };
+                if let Some(gang) = job.gang.as_mut() {
+                    gang.ending = Some(ending);
+                }
+                job.budget.restarts += 1;
+                job.book.reclaim_undetected(turn.now, timeout_ms);
+                turn.event(Some(job_id), "gang_failed", reason, Facts::from([("cause", serde_json::json!(Cause::NodeLost))]));
+                // Its new place is taken before the next one is looked at.
+                self.lose_ranks(turn, job_id);
+            } else {
+                waiting = true;
+                let reason = format!("{id} was not heard of for {seconds} s; its ranks may run on, and no other node has room");
+                if job.reason != reason {
+                    job.reason = reason;
+                    turn.touched.insert(job_id);
+                }
             }
-            let reason = format!("{id} was lost");
-            let ending = Ending { then: Then::Judge, at: turn.now, rank: None, cause: Some(Cause::NodeLost), reason: reason.clone() };
-            if let Some(gang) = job.gang.as_mut() {
-                gang.ending.get_or_insert(ending);
-            }
-            job.state = JobState::Recovering;
-            turn.event(Some(job_id), "gang_failed", reason, Facts::new());
-            let (attempt, world) = (job.attempt, job.spec.world_size);
-            for rank in 0..world {
-                let incarnation = Incarnation { job: job_id, attempt, rank };
-                self.on_rank_exited(turn, Exited { incarnation, exit: lost_exit(turn.now, "its node was lost"), lost: true });
-            }
+        }
+        if waiting {
+            self.timers.set(Timer::NodeLost(id.clone()), Timestamp(turn.now.0 + timeout_ms));
+        }
+        self.queue.unpark();
+        self.schedule(turn);
+    }
+
+    /// Nobody can tell any more how the ranks of a gang end: they count as lost.
+    pub(super) fn lose_ranks(&mut self, turn: &mut Turn, id: JobId) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        let (attempt, world) = (job.attempt, job.spec.world_size);
+        for rank in 0..world {
+            let incarnation = Incarnation { job: id, attempt, rank };
+            self.on_rank_exited(turn, Exited { incarnation, exit: lost_exit(turn.now, "its node was lost"), lost: true });
         }
     }
 

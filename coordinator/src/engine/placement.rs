@@ -199,12 +199,17 @@ pub fn plan_gang(nodes: &BTreeMap<NodeId, Node>, need: &Need) -> Placement {
     if nodes.is_empty() {
         return Placement::Later("no node has joined yet".into());
     }
-    let ever: Vec<_> = nodes.iter().filter(|(_, n)| n.fit(need, true).is_ok()).collect();
+    let ever: Vec<_> = nodes.iter().filter(|(_, n)| !n.lost && n.fit(need, true).is_ok()).collect();
     match ever.first() {
         Some((id, node)) => Placement::Later(format!("{id} {}", node.explain(need))),
         None => {
             let reasons: Vec<_> = nodes.iter().take(4).map(|(id, n)| format!("{id} {}", n.explain(need))).collect();
-            Placement::Never(format!("no node can ever hold it: {}", reasons.join("; ")))
+            let which = if nodes.values().any(|n| n.fit(need, true).is_ok()) {
+                "no connected node can hold it"
+            } else {
+                "no node can ever hold it"
+            };
+            Placement::Never(format!("{which}: {}", reasons.join("; ")))
         }
     }
 }

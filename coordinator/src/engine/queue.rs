@@ -13,6 +13,9 @@ use super::placement::Need;
 
 type Line = BTreeSet<JobId>;
 
+/// Jobs before one in its own line are counted up to this: a question must not cost a walk over the whole queue.
+const POSITION_MAX: usize = 1_000;
+
 /// Jobs that wait for a place.
 #[derive(Debug, Default)]
 pub struct Queue {
@@ -77,10 +80,12 @@ impl Queue {
         }
     }
 
-    /// Jobs that come before this one, parked ones not counted.
+    /// Jobs that come before this one, parked ones not counted; a thousand stands for more of the same need.
     pub fn position(&self, job: JobId, priority: Priority) -> u64 {
         let before = self.lines.iter().take_while(|((Reverse(p), _), _)| *p >= priority);
-        before.map(|((Reverse(p), _), line)| if *p > priority { line.len() } else { line.range(..job).count() } as u64).sum()
+        before
+            .map(|((Reverse(p), _), line)| if *p > priority { line.len() } else { line.range(..job).take(POSITION_MAX).count() } as u64)
+            .sum()
     }
 }
 

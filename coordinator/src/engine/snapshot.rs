@@ -86,6 +86,9 @@ impl Engine {
         for node in names {
             engine.timers.set(Timer::NodeLost(node), Timestamp(now.0 + engine.config.node_timeout_ms));
         }
+        if !(engine.config.ports.0..=engine.config.ports.1).contains(&engine.next_port) {
+            engine.next_port = engine.config.ports.0;
+        }
         engine.timers.set(Timer::CheckAll, Timestamp(now.0 + CHECK_ALL_MS));
         engine.check_all();
         Ok(engine)
@@ -98,12 +101,15 @@ impl Engine {
             self.queue.push(id, job.spec.priority, need);
         } else if let Some(gang) = &job.gang {
             self.ports.insert(gang.port);
+            self.next_port = self.next_port.max(gang.port.saturating_add(1));
             for share in &gang.placement {
                 self.nodes.entry(share.node.clone()).or_default().take(&need.taken(share.count, &share.gpus));
             }
-            if let (Some(limit), Some(started)) = (job.spec.time_limit, job.started_at) {
-                self.timers.set(Timer::TimeLimit(id), Timestamp(started.0 + limit.0));
-            }
+        }
+        if let Some(limit) = job.spec.time_limit
+            && let Some(since) = job.started_at.or(job.gang.as_ref().map(|g| g.placed_at))
+        {
+            self.timers.set(Timer::TimeLimit(id), Timestamp(since.0 + limit.0));
         }
         if let Some(at) = job.retry_at {
             // Every rank of the failed attempt had ended when this was recorded.

@@ -215,7 +215,7 @@ impl Ranks {
             self.alive -= 1;
         }
         self.ended += 1;
-        self.succeeded += u32::from(exit.is_success());
+        self.succeeded += u32::from(exit.is_success() && !lost);
         own.state = if lost { RankState::Lost } else { RankState::Exited };
         own.exit = Some(exit);
         true
@@ -248,9 +248,9 @@ impl Ranks {
         self.alive
     }
 
-    /// Every rank's process lives.
-    pub fn all_alive(&self) -> bool {
-        self.alive as usize == self.list.len()
+    /// Every rank's process lives, or has lived.
+    pub fn all_started(&self) -> bool {
+        (self.alive + self.ended) as usize == self.list.len()
     }
 
     /// Every rank ended.
@@ -271,7 +271,11 @@ impl Ranks {
     /// The first that did not exit 0, in the kernel's order.
     pub fn first_failure(&self) -> Option<(u32, &RankExit)> {
         let failed = self.list.iter().enumerate().filter_map(|(n, r)| Some((n as u32, r.exit.as_ref()?)));
-        failed.filter(|(_, exit)| !exit.is_success()).min_by_key(|(rank, exit)| (exit.at, *rank))
+        failed.filter(|(rank, exit)| !exit.is_success() || self.is_lost(*rank)).min_by_key(|(rank, exit)| (exit.at, *rank))
+    }
+
+    fn is_lost(&self, rank: u32) -> bool {
+        self.get(rank).is_some_and(|r| r.state == RankState::Lost)
     }
 
     /// The counters say what the list says.
@@ -279,7 +283,7 @@ impl Ranks {
         let count = |f: fn(&Rank) -> bool| self.list.iter().filter(|r| f(r)).count() as u32;
         self.alive == count(|r| r.pid.is_some())
             && self.ended == count(|r| r.exit.is_some())
-            && self.succeeded == count(|r| r.exit.as_ref().is_some_and(RankExit::is_success))
+            && self.succeeded == count(|r| r.state != RankState::Lost && r.exit.as_ref().is_some_and(RankExit::is_success))
             && count(|r| r.pid.is_some() && r.exit.is_some()) == 0
     }
 }

@@ -103,7 +103,7 @@ impl Agents {
         }
         let before = self.links().insert(node.clone(), Link { session, to: link.to });
         drop(before);
-        if inputs.send(Input::Linked(Box::new(hello))).await.is_err() {
+        if inputs.send(Input::Linked(session, Box::new(hello))).await.is_err() {
             return;
         }
         self.changed.send_modify(|n| *n += 1);
@@ -117,8 +117,8 @@ impl Agents {
         self.streams.node_gone(&node);
         if newest {
             tracing::warn!(%node, "an agent's link ended");
-            let _ = inputs.send(Input::Unlinked(node)).await;
         }
+        let _ = inputs.send(Input::Unlinked(session, node)).await;
         self.changed.send_modify(|n| *n += 1);
     }
 

@@ -3,7 +3,7 @@
 //!
 //! Reads are answered from the engine, but not before what they show is durable. The trap: never run a command from anywhere else.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,6 +29,10 @@ pub const INPUTS_MAX: usize = 8_192;
 const BATCH_STEPS_MAX: usize = 1_024;
 /// Between two tries of a transaction that failed.
 const RETRY: Duration = Duration::from_millis(500);
+/// Jobs whose files a node is asked to remove at once; the next go when it has answered.
+const REMOVALS_ASKED: usize = 256;
+/// A used key is remembered here so long after its job is durable, while who asked before may still come.
+const KEY_MEMORY_MS: u64 = 30_000;
 /// Events that a slow follower may lag behind before it reads the store again.
 const FOLLOW_EVENTS: usize = 1_024;
 
@@ -59,12 +63,12 @@ pub enum Input {
         /// Once durable.
         reply: oneshot::Sender<()>,
     },
-    /// An agent said hello on a new link.
-    Linked(Box<Hello>),
+    /// An agent said hello on a new link, of this session.
+    Linked(u64, Box<Hello>),
     /// An agent's frame.
     Agent(NodeId, FromAgent),
-    /// The link of a node ended and no newer one is there.
-    Unlinked(NodeId),
+    /// The link of that session ended.
+    Unlinked(u64, NodeId),
 }
 
 /// What the driver tells everybody, after it is durable.
@@ -96,7 +100,7 @@ struct Pending {
 
 impl Pending {
     fn is_empty(&self) -> bool {
-        self.batch.is_empty() && self.commands.is_empty() && self.after.is_empty()
+        self.steps == 0 && self.batch.is_empty() && self.commands.is_empty() && self.after.is_empty()
     }
 }
 
@@ -114,7 +118,11 @@ pub struct Driver {
     seeds: u64,
     /// Keys whose jobs are not durable yet, or only just.
     keys: BTreeMap<String, ([u8; 32], JobId)>,
-    removals: BTreeMap<NodeId, Vec<JobId>>,
+    recent_keys: VecDeque<(Timestamp, String)>,
+    /// The session of each node's newest link: the end of an older one is no news.
+    sessions: BTreeMap<NodeId, u64>,
+    removals: BTreeMap<NodeId, BTreeSet<JobId>>,
+    removals_asked: BTreeMap<NodeId, usize>,
 }
 
 impl Driver {
@@ -128,9 +136,9 @@ impl Driver {
         let (event_seq, last_time, last_job) = store.last().await?;
         let clock = Clock::after(last_time);
         let engine = Engine::load(config, clock.now(), &store.active_jobs().await?, &store.nodes().await?).map_err(StoreError::Refused)?;
-        let mut removals: BTreeMap<NodeId, Vec<JobId>> = BTreeMap::new();
+        let mut removals: BTreeMap<NodeId, BTreeSet<JobId>> = BTreeMap::new();
         for (job, node) in store.removals().await? {
-            removals.entry(node).or_default().push(job);
+            removals.entry(node).or_default().insert(job);
         }
         for (state, count) in store.count_states().await? {
             metrics.jobs_loaded(state, count);
@@ -140,8 +148,23 @@ impl Driver {
         let seeds = fresh_seed();
         let pending = Pending::default();
         let keys = BTreeMap::new();
-        let driver =
-            Self { engine, store, agents, metrics, clock, news: news.clone(), pending, event_seq, last_job, seeds, keys, removals };
+        let driver = Self {
+            engine,
+            store,
+            agents,
+            metrics,
+            clock,
+            news: news.clone(),
+            pending,
+            event_seq,
+            last_job,
+            seeds,
+            keys,
+            recent_keys: VecDeque::new(),
+            sessions: BTreeMap::new(),
+            removals,
+            removals_asked: BTreeMap::new(),
+        };
         Ok((driver, clock, news))
     }
 
@@ -190,15 +213,19 @@ impl Driver {
                 self.pending.steps += 1;
             }
             Input::Remove { jobs, reply } => self.remove(jobs, reply),
-            Input::Linked(hello) => {
+            Input::Linked(session, hello) => {
                 let node = hello.node.clone();
+                self.sessions.insert(node.clone(), session);
                 self.feed(Event::NodeLinked { hello });
-                for job in self.removals.get(&node).into_iter().flatten() {
-                    self.pending.commands.push(Command::Tell { node: node.clone(), frame: ToAgent::RemoveJob { job: *job } });
-                }
+                self.removals_asked.remove(&node);
+                self.ask_removals(&node);
             }
             Input::Agent(node, frame) => self.agent_said(node, frame),
-            Input::Unlinked(node) => self.feed(Event::NodeUnlinked { node }),
+            Input::Unlinked(session, node) => {
+                if self.sessions.get(&node) == Some(&session) {
+                    self.feed(Event::NodeUnlinked { node });
+                }
+            }
         }
     }
 
@@ -216,9 +243,14 @@ impl Driver {
             FromAgent::Draining => Event::NodeDraining { node, cordon: false },
             FromAgent::Removed { job } => {
                 if let Some(jobs) = self.removals.get_mut(&node) {
-                    jobs.retain(|j| *j != job);
+                    jobs.remove(&job);
                 }
-                self.pending.batch.cleared.push((job, node));
+                self.pending.batch.cleared.push((job, node.clone()));
+                let left = self.removals_asked.get(&node).copied().unwrap_or(0).saturating_sub(1);
+                self.removals_asked.insert(node.clone(), left);
+                if left == 0 {
+                    self.ask_removals(&node);
+                }
                 return;
             }
             FromAgent::LogClosed { .. } => return,
@@ -232,19 +264,21 @@ impl Driver {
         let Step { record, commands } = self.engine.handle(now, event);
         self.metrics.note_record(&record);
         let mut seq = self.event_seq;
-        let deleted: Vec<JobId> = record.jobs.iter().filter(|row| row.delete).map(|row| row.id).collect();
+
         self.pending.batch.add(record, || {
             seq += 1;
             seq
         });
         self.event_seq = seq;
-        for command in &commands {
-            if let Command::Final { job, nodes, delete: true, .. } = command {
-                debug_assert!(deleted.contains(job));
-                self.note_removal(*job, nodes.clone());
-            }
-        }
+        let gone = |command: &Command| match command {
+            Command::Final { job, nodes, delete: true, .. } => Some((*job, nodes.clone())),
+            _ => None,
+        };
+        let gone: Vec<_> = commands.iter().filter_map(gone).collect();
         self.pending.commands.extend(commands);
+        for (job, nodes) in gone {
+            self.note_removal(job, nodes);
+        }
         self.pending.steps += 1;
     }
 
@@ -293,10 +327,7 @@ impl Driver {
 
     fn remove(&mut self, jobs: Vec<(JobId, Vec<NodeId>)>, reply: oneshot::Sender<()>) {
         for (job, nodes) in jobs {
-            self.note_removal(job, nodes.clone());
-            for node in nodes {
-                self.pending.commands.push(Command::Tell { node, frame: ToAgent::RemoveJob { job } });
-            }
+            self.note_removal(job, nodes);
         }
         self.pending.after.push(Box::new(move || {
             let _ = reply.send(());
@@ -308,11 +339,22 @@ impl Driver {
         let data = serde_json::json!({ "job_id": job });
         let row = EventRow { job: None, time: self.clock.now(), event: "job_deleted", reason: format!("job {job} was removed"), data };
         self.pending.batch.events.push((self.event_seq, row));
-        for node in &nodes {
-            self.removals.entry(node.clone()).or_default().push(job);
-        }
-        self.pending.batch.remove(job, nodes);
+        self.pending.batch.remove(job, nodes.clone());
         self.pending.steps += 1;
+        for node in nodes {
+            self.removals.entry(node.clone()).or_default().insert(job);
+            if self.removals_asked.get(&node).is_none_or(|asked| *asked == 0) {
+                self.ask_removals(&node);
+            }
+        }
+    }
+
+    /// Asks a node to remove what is left of removed jobs, some at a time: its line is bounded.
+    fn ask_removals(&mut self, node: &NodeId) {
+        let asked: Vec<JobId> = self.removals.get(node).into_iter().flatten().copied().take(REMOVALS_ASKED).collect();
+        self.removals_asked.insert(node.clone(), asked.len());
+        let frames = asked.into_iter().map(|job| Command::Tell { node: node.clone(), frame: ToAgent::RemoveJob { job } });
+        self.pending.commands.extend(frames);
     }
 
     /// A batch without anything to record follows at once; else a task makes it durable, however long that takes.
@@ -337,8 +379,12 @@ impl Driver {
     }
 
     fn run_after(&mut self, done: Pending) {
-        for used in &done.batch.idempotency {
-            self.keys.remove(&used.key);
+        let now = self.clock.now();
+        self.recent_keys.extend(done.batch.idempotency.iter().map(|used| (now, used.key.clone())));
+        while self.recent_keys.front().is_some_and(|(at, _)| now.since_ms(*at) > KEY_MEMORY_MS) {
+            if let Some((_, key)) = self.recent_keys.pop_front() {
+                self.keys.remove(&key);
+            }
         }
         for (seq, row) in done.batch.events {
             let view = EventView {
@@ -355,14 +401,7 @@ impl Driver {
         for command in done.commands {
             match command {
                 Command::Tell { node, frame } => self.agents.tell(&node, &frame),
-                Command::Final { job, state, nodes, delete } => {
-                    let _ = self.news.send(News::Final(job, state));
-                    if delete {
-                        for node in nodes {
-                            self.agents.tell(&node, &ToAgent::RemoveJob { job });
-                        }
-                    }
-                }
+                Command::Final { job, state, .. } => drop(self.news.send(News::Final(job, state))),
             }
         }
         for after in done.after {

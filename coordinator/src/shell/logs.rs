@@ -220,6 +220,9 @@ impl Reader {
         let agents = self.agents.clone();
         let stream = Stream { agents: &agents, node: node.clone(), id };
         agents.tell(node, &ToAgent::OpenLog { stream: id, job: self.job, from: *start, follow });
+        if !agents.is_linked(node) {
+            return Pass::Again;
+        }
         let mut tail = match *start {
             LogStart::Tail { lines, .. } => Some(Tail { lines, held: VecDeque::new(), held_lines: 0 }),
             _ => None,

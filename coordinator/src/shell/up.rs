@@ -94,7 +94,7 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
 
     let (inputs, input_queue) = mpsc::channel(INPUTS_MAX);
     let handle = Handle { inputs: inputs.clone(), news };
-    let driving = tokio::spawn(driver.run(input_queue));
+    let mut driving = tokio::spawn(driver.run(input_queue));
     let ready = Arc::new(AtomicBool::new(true));
     let coordinator = Coordinator {
         handle,
@@ -128,6 +128,7 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
     let end = tokio::select! {
         end = ends.next() => end,
         served = &mut serving => bail!("the server ended: {served:?}"),
+        ended = &mut driving => bail!("the engine stopped, and ranks run on: {ended:?}"),
     };
     ready.store(false, Ordering::Relaxed);
     let drained = match end {

@@ -191,3 +191,61 @@ fn a_stop_while_the_gang_is_failing_wins() {
         12   final job 1 stopped
     "#]]);
 }
+
+#[test]
+fn a_refused_start_ends_a_job_that_is_being_stopped() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2));
+    scene.at(1, Event::StopRequested { job: job(1), force: false, delete: false });
+    scene.take();
+    scene.at(2, Event::StartFailed { job: job(1), attempt: 1, reason: "the disk is full".into(), permanent: false });
+    scene.expect(expect![[r#"
+        2 job 1: job_final: stopped by a user
+        2   n1 <- forget 1.1.0 1.1.1
+        2   n1 <- job 1 ended
+        2   final job 1 stopped
+    "#]]);
+    assert!(scene.engine.node_is_empty(&node("n1")));
+}
+
+#[test]
+fn a_shim_that_died_first_is_named_and_free_though_its_news_came_last() {
+    let mut scene = Scene::with_node();
+    let mut spec = command(2);
+    spec.restart.max_restarts = 1;
+    scene.submit(0, 1, spec);
+    scene.start_all(1, 1, 1, 2);
+    scene.exits(52, rank(1, 1, 0), exit(1, 51));
+    scene.take();
+    let lost = RankExit { code: None, signal: None, error: Some("its shim was killed".into()), at: Timestamp(50), tail: vec![], message: None };
+    scene.at(53, Event::RankExited(Exited { incarnation: rank(1, 1, 1), exit: lost, lost: true }));
+    scene.expect(expect![[r#"
+        53 job 1: restart_scheduled: attempt 2 in 500 ms: restart without cost to the budget
+        53   n1 <- forget 1.1.0 1.1.1
+    "#]]);
+}
+
+#[test]
+fn a_drained_rank_that_exits_0_has_not_succeeded() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(1, 1, 1, 1);
+    scene.take();
+    scene.at(50, Event::RankExited(Exited { incarnation: rank(1, 1, 0), exit: exit(0, 50), lost: true }));
+    assert_eq!(scene.summary(1).state, JobState::Recovering);
+    scene.take();
+}
+
+#[test]
+fn steps_told_before_the_resume_is_known_are_not_counted_as_repeated() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(1, 1, 1, 1);
+    scene.at(10, Event::RanksBeat(vec![beat(rank(1, 1, 0), 520)]));
+    scene.exits(20, rank(1, 1, 0), killed(20));
+    scene.at(520, Event::Woke);
+    scene.at(600, Event::RanksBeat(vec![beat(rank(1, 2, 0), 510)]));
+    scene.at(610, Event::AttemptResumed(Resumed { job: job(1), attempt: 2, step: Some(500), path: None, quarantined: vec![] }));
+    assert_eq!((scene.summary(1).step, scene.summary(1).lost_steps), (Some(510), 10));
+    scene.take();
+}

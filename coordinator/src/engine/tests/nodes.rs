@@ -115,11 +115,10 @@ fn a_lost_node_s_gang_moves_when_another_has_room_and_is_stopped_when_the_node_i
     scene.expect(expect![[r#"
         11000 node_lost: n1 was not heard of for 10 s
         11000 job 1: gang_failed: n1 was lost
-        11000 job 1: restart_scheduled: attempt 2 in 500 ms: restart without cost to the budget
+        11000 job 1: job_queued: waiting for a place: n1 was lost
+        11000 job 1: attempt_placed: attempt 2 is starting on n2
         11000   n1 <- forget 1.1.0
-        11500 job 1: job_queued: waiting for a place: its node takes no ranks now
-        11500 job 1: attempt_placed: attempt 2 is starting on n2
-        11500   n2 <- start job 1 attempt 2 ranks 0+1 port 29501
+        11000   n2 <- start job 1 attempt 2 ranks 0+1 port 29501
         20000 node_ready: n1 is back
         20000   n1 <- stop job 1 attempt 1 grace 0s
     "#]]);
@@ -177,7 +176,7 @@ fn a_wait_before_a_restart_survives_the_coordinator() {
     scene.at(1_500, Event::Woke);
     scene.expect(expect![[r#"
         1500 job 1: attempt_placed: attempt 2 is starting on n1
-        1500   n1 <- start job 1 attempt 2 ranks 0+1 port 29500
+        1500   n1 <- start job 1 attempt 2 ranks 0+1 port 29501
     "#]]);
     assert_eq!(scene.summary(1).restarts, 1);
 }
