@@ -3,7 +3,7 @@
 //! The socket is answered by the driver's own loop, so an answer says that the loop turns.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
@@ -47,6 +47,9 @@ pub(super) fn lock(folders: &Folders) -> anyhow::Result<File> {
         }
         std::thread::sleep(Duration::from_millis(10));
     }
+    // For `everlit down`: the process to tell, trusted only while the lock is held.
+    file.set_len(0)?;
+    (&file).write_all(std::process::id().to_string().as_bytes())?;
     Ok(file)
 }
 
