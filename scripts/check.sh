@@ -27,7 +27,7 @@ else
 fi
 if command -v shellcheck >/dev/null; then
   say "scripts"
-  shellcheck -x scripts/*.sh .ci/run || die "shellcheck has something to say"
+  shellcheck -x -P scripts scripts/*.sh .ci/run || die "shellcheck has something to say"
 else
   say "SKIPPED: shellcheck is not installed (Debian package shellcheck)"
 fi

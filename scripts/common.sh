@@ -1,5 +1,5 @@
 # Sourced by the scripts beside it: where things are, and how a script says that it failed.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD

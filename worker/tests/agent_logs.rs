@@ -61,7 +61,7 @@ impl Tape {
         true
     }
 
-    fn to_the_end(mut self, bench: &mut Bench) -> Self {
+    fn read_to_end(mut self, bench: &mut Bench) -> Self {
         while self.turn(bench, true) {}
         self
     }
@@ -105,7 +105,7 @@ fn every_reader_gets_every_line_once_and_in_the_same_order() {
     let all = |tape: &Tape| tape.got.iter().map(|got| got.data.len()).sum::<usize>();
     let wanted = 3 * (numbers(60_000).len() + numbers(1000).len());
     rest.until(&mut bench, |tape| all(tape) + all(&follower) >= wanted && tape.caught_up);
-    let whole = Tape::open(&mut bench, 3, &spec, LogStart::Beginning, false).to_the_end(&mut bench);
+    let whole = Tape::open(&mut bench, 3, &spec, LogStart::Beginning, false).read_to_end(&mut bench);
     let joined: Vec<Got> = follower.got.into_iter().chain(rest.got).collect();
     assert_eq!(joined.len(), whole.got.len());
     assert!(joined == whole.got, "the two readings differ");
@@ -124,7 +124,7 @@ fn long_lines_and_binary_output_come_through_whole() {
     let spec = bench.gang(1, "head -c 10000000 /dev/zero; head -c 300000 /dev/urandom | tee random.bin; printf end");
     bench.order(&spec);
     bench.exited(rank(&spec, 0));
-    let tape = Tape::open(&mut bench, 1, &spec, LogStart::Beginning, false).to_the_end(&mut bench);
+    let tape = Tape::open(&mut bench, 1, &spec, LogStart::Beginning, false).read_to_end(&mut bench);
     let bytes: Vec<u8> = tape.got.iter().flat_map(|got| got.data.clone()).collect();
     let expected = [vec![0; 10_000_000], std::fs::read(bench.dir.path().join("random.bin")).unwrap(), b"end".to_vec()].concat();
     assert!(bytes == expected, "{} of {} bytes", bytes.len(), expected.len());
@@ -139,7 +139,7 @@ fn a_reader_that_gives_no_credit_gets_no_more_and_holds_up_nobody() {
     bench.order(&spec);
     bench.exited(rank(&spec, 0));
     let mut slow = Tape::open(&mut bench, 1, &spec, LogStart::Beginning, true);
-    let quick = Tape::open(&mut bench, 2, &spec, LogStart::Beginning, false).to_the_end(&mut bench);
+    let quick = Tape::open(&mut bench, 2, &spec, LogStart::Beginning, false).read_to_end(&mut bench);
     assert!(quick.bytes > 6_000_000);
     while bench.logs.iter().any(|(frame, _)| frame.stream == 1) || bench.read(Duration::from_millis(300)) {
         slow.turn(&mut bench, false);
@@ -163,11 +163,12 @@ fn a_line_is_seen_while_the_rank_runs_and_a_tail_is_the_end() {
     tape.until(&mut bench, |tape| tape.text().ends_with("5000\nno end"));
     std::fs::write(bench.dir.path().join("more"), "").unwrap();
     tape.until(&mut bench, |tape| tape.text().ends_with("no end\nmore\n") && tape.caught_up);
-    let tail = Tape::open(&mut bench, 2, &spec, LogStart::Tail { lines: 2, rank: Some(0), attempt: Some(1) }, false).to_the_end(&mut bench);
+    let tail =
+        Tape::open(&mut bench, 2, &spec, LogStart::Tail { lines: 2, rank: Some(0), attempt: Some(1) }, false).read_to_end(&mut bench);
     assert!(tail.text().ends_with("no end\nmore\n") || tail.text() == "\nmore\n", "{}", tail.text());
     assert!(tail.got.len() < tape.got.len());
     bench.send(ToAgent::CloseLog { stream: 1 });
-    let none = Tape::open(&mut bench, 3, &spec, LogStart::Tail { lines: 5, rank: Some(9), attempt: None }, false).to_the_end(&mut bench);
+    let none = Tape::open(&mut bench, 3, &spec, LogStart::Tail { lines: 5, rank: Some(9), attempt: None }, false).read_to_end(&mut bench);
     assert_eq!((none.text(), none.caught_up), (String::new(), true));
 }
 
@@ -175,7 +176,7 @@ fn a_line_is_seen_while_the_rank_runs_and_a_tail_is_the_end() {
 fn a_job_without_a_log_is_at_its_end_at_once() {
     let mut bench = Bench::new();
     let unknown = bench.gang(1, "");
-    let tape = Tape::open(&mut bench, 1, &unknown, LogStart::Beginning, false).to_the_end(&mut bench);
+    let tape = Tape::open(&mut bench, 1, &unknown, LogStart::Beginning, false).read_to_end(&mut bench);
     assert_eq!((tape.got.len(), tape.caught_up, tape.skipped), (0, true, 0));
     // One who follows sees what comes later.
     let mut later = Tape::open(&mut bench, 2, &unknown, LogStart::Beginning, true);
@@ -198,7 +199,7 @@ fn a_log_is_bounded_and_what_is_gone_is_said() {
     let logs = bench.job_folder(spec.job).join("logs");
     let sizes: u64 = std::fs::read_dir(&logs).unwrap().flatten().map(|entry| entry.metadata().unwrap().len()).sum();
     assert!(sizes <= spec.log_bytes_max, "{sizes}");
-    let tape = Tape::open(&mut bench, 1, &spec, LogStart::At { segment: 1, offset: 1000 }, false).to_the_end(&mut bench);
+    let tape = Tape::open(&mut bench, 1, &spec, LogStart::At { segment: 1, offset: 1000 }, false).read_to_end(&mut bench);
     assert!(tape.skipped > 1_000_000, "{}", tape.skipped);
     let mut last: BTreeMap<u32, u64> = BTreeMap::new();
     for got in &tape.got {

@@ -41,7 +41,7 @@ impl Engine {
         let first = self.queue.head().is_none_or(|(_, head)| matches!(plan_gang(&self.nodes, &head), Placement::Now(_)));
         let (fits_now, fits_ever, reason, placement) = match plan_gang(&self.nodes, &need) {
             Placement::Now(placement) if first => (true, true, "it would start at once".to_string(), placement),
-            Placement::Now(placement) => (false, true, format!("there is room, but {} jobs wait before it", self.queue.len()), placement),
+            Placement::Now(placement) => (false, true, format!("there is room, but {} jobs wait before it", self.queue.depth()), placement),
             Placement::Later(why) => (false, true, why, Vec::new()),
             Placement::Never(why) => (false, false, why, Vec::new()),
         };

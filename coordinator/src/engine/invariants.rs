@@ -65,7 +65,7 @@ impl Engine {
                 }
             }
         }
-        assert_eq!(queued, self.queue.len(), "the queue holds the queued jobs");
+        assert_eq!(queued, self.queue.depth(), "the queue holds the queued jobs");
         for (id, node) in &self.nodes {
             assert_eq!(node.taken, taken.remove(id).unwrap_or_default(), "INV-9: what is taken on {id} is what gangs hold there");
         }

@@ -189,7 +189,7 @@ impl Engine {
 
     /// Jobs that wait for a place.
     pub fn queue_depth(&self) -> usize {
-        self.queue.len()
+        self.queue.depth()
     }
 
     /// News of past incarnations that were dropped since the start.

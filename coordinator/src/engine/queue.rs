@@ -26,7 +26,7 @@ pub struct Queue {
 
 impl Queue {
     /// Waiting jobs.
-    pub fn len(&self) -> usize {
+    pub fn depth(&self) -> usize {
         self.len
     }
 
@@ -116,7 +116,7 @@ mod tests {
             }
         }
         assert_eq!(order, [3, 1, 2, 4]);
-        assert_eq!(queue.len(), 0);
+        assert_eq!(queue.depth(), 0);
     }
 
     #[test]
@@ -127,7 +127,7 @@ mod tests {
         queue.park(&need(1_000));
         queue.push(id(3), Priority::Normal, need(1_000));
         assert_eq!(queue.head(), Some((id(2), need(1))));
-        assert_eq!((queue.len(), queue.position(id(2), Priority::Normal)), (3, 0));
+        assert_eq!((queue.depth(), queue.position(id(2), Priority::Normal)), (3, 0));
         queue.unpark();
         assert_eq!(queue.head(), Some((id(1), need(1_000))));
         assert_eq!(queue.position(id(3), Priority::Normal), 2);

@@ -79,6 +79,9 @@ impl Streams {
     }
 }
 
+/// Where a job's log is and how far the job is; `None` when it is gone.
+pub type Look = Box<dyn Fn() -> futures_util::future::BoxFuture<'static, Option<(Option<NodeId>, JobState)>> + Send + Sync>;
+
 /// One reader of one job's log.
 pub struct Reader {
     /// Links and streams.
@@ -94,7 +97,7 @@ pub struct Reader {
     /// Tells of the end.
     pub news: broadcast::Receiver<News>,
     /// Finds out where the log is and whether the job is final, after missed news.
-    pub look: Box<dyn Fn() -> futures_util::future::BoxFuture<'static, Option<(Option<NodeId>, JobState)>> + Send + Sync>,
+    pub look: Look,
     /// Where items go.
     pub items: mpsc::Sender<LogItem>,
 }

@@ -217,7 +217,8 @@ fn a_shim_that_died_first_is_named_and_free_though_its_news_came_last() {
     scene.start_all(1, 1, 1, 2);
     scene.exits(52, rank(1, 1, 0), exit(1, 51));
     scene.take();
-    let lost = RankExit { code: None, signal: None, error: Some("its shim was killed".into()), at: Timestamp(50), tail: vec![], message: None };
+    let lost =
+        RankExit { code: None, signal: None, error: Some("its shim was killed".into()), at: Timestamp(50), tail: vec![], message: None };
     scene.at(53, Event::RankExited(Exited { incarnation: rank(1, 1, 1), exit: lost, lost: true }));
     scene.expect(expect![[r#"
         53 job 1: restart_scheduled: attempt 2 in 500 ms: restart without cost to the budget
