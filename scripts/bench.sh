@@ -4,7 +4,7 @@
 . "$(dirname "$0")/common.sh"
 need python3
 scripts/build.sh >/dev/null || exit 1
-LOAD=$(cargo bench --locked -p everlit-coordinator --bench load --no-run --message-format=json 2>/dev/null |
+LOAD=$(cargo build --release --locked -p everlit-coordinator --bench load --message-format=json 2>/dev/null |
   python3 -c 'import json, sys
 for line in sys.stdin:
     message = json.loads(line)
