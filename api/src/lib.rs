@@ -9,6 +9,7 @@ pub mod control;
 pub mod ids;
 pub mod job;
 pub mod manifest;
+pub mod model;
 pub mod problem;
 pub mod rank;
 pub mod request;

@@ -146,7 +146,22 @@ pub struct Heartbeat {
     /// Anything else that is a number, by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metrics: BTreeMap<String, f64>,
+    /// The program saves when it gets SIGUSR1, and goes on; without this the signal is never sent.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub saves_on_signal: bool,
+    /// The newest save that failed while training went on; null after one that worked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub save_error: Option<SaveError>,
     /// For people only; age is never judged by it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time: Option<String>,
+}
+
+/// A save that failed while training went on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaveError {
+    /// The step that was to be saved.
+    pub step: u64,
+    /// Why, for people; at most 512 characters.
+    pub reason: String,
 }

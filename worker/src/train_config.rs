@@ -16,4 +16,7 @@ pub struct TrainConfig {
     /// All of the job's data shards in order, over all ranks; empty: `worker.data` says where the text is.
     #[serde(default)]
     pub shards: Vec<String>,
+    /// Seconds between failures of this job on average, for `checkpoint.every: "auto"`; null when nothing is known.
+    #[serde(default)]
+    pub mean_seconds_between_failures: Option<f64>,
 }

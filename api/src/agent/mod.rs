@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{Incarnation, JobId, NodeId};
 use crate::job::{CheckpointPolicy, HeartbeatPolicy, LogMetric};
-use crate::manifest::Phase;
+use crate::manifest::{Phase, SaveError};
 use crate::rank::{RankExit, Verdict};
 use crate::status::{Capacity, NodeLoad};
 use crate::time::{Millis, Timestamp};
@@ -57,6 +57,13 @@ pub enum FromAgent {
     Resumed(Resumed),
     /// A checkpoint was committed (`verified: false`), then read back (`verified: true`).
     Checkpoint(CheckpointNews),
+    /// A rank could not save and trains on; said once per failed step.
+    SaveFailed {
+        /// Which rank.
+        incarnation: Incarnation,
+        /// What.
+        error: SaveError,
+    },
     /// The gang could not be started here at all (no such folder, disk full, program missing from the agent's machine).
     StartFailed {
         /// Which job.
@@ -168,6 +175,9 @@ pub struct Beat {
     /// Anything else, by name; at most 32.
     #[serde(default)]
     pub metrics: BTreeMap<String, f64>,
+    /// The program saves when told to.
+    #[serde(default)]
+    pub saves_on_signal: bool,
     /// Milliseconds since the agent saw it, by its monotonic clock, when this frame was made.
     pub age_ms: u64,
 }
@@ -183,6 +193,9 @@ pub struct Resumed {
     pub step: Option<u64>,
     /// Its folder.
     pub path: Option<String>,
+    /// It is a snapshot in shared memory, newer than every checkpoint on disk.
+    #[serde(default)]
+    pub from_memory: bool,
     /// What did not verify and was put aside, with the reason.
     pub quarantined: Vec<(u64, String)>,
 }
@@ -229,6 +242,13 @@ pub enum ToAgent {
         attempt: u32,
         /// From SIGTERM to SIGKILL.
         grace: Millis,
+    },
+    /// Tell the ranks of the attempt that can to save now and go on (SIGUSR1).
+    SaveNow {
+        /// Which job.
+        job: JobId,
+        /// Which attempt; a rank of another one is not touched.
+        attempt: u32,
     },
     /// These ends are durable: say them no more. Run folders may go.
     Forget {
@@ -299,6 +319,9 @@ pub struct GangSpec {
     pub restarts: u32,
     /// `restart.max_restarts`.
     pub max_restarts: u32,
+    /// Mean time between failures of the job as seen so far; null when nothing is known.
+    #[serde(default)]
+    pub mean_time_between_failures: Option<Millis>,
     /// Indexes of the GPUs granted here.
     pub gpus: Vec<u32>,
     /// What runs.
@@ -333,10 +356,13 @@ pub enum Program {
         /// Never empty.
         argv: Vec<String>,
     },
-    /// `everlit-worker train` with these settings.
+    /// `everlit-worker` with these settings.
     Worker {
         /// The job's `worker`.
-        worker: crate::job::WorkerSpec,
+        worker: Box<crate::job::WorkerSpec>,
+        /// `everlit-worker evaluate` instead of `train`.
+        #[serde(default)]
+        evaluate: bool,
     },
 }
 
