@@ -138,13 +138,14 @@ impl Control for Fake {
     fn submit(&self, submission: Submission) -> Answer<'_, Accepted> {
         let key = submission.idempotency.as_ref().map(|(key, hash)| format!(" key {key} hash {:02x}{:02x}", hash[0], hash[1]));
         let replayed = key.is_some();
+        let seed = submission.spec.worker.as_ref().filter(|w| w.seed != 0).map(|w| format!(" seed {}", w.seed)).unwrap_or_default();
         let spec = submission.spec.redacted();
         let refused = spec.name.as_deref() == Some("full");
         let full = Problem::new(Code::QueueFull, "the queue is full").retry_after(7);
         assert_ne!(spec.name.as_deref(), Some("panic"), "as asked");
         let job = JobView { spec: Some(spec), ..view() };
         let answer = if refused { Err(full) } else { Ok(Accepted { job, replayed }) };
-        self.answer(format!("submit world {}{}", submission.spec.world_size, key.unwrap_or_default()), answer)
+        self.answer(format!("submit world {}{seed}{}", submission.spec.world_size, key.unwrap_or_default()), answer)
     }
 
     fn plan(&self, spec: JobSpec) -> Answer<'_, PlacementPlan> {
@@ -157,7 +158,9 @@ impl Control for Fake {
     }
 
     fn job(&self, id: JobId) -> Answer<'_, JobView> {
-        self.answer("job".into(), known(id).map(|()| view()))
+        let mut spec = JobSpec::default_for(2);
+        spec.worker.as_mut().expect("the built-in program").seed = 9;
+        self.answer("job".into(), known(id).map(|()| JobView { spec: Some(spec), ..view() }))
     }
 
     fn summary(&self, id: JobId) -> Answer<'_, Summary> {

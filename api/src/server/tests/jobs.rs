@@ -51,6 +51,24 @@ async fn a_dry_run_plans_and_accepts_nothing() {
 }
 
 #[tokio::test]
+async fn a_job_that_resumes_a_known_one_keeps_what_it_does_not_give() {
+    let house = House::new();
+    let unknown = crate::ids::JobId::from_parts(1, 1);
+    for (body, asked) in [
+        (format!(r#"{{"resume_from": "{}", "world_size": 4}}"#, id()), "job\nsubmit world 4 seed 9"),
+        (format!(r#"{{"resume_from": "{}", "worker": {{"seed": 0}}}}"#, id()), "job\nsubmit world 1"),
+        (format!(r#"{{"resume_from": "{}", "command": ["x"]}}"#, id()), "submit world 1"),
+        (format!(r#"{{"resume_from": "{unknown}"}}"#), "job\nsubmit world 1"),
+        (r#"{"resume_from": "/a/checkpoint"}"#.to_string(), "submit world 1"),
+    ] {
+        assert_eq!(house.call("POST", "/jobs", &body).await.status, StatusCode::CREATED, "{body}");
+        assert_eq!(house.asked(), asked, "{body}");
+    }
+    let plan = house.call("POST", "/jobs?dry_run=true", &format!(r#"{{"resume_from": "{}"}}"#, id())).await;
+    assert_eq!((plan.json()["spec"]["worker"]["seed"].as_u64(), house.asked().as_str()), (Some(9), "job\nplan"));
+}
+
+#[tokio::test]
 async fn list_filters_are_read() {
     let house = House::new();
     let path = "/jobs?limit=7&after=abc&state=running,queued&state=failed&name=my%20job&label=team%3Dvision&label=a=b=c";
