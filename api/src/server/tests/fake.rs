@@ -65,6 +65,8 @@ fn summary() -> Summary {
         steps_per_second: None,
         samples_per_second: None,
         loss: None,
+        evaluation_loss: None,
+        metrics: BTreeMap::new(),
         eta_seconds: None,
         attempt: 1,
         generation: 0,
@@ -180,6 +182,10 @@ impl Control for Fake {
         self.answer("restart".into(), known(id).and(Err(conflict)))
     }
 
+    fn save(&self, id: JobId) -> Answer<'_, JobView> {
+        self.answer("save".into(), known(id).map(|()| view()))
+    }
+
     fn delete(&self, id: JobId, stop_first: bool, force: bool) -> Answer<'_, JobView> {
         self.answer(format!("delete stop_first {stop_first} force {force}"), known(id).map(|()| view()))
     }
@@ -234,7 +240,7 @@ impl Control for Fake {
     }
 
     fn metrics(&self, id: JobId) -> Answer<'_, Vec<MetricPoint>> {
-        let point = |step| MetricPoint { time: Timestamp(step), attempt: 1, step, loss: Some(1.0), metrics: BTreeMap::new() };
+        let point = |step| MetricPoint { time: Timestamp(step), attempt: 1, step, samples: None, loss: Some(1.0), metrics: BTreeMap::new() };
         self.answer("metrics".into(), known(id).map(|()| (0..1000).map(point).collect()))
     }
 

@@ -103,6 +103,8 @@ async fn jobs_are_acted_on() {
         ("POST", at("/stop"), "{}", "stop force false"),
         ("POST", at("/stop"), r#"{"force": true}"#, "stop force true"),
         ("POST", at("/stop?force=true"), "", "stop force true"),
+        ("POST", at("/checkpoint"), "", "save"),
+        ("POST", at("/checkpoint"), "{}", "save"),
         ("DELETE", at(""), "", "delete stop_first false force false"),
         ("DELETE", at("?stop_first=true&force=1"), "", "delete stop_first true force true"),
     ] {
@@ -112,7 +114,7 @@ async fn jobs_are_acted_on() {
     let conflict = house.call("POST", &at("/restart"), "").await;
     assert_eq!((conflict.status, conflict.code().as_str()), (StatusCode::CONFLICT, "conflict"));
     for (path, body) in
-        [(at("/stop"), r#"{"grace": 1}"#), (at("/stop"), r#"{"force": 1}"#), (at("/stop"), "[]"), (at("/restart"), r#"{"a":1}"#)]
+        [(at("/stop"), r#"{"grace": 1}"#), (at("/stop"), r#"{"force": 1}"#), (at("/stop"), "[]"), (at("/restart"), r#"{"a":1}"#), (at("/checkpoint"), r#"{"step":1}"#)]
     {
         let reply = house.call("POST", &path, body).await;
         assert_eq!((reply.status, reply.code().as_str()), (StatusCode::UNPROCESSABLE_ENTITY, "invalid"), "{path} {body}");
@@ -146,6 +148,9 @@ async fn short_lists_are_pages_too() {
     );
     let points = house.get(&format!("/jobs/{}/metrics", id())).await.json();
     assert_eq!(points["data"].as_array().map(Vec::len), Some(1000));
+    let late = house.get(&format!("/jobs/{}/metrics?since_step=998", id())).await.json();
+    assert_eq!((late["data"].as_array().map(Vec::len), &late["data"][0]["step"]), (Some(2), &998.into()));
+    assert_eq!(house.get(&format!("/jobs/{}/metrics?since_step=x", id())).await.code(), "invalid");
     let nodes = house.get("/nodes?after=a&limit=1").await.json();
     assert_eq!((&nodes["data"][0]["node"], &nodes["has_more"]), (&"b".into(), &true.into()));
 }
