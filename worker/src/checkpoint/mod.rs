@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 mod choose;
 mod commit;
 mod fence;
+pub mod snapshot;
 mod verify;
 
 pub use choose::{Chosen, Quarantined, newest_verified, prune, quarantine};
