@@ -162,6 +162,8 @@ pub trait Control: Send + Sync + 'static {
     fn stop(&self, id: JobId, force: bool) -> Answer<'_, JobView>;
     /// Restarts the gang of an active job; 409 when it is final.
     fn restart(&self, id: JobId) -> Answer<'_, JobView>;
+    /// Tells the ranks of a running job to save now and go on; 409 when it does not run, or can not.
+    fn save(&self, id: JobId) -> Answer<'_, JobView>;
     /// Removes a final job with all its files; stops an active one first when `stop_first`, else 409.
     fn delete(&self, id: JobId, stop_first: bool, force: bool) -> Answer<'_, JobView>;
     /// Removes final jobs; answers the ids, newest first.

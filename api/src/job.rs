@@ -11,7 +11,9 @@ use crate::model::LlamaSizes;
 pub use crate::model::MODEL_PRESETS;
 use crate::time::Millis;
 
+mod inherit;
 mod parse;
+pub use inherit::{inherit, resumes};
 pub use parse::{Fault, FaultKind, parse};
 
 /// Ranks of one job at most.
@@ -255,31 +257,6 @@ pub struct EvaluationSpec {
     /// A text file or a folder of `*.txt`; null: the last samples of the training text, which training then leaves out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data: Option<String>,
-}
-
-/// Where tensors live.
-    #[serde(default)]
-    pub device: Device,
-    /// Ask for the same bits on every run (always so on a CPU).
-    #[serde(default)]
-    pub deterministic: bool,
-}
-
-impl WorkerSpec {
-    /// The defaults for a job of `world_size` ranks: about 1M parameters, 2,000 steps.
-    pub fn for_world(world_size: u32) -> Self {
-        Self {
-            model: "llama-1m".into(),
-            data: None,
-            steps: 2_000,
-            batch_size: 8 * u64::from(world_size),
-            sequence_length: 128,
-            learning_rate: 3e-3,
-            seed: 0,
-            device: Device::Auto,
-            deterministic: false,
-        }
-    }
 }
 
 /// Where tensors live.

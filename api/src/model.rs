@@ -55,16 +55,15 @@ pub enum ModelSizes {
 }
 
 impl LlamaSizes {
+    /// The sizes in order, each with its largest value; the least is 1.
+    pub const MOST: [(&'static str, u64); 5] =
+        [("dim", 65_536), ("layers", 1_024), ("heads", 4_096), ("kv_heads", 4_096), ("hidden", 1 << 20)];
+
     /// What contradicts itself or can not be, as (field, detail).
     pub fn faults(&self) -> Vec<(&'static str, String)> {
         let mut faults = Vec::new();
-        for (name, value, most) in [
-            ("dim", self.dim, 65_536),
-            ("layers", self.layers, 1_024),
-            ("heads", self.heads, 4_096),
-            ("kv_heads", self.kv_heads, 4_096),
-            ("hidden", self.hidden, 1 << 20),
-        ] {
+        let values = [self.dim, self.layers, self.heads, self.kv_heads, self.hidden];
+        for ((name, most), value) in Self::MOST.into_iter().zip(values) {
             if value == 0 || value > most {
                 faults.push((name, format!("must be from 1 to {most}")));
             }

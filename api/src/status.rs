@@ -127,8 +127,14 @@ pub struct Summary {
     pub steps_per_second: Option<f64>,
     /// Over the last ten seconds or so.
     pub samples_per_second: Option<f64>,
-    /// Training loss of the last step, from rank 0.
+    /// Training loss of the last step, from rank 0; of an evaluation what it measured.
     pub loss: Option<f64>,
+    /// Loss on held-out text, the newest that the program told.
+    #[serde(default)]
+    pub evaluation_loss: Option<f64>,
+    /// Newest named numbers, from rank 0.
+    #[serde(default)]
+    pub metrics: BTreeMap<String, f64>,
     /// Time left at this speed.
     pub eta_seconds: Option<f64>,
     /// Current or last attempt; 0 before the first.
@@ -493,6 +499,9 @@ pub struct MetricPoint {
     pub attempt: u32,
     /// Updates done.
     pub step: u64,
+    /// Samples consumed.
+    #[serde(default)]
+    pub samples: Option<u64>,
     /// Training loss.
     pub loss: Option<f64>,
     /// Anything else, by name.

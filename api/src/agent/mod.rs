@@ -57,6 +57,15 @@ pub enum FromAgent {
     Resumed(Resumed),
     /// A checkpoint was committed (`verified: false`), then read back (`verified: true`).
     Checkpoint(CheckpointNews),
+    /// A checkpoint did not verify when it was read back after its commit, and was moved away.
+    Quarantined {
+        /// Whose.
+        job: JobId,
+        /// Its step.
+        step: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A rank could not save and trains on; said once per failed step.
     SaveFailed {
         /// Which rank.

@@ -120,6 +120,11 @@ impl Client {
         self.json(self.post(&format!("/jobs/{id}/restart"), &json!({}))).await
     }
 
+    /// Has the ranks of a running job save now.
+    pub async fn checkpoint(&self, id: JobId) -> Result<JobView, Error> {
+        self.json(self.post(&format!("/jobs/{id}/checkpoint"), &json!({}))).await
+    }
+
     /// Removes a job with all its files.
     pub async fn delete(&self, id: JobId, stop_first: bool, force: bool) -> Result<JobView, Error> {
         let query = [("stop_first", stop_first.to_string()), ("force", force.to_string())];
@@ -153,9 +158,9 @@ impl Client {
         self.json(self.get(&format!("/jobs/{id}/checkpoints")).query(&[("limit", 500)])).await
     }
 
-    /// A job's time series, oldest first.
-    pub async fn metrics(&self, id: JobId) -> Result<Page<MetricPoint>, Error> {
-        self.json(self.get(&format!("/jobs/{id}/metrics"))).await
+    /// A job's time series from a step on, oldest first.
+    pub async fn metrics(&self, id: JobId, since_step: u64) -> Result<Page<MetricPoint>, Error> {
+        self.json(self.get(&format!("/jobs/{id}/metrics")).query(&[("since_step", since_step)])).await
     }
 
     /// Why a job is not running.

@@ -1,4 +1,4 @@
-//! Acting on jobs: stop, restart, delete, purge.
+//! Acting on jobs: stop, restart, checkpoint, delete, purge.
 //!
 //! Bodies are small and read strictly. A purge must say how old: an empty request never removes anything.
 
@@ -51,6 +51,21 @@ pub(super) async fn restart(State(control): State<Shared>, Job(id): Job, params:
     params.finish()?;
     body.fields(&[])?;
     Ok(Json(control.restart(id).await?))
+}
+
+/// Have the ranks of a running job save now; training goes on. An event `checkpoint_requested` is recorded at once, `checkpoint_committed`
+/// when it is done.
+#[utoipa::path(post, path = "/jobs/{id}/checkpoint", tag = "jobs", operation_id = "checkpoint_job", params(("id" = String, Path, description = "Job id")),
+    responses((status = 200, description = "The job, whose ranks were told", body = JobView)))]
+pub(super) async fn checkpoint(
+    State(control): State<Shared>,
+    Job(id): Job,
+    params: Params,
+    body: JsonBody,
+) -> Result<Json<JobView>, Refusal> {
+    params.finish()?;
+    body.fields(&[])?;
+    Ok(Json(control.save(id).await?))
 }
 
 /// Remove a final job with its logs and checkpoints.

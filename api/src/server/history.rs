@@ -46,11 +46,14 @@ pub(super) async fn checkpoints(
         ("id" = String, Path, description = "Job id"),
         ("limit" = Option<u32>, Query, description = "Points per page: 1000, which is all of them", minimum = 1, maximum = 1000),
         ("after" = Option<String>, Query, description = "Go on after this cursor (`last_id` of the page before)"),
+        ("since_step" = Option<u64>, Query, description = "Only points of this step and later ones"),
     ), responses((status = 200, description = "A page", body = Page<MetricPoint>)))]
 pub(super) async fn metrics(State(control): State<Shared>, Job(id): Job, mut params: Params) -> Result<Json<Page<MetricPoint>>, Refusal> {
     let (limit, after) = (params.limit(POINTS_MAX, POINTS_MAX), params.one("after"));
+    let since_step = params.parsed("since_step", "must be a whole number").unwrap_or(0);
     params.finish()?;
-    let all = control.metrics(id).await?;
+    let mut all = control.metrics(id).await?;
+    all.retain(|point| point.step >= since_step);
     page(all, limit, after.as_deref(), |one| format!("{}-{}-{}", one.attempt, one.step, one.time.0)).map(Json)
 }
 

@@ -7,6 +7,7 @@ use axum::extract::{OriginalUri, State};
 use axum::http::header::LOCATION;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::Shared;
@@ -25,7 +26,8 @@ const KEY_CHARS_MAX: usize = 255;
 /// Submit a job.
 ///
 /// Every field is optional: `{"world_size": 4}` alone trains the built-in model with four ranks. All faults of the body are named at
-/// once. With `Idempotency-Key` a repeated request answers with the job that the first one made.
+/// once. With `resume_from` a job's id, settings of the built-in program that are not given stay what they were in that job. With
+/// `Idempotency-Key` a repeated request answers with the job that the first one made.
 #[utoipa::path(post, path = "/jobs", tag = "jobs", operation_id = "submit_job", request_body(content = JobRequest, content_type = "application/json"),
     params(
         ("dry_run" = Option<bool>, Query, description = "Answer what would happen, and accept nothing"),
@@ -48,7 +50,7 @@ pub(super) async fn submit(
     let dry_run = params.flag("dry_run");
     params.finish()?;
     let key = idempotency_key(&headers)?;
-    let spec = job::parse(&body.value)?;
+    let spec = job::parse(&with_inherited(&control, body.value).await?)?;
     if dry_run {
         return Ok(Json(control.plan(spec).await?).into_response());
     }
@@ -63,6 +65,18 @@ pub(super) async fn submit(
         response.headers_mut().insert(IDEMPOTENT_REPLAYED, HeaderValue::from_static("true"));
     }
     Ok(response)
+}
+
+/// A job that resumes one that is known here goes on with that one's settings where it gives none.
+async fn with_inherited(control: &Shared, body: Value) -> Result<Value, Refusal> {
+    let Some(id) = job::resumes(&body) else { return Ok(body) };
+    match control.job(id).await {
+        Ok(JobView { spec: Some(old), .. }) => Ok(job::inherit(body, &old)),
+        Ok(_) => Ok(body),
+        // Its node may still have its checkpoints.
+        Err(problem) if problem.code == Code::NotFound => Ok(body),
+        Err(problem) => Err(problem.into()),
+    }
 }
 
 fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Refusal> {

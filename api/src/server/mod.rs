@@ -51,6 +51,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(jobs::summary))
         .routes(routes!(acts::stop))
         .routes(routes!(acts::restart))
+        .routes(routes!(acts::checkpoint))
         .routes(routes!(logs::text))
         .routes(routes!(logs::stream))
         .routes(routes!(events::of_job))

@@ -1,4 +1,4 @@
-//! Acting: `stop`, `restart`, `rm`, `purge`, nodes, and the calls of `down`.
+//! Acting: `stop`, `restart`, `checkpoint`, `rm`, `purge`, nodes, and the calls of `down`.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -114,6 +114,12 @@ pub(super) async fn stop(client: &Client, args: &StopArgs, output: Output) -> Re
 pub(super) async fn restart(client: &Client, job: &str, output: Output) -> Result<(), Fail> {
     let id = find::job(client, job).await?;
     told(&client.restart(id).await?, output, "restarts")
+}
+
+/// Has a job save.
+pub(super) async fn checkpoint(client: &Client, job: &str, output: Output) -> Result<(), Fail> {
+    let id = find::job(client, job).await?;
+    told(&client.checkpoint(id).await?, output, "was told to save")
 }
 
 /// Removes a job.

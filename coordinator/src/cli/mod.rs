@@ -25,7 +25,7 @@ pub use act::{DownArgs, stop_all_jobs};
 use act::{NodesArgs, PurgeArgs, RmArgs, StopArgs};
 use doctor::DoctorArgs;
 use logs::LogsArgs;
-use show::LsArgs;
+use show::{LsArgs, MetricsArgs};
 use submit::{ResumeArgs, SubmitArgs};
 
 /// everlit keeps AI training jobs alive.
@@ -72,6 +72,10 @@ pub enum Verb {
     Stop(StopArgs),
     /// Restart the gang of a job from its newest checkpoint
     Restart(JobArg),
+    /// Have a running job save now and go on
+    Checkpoint(JobArg),
+    /// Print a job's time series: loss, rates and whatever its program tells
+    Metrics(MetricsArgs),
     /// Submit a job again, to go on from the newest checkpoint of an old one
     Resume(Box<ResumeArgs>),
     /// Remove a final job with its logs and checkpoints
@@ -172,6 +176,8 @@ async fn run(cli: Cli) -> Result<(), Fail> {
         Verb::Logs(args) => logs::logs(&client, &args, output).await,
         Verb::Stop(args) => act::stop(&client, &args, output).await,
         Verb::Restart(args) => act::restart(&client, &args.job, output).await,
+        Verb::Checkpoint(args) => act::checkpoint(&client, &args.job, output).await,
+        Verb::Metrics(args) => show::metrics(&client, &args, output).await,
         Verb::Resume(args) => submit::resume(&client, *args, output).await,
         Verb::Rm(args) => act::rm(&client, &args, output).await,
         Verb::Purge(args) => act::purge(&client, args, output).await,
@@ -215,6 +221,8 @@ mod usage {
             "everlit logs -f --rank 0 --tail 5 last",
             "everlit -o json get abc",
             "everlit get abc -o json",
+            "everlit checkpoint last",
+            "everlit metrics last --since-step 100",
             "everlit nodes drain here",
             "everlit purge --older-than 7d --state failed --dry-run",
             "everlit completions bash",

@@ -1,8 +1,10 @@
-//! Looking: `ls`, `get`, `status`, and the table of nodes.
+//! Looking: `ls`, `get`, `metrics`, `status`, and the table of nodes.
+
+use std::collections::BTreeSet;
 
 use clap::Args;
 use everlit_api::client::{Client, ListRequest};
-use everlit_api::status::{JobState, JobView, Ledger, NodeView, Page, RankView, Summary};
+use everlit_api::status::{JobState, JobView, Ledger, MetricPoint, NodeView, Page, RankView, Summary};
 
 use super::out::{age, or_dash, seconds, size};
 use super::{Fail, Output, find, out};
@@ -25,6 +27,35 @@ pub struct LsArgs {
     /// All of them
     #[arg(long, conflicts_with = "limit")]
     all: bool,
+}
+
+/// `everlit metrics`.
+#[derive(Debug, Args)]
+pub struct MetricsArgs {
+    /// The job's id, the beginning or end of it, its name, or `last`
+    #[arg(value_name = "JOB")]
+    job: String,
+    /// Only points of this step and later ones
+    #[arg(long, default_value_t = 0, value_name = "STEP")]
+    since_step: u64,
+}
+
+/// Prints a time series; a column for every name that occurs.
+pub(super) async fn metrics(client: &Client, args: &MetricsArgs, output: Output) -> Result<(), Fail> {
+    let id = find::job(client, &args.job).await?;
+    let page = client.metrics(id, args.since_step).await?;
+    if output == Output::Json {
+        return out::json(&page);
+    }
+    let names: BTreeSet<&str> = page.data.iter().flat_map(|point| point.metrics.keys().map(String::as_str)).collect();
+    let row = |point: &MetricPoint| {
+        let mut row =
+            vec![point.time.to_string(), point.attempt.to_string(), point.step.to_string(), or_dash(point.samples), or_dash(point.loss)];
+        row.extend(names.iter().map(|name| or_dash(point.metrics.get(*name))));
+        row
+    };
+    let head: Vec<&str> = ["TIME", "ATTEMPT", "STEP", "SAMPLES", "LOSS"].into_iter().chain(names.iter().copied()).collect();
+    out::table(&head, page.data.iter().map(row).collect())
 }
 
 /// A job's state as an argument.
@@ -106,6 +137,9 @@ fn summary_text(job: &Summary) -> String {
     }
     if let Some(loss) = job.loss {
         add("loss", format!("{loss:.4}"));
+    }
+    if let Some(loss) = job.evaluation_loss {
+        add("held-out", format!("{loss:.4}"));
     }
     if let Some(rate) = job.steps_per_second {
         let samples = job.samples_per_second.map_or(String::new(), |rate| format!(", {rate:.1} samples/s"));

@@ -54,7 +54,7 @@ pub struct JobRow {
     pub body: String,
     /// The ranks' ends, JSON; only of a final job.
     pub ranks: Option<String>,
-    /// The time series, JSON; only of a final job.
+    /// The time series, JSON; only when it is due, and of a final job. Without it what was written before stays.
     pub series: Option<String>,
     /// To be removed with all files now that it is final.
     pub delete: bool,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use everlit_api::agent::{Beat, CheckpointNews, Exited, Hello, Resumed, Started};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::JobSpec;
+use everlit_api::manifest::SaveError;
 use everlit_api::rank::Verdict;
 use everlit_api::status::NodeLoad;
 
@@ -31,6 +32,11 @@ pub enum Event {
     },
     /// A user wants the gang restarted.
     RestartRequested {
+        /// Which.
+        job: JobId,
+    },
+    /// A user wants it saved now; the sender has checked that somebody can.
+    SaveRequested {
         /// Which.
         job: JobId,
     },
@@ -88,6 +94,22 @@ pub enum Event {
         node: NodeId,
         /// What.
         news: CheckpointNews,
+    },
+    /// A checkpoint did not verify when it was read back; its node has moved it away.
+    CheckpointQuarantined {
+        /// Whose.
+        job: JobId,
+        /// Its step.
+        step: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A rank could not save and trains on.
+    SaveFailed {
+        /// Which.
+        incarnation: Incarnation,
+        /// What it says.
+        error: SaveError,
     },
     /// A node could not start its share of a gang.
     StartFailed {

@@ -2,17 +2,16 @@
 //!
 //! The first failure decides the ending; later ones only follow from it. The places of a failed gang stay reserved while it waits.
 
-use everlit_api::agent::{Beat, CheckpointNews, Exited, Resumed, Started, ToAgent};
-use everlit_api::ids::{Incarnation, JobId, NodeId};
-use everlit_api::manifest::Phase;
+use everlit_api::agent::{Exited, Started, ToAgent};
+use everlit_api::ids::{Incarnation, JobId};
 use everlit_api::rank::{Cause, RankExit, RankState, Verdict};
-use everlit_api::status::{CheckpointView, JobState, MetricPoint};
+use everlit_api::status::JobState;
 use everlit_api::time::{Millis, Timestamp};
 
 use super::ledger::Activity;
-use super::limits::{CHECKPOINTS_MAX, MUTE_PROGRESS_MS, STRAGGLER_WAIT_MS};
-use super::restart::{Decision, Failure, decide_restart, heal};
-use super::state::{Ending, Facts, Job, Ranks, Then};
+use super::limits::{MUTE_PROGRESS_MS, STRAGGLER_WAIT_MS};
+use super::restart::{Decision, Failure, decide_restart};
+use super::state::{Ending, Facts, Job, Then};
 use super::timers::Timer;
 use super::{Engine, Turn};
 
@@ -21,7 +20,7 @@ const CANNOT_START: [i32; 2] = [126, 127];
 
 impl Engine {
     /// The one fence: the job, if this is its current attempt.
-    fn current(&mut self, job: JobId, attempt: u32) -> Option<&mut Job> {
+    pub(super) fn current(&mut self, job: JobId, attempt: u32) -> Option<&mut Job> {
         let found = self.jobs.get_mut(&job).filter(|j| j.gang.as_ref().is_some_and(|g| g.attempt == attempt) && j.retry_at.is_none());
         if found.is_none() {
             self.stale += 1;
@@ -41,8 +40,8 @@ impl Engine {
         job.started_at.get_or_insert(turn.now);
         job.state = JobState::Running;
         job.reason = format!("attempt {attempt} runs");
-        if job.spec.worker.is_none() {
-            // A program that is not ours may never tell of steps: it counts as training from here.
+        if job.spec.worker.is_none() || job.is_evaluation() {
+            // A program that is not ours may never tell of steps, and an evaluation does none: it counts as training from here.
             job.book.turn(turn.now, Activity::Training);
         }
         turn.event(Some(id), "job_running", format!("all {} ranks of attempt {attempt} run", job.spec.world_size), Facts::new());
@@ -267,137 +266,6 @@ impl Engine {
         }
         let cause = if permanent { Cause::CannotStart } else { Cause::Infrastructure };
         self.fail_gang(turn, id, None, cause, reason, 0, false);
-    }
-
-    pub(super) fn on_attempt_resumed(&mut self, turn: &mut Turn, resumed: Resumed) {
-        let Some(job) = self.current(resumed.job, resumed.attempt) else { return };
-        let Some(gang) = job.gang.as_mut().filter(|g| g.resumed_step.is_none()) else { return };
-        let id = resumed.job;
-        for (step, reason) in &resumed.quarantined {
-            job.checkpoints.retain(|c| c.step != *step);
-            let facts = Facts::from([("step", (*step).into())]);
-            turn.event(Some(id), "checkpoint_quarantined", format!("checkpoint of step {step} was put aside: {reason}"), facts);
-        }
-        gang.resumed_step = Some(resumed.step.unwrap_or(0));
-        if let Some(step) = resumed.step {
-            // A fresh job that begins from another's checkpoint repeats nothing of its own.
-            if gang.attempt == 1 {
-                gang.floor = step;
-                job.progress.reached = step;
-            }
-            let facts = Facts::from([("step", step.into()), ("path", resumed.path.clone().unwrap_or_default().into())]);
-            turn.event(
-                Some(id),
-                "attempt_resumed",
-                format!("attempt {} resumes from the checkpoint of step {step}", resumed.attempt),
-                facts,
-            );
-        } else if gang.attempt > 1 {
-            turn.event(
-                Some(id),
-                "attempt_resumed",
-                format!("attempt {} begins anew: there is no checkpoint", resumed.attempt),
-                Facts::new(),
-            );
-        }
-        job.advance(turn.now);
-        turn.touched.insert(id);
-    }
-
-    pub(super) fn on_checkpoint_seen(&mut self, turn: &mut Turn, node: &NodeId, news: CheckpointNews) {
-        let id = news.job;
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        let was = job.checkpoints.iter().find(|c| c.step == news.step && c.attempt == news.attempt).map(|c| c.verified);
-        let known = was.is_some_and(|verified| verified || !news.verified);
-        job.checkpoints.retain(|c| c.step != news.step && news.kept.contains(&c.step));
-        let view = CheckpointView {
-            step: news.step,
-            attempt: news.attempt,
-            bytes: news.bytes,
-            created_at: news.created_at,
-            verified: news.verified || was == Some(true),
-            node: node.clone(),
-            path: news.path,
-        };
-        job.checkpoints.push(view);
-        job.checkpoints.sort_by_key(|c| std::cmp::Reverse(c.step));
-        job.checkpoints.truncate(CHECKPOINTS_MAX);
-        if known {
-            return;
-        }
-        turn.touched.insert(id);
-        if news.verified {
-            return;
-        }
-        let facts = Facts::from([("step", news.step.into()), ("bytes", news.bytes.into()), ("attempt", news.attempt.into())]);
-        turn.event(Some(id), "checkpoint_committed", format!("step {} is saved", news.step), facts);
-        if heal(&job.spec.restart, &mut job.budget, turn.now) {
-            turn.event(Some(id), "budget_healed", "committed progress forgave the counted restarts", Facts::new());
-        }
-    }
-
-    pub(super) fn on_ranks_beat(&mut self, turn: &mut Turn, beats: Vec<Beat>) {
-        let mut jobs = std::collections::BTreeSet::new();
-        for beat in beats {
-            let Some(Incarnation { job: id, attempt, rank }) = beat.incarnation else { continue };
-            let Some(job) = self.current(id, attempt) else { continue };
-            let seen_at = Timestamp(turn.now.0.saturating_sub(beat.age_ms));
-            job.note_beat(rank, seen_at, beat);
-            jobs.insert(id);
-        }
-        for id in jobs {
-            if let Some(job) = self.jobs.get_mut(&id)
-                && job.advance(turn.now)
-            {
-                turn.touched.insert(id);
-            }
-        }
-    }
-}
-
-impl Job {
-    fn note_beat(&mut self, rank: u32, seen_at: Timestamp, beat: Beat) {
-        let Some(own) = self.ranks.get_mut(rank).filter(|r| r.exit.is_none()) else { return };
-        if beat.heartbeat {
-            own.beat_at = Some(seen_at);
-        }
-        own.phase = beat.phase.or(own.phase);
-        let resumed = self.gang.as_ref().and_then(|g| g.resumed_step).unwrap_or(0);
-        // A heartbeat before the first update of this incarnation tells the step that it loaded.
-        let fresh = beat.step.filter(|step| *step > resumed || !beat.heartbeat);
-        let moved = fresh.is_some() && fresh != own.step;
-        own.step = fresh.or(own.step);
-        self.progress.total_steps = beat.total_steps.or(self.progress.total_steps);
-        let leads = |ranks: &Ranks| ranks.list().iter().take(rank as usize).all(|r| r.step.is_none());
-        if let Some(step) = fresh.filter(|_| moved && leads(&self.ranks)) {
-            self.progress.loss = beat.loss;
-            self.progress.samples = beat.samples.or(self.progress.samples);
-            self.rates.note(seen_at, step, beat.samples);
-            self.series.note(MetricPoint { time: seen_at, attempt: self.attempt, step, loss: beat.loss, metrics: beat.metrics });
-        }
-    }
-
-    /// What the ranks' steps mean for the job. True when the record should know: a first step, the end of repeating.
-    fn advance(&mut self, now: Timestamp) -> bool {
-        let Some(gang) = self.gang.as_ref().filter(|g| g.ending.is_none()) else { return false };
-        // Before its node has said what it resumed from, nobody knows which steps are repeated.
-        let Some(from) = gang.resumed_step else { return false };
-        let before = self.book.activity;
-        let reporting = self.ranks.list().iter().filter_map(|r| r.step);
-        let all = self.spec.worker.is_none() || self.ranks.list().iter().all(|r| r.step.is_some());
-        if let Some(slowest) = reporting.min().filter(|_| all) {
-            self.progress.advance(now, slowest, from, gang.floor);
-        }
-        let saving = self.ranks.get(0).is_some_and(|r| r.phase == Some(Phase::Checkpoint));
-        let next = match self.progress.step {
-            None => before,
-            Some(_) if saving => Activity::Checkpointing,
-            Some(step) if step <= gang.floor && gang.floor > 0 && gang.attempt > 1 => Activity::Repeated,
-            Some(_) => Activity::Training,
-        };
-        self.book.turn(now, next);
-        let settled = |activity| matches!(activity, Activity::Training | Activity::Checkpointing);
-        before != next && !(settled(before) && settled(next))
     }
 }
 

@@ -11,6 +11,7 @@ use everlit_api::time::{Millis, Timestamp};
 
 use super::ledger::{Activity, Book};
 use super::placement::{Need, Placement, plan_gang};
+use super::restart::mean_time_between_failures;
 use super::state::{Ending, Facts, Gang, Job, ROW_VERSION, Ranks, Then};
 use super::timers::Timer;
 use super::{Engine, Turn};
@@ -25,6 +26,7 @@ impl Engine {
             reason: "waiting for a place".into(),
             submitted_at: turn.now,
             book: Book::open(turn.now),
+            series_kept_at: turn.now,
             spec,
             ..Job::default()
         };
@@ -254,7 +256,7 @@ impl Job {
         let mut env = spec.env.clone();
         env.extend(spec.secrets.clone());
         let program = match &spec.worker {
-            Some(worker) => Program::Worker { worker: worker.clone() },
+            Some(worker) => Program::Worker { worker: Box::new(worker.clone()), evaluate: self.is_evaluation() },
             None => Program::Command { argv: spec.command.clone() },
         };
         let resume_from = spec.resume_from.as_ref().map(|from| match from.parse() {
@@ -276,6 +278,7 @@ impl Job {
                 master_port: gang.port,
                 restarts: self.budget.restarts,
                 max_restarts: spec.restart.max_restarts,
+                mean_time_between_failures: Some(mean_time_between_failures(self.book.running_ms(), self.budget.restarts)),
                 gpus: share.gpus.clone(),
                 program: program.clone(),
                 env: env.clone(),

@@ -89,6 +89,12 @@ impl Book {
         }
     }
 
+    /// Time in which ranks did steps, up to the last settlement.
+    pub fn running_ms(&self) -> u64 {
+        let running = [Activity::Training, Activity::Repeated, Activity::Checkpointing, Activity::Undetected];
+        running.into_iter().map(|activity| self.spent_ms[activity as usize]).sum()
+    }
+
     /// Training over wall time without queued; `None` before it was placed.
     pub fn goodput(&self, now: Timestamp) -> Option<f64> {
         let mut book = self.clone();
@@ -124,6 +130,7 @@ mod tests {
         assert_eq!((ledger.checkpointing, ledger.undetected, ledger.backoff), (1.5, 0.5, 1.0));
         let goodput = book.goodput(Timestamp(7_000)).expect("placed");
         assert!((goodput - 1.5 / 5.0).abs() < 1e-9);
+        assert_eq!(book.running_ms(), 3_500);
     }
 
     #[test]

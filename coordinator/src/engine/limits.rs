@@ -10,6 +10,10 @@ pub const MUTE_PROGRESS_MS: u64 = 10 * 60 * 1_000;
 pub const BACKOFF_EXPONENT_MAX: u32 = 40;
 /// Points of a job's time series at most; when full, every second one goes.
 pub const SERIES_POINTS_MAX: usize = 1_000;
+/// Between two writes of a job's time series while it is active: what a crash may cost of it.
+pub const SERIES_EVERY_MS: u64 = 60_000;
+/// What a job is credited with before its first failure: nothing is known yet, and a few hours is what big jobs see.
+pub const FAILURE_PRIOR_MS: u64 = 4 * 3_600 * 1_000;
 /// Samples that the rates are computed over.
 pub const RATE_SAMPLES_MAX: usize = 16;
 /// Time that the rates are computed over.

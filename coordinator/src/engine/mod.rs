@@ -10,6 +10,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::time::Timestamp;
 
+mod beats;
+mod checkpoint;
 pub mod command;
 pub mod event;
 mod explain;
@@ -30,6 +32,7 @@ mod tests;
 pub mod timers;
 mod view;
 
+pub use checkpoint::CannotSave;
 pub use command::{Command, EventRow, JobRow, Record, Step};
 pub use event::Event;
 pub use snapshot::{StoredJob, StoredNode, read_job};
@@ -118,6 +121,7 @@ impl Engine {
             Event::JobSubmitted { id, spec, seed } => self.on_job_submitted(turn, id, spec, seed),
             Event::StopRequested { job, force, delete } => self.on_stop_requested(turn, job, force, delete),
             Event::RestartRequested { job } => self.on_restart_requested(turn, job),
+            Event::SaveRequested { job } => self.on_save_requested(turn, job),
             Event::NodeLinked { hello } => self.on_node_linked(turn, *hello),
             Event::NodeUnlinked { node } => self.on_node_unlinked(turn, &node),
             Event::NodeReported { node, load } => self.on_node_reported(turn, &node, load),
@@ -129,6 +133,8 @@ impl Engine {
             Event::RankJudged { incarnation, verdict, age_ms } => self.on_rank_judged(turn, incarnation, verdict, age_ms),
             Event::AttemptResumed(resumed) => self.on_attempt_resumed(turn, resumed),
             Event::CheckpointSeen { node, news } => self.on_checkpoint_seen(turn, &node, news),
+            Event::CheckpointQuarantined { job, step, reason } => self.on_checkpoint_quarantined(turn, job, step, &reason),
+            Event::SaveFailed { incarnation, error } => self.on_save_failed(turn, incarnation, error),
             Event::StartFailed { job, attempt, reason, permanent } => self.on_start_failed(turn, job, attempt, reason, permanent),
             Event::Woke => {}
         }
@@ -153,10 +159,10 @@ impl Engine {
     fn finish(&mut self, mut turn: Turn) -> Step {
         for id in std::mem::take(&mut turn.touched) {
             self.check_job(id);
-            let Some(job) = self.jobs.get(&id) else { continue };
+            let Some(job) = self.jobs.get_mut(&id) else { continue };
             let fresh =
                 job.submitted_at == turn.now && turn.step.record.events.iter().any(|e| e.job == Some(id) && e.event == "job_submitted");
-            turn.step.record.jobs.push(job.to_row(fresh));
+            turn.step.record.jobs.push(job.to_row(turn.now, fresh));
             if job.state.is_final() {
                 let (state, delete, nodes) = (job.state, job.delete_when_final, job.nodes.clone());
                 turn.step.commands.push(Command::Final { job: id, state, nodes, delete });

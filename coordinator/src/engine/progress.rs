@@ -2,13 +2,17 @@
 //!
 //! `reached` is the highest step ever done by the slowest rank; a step at or below it is a repeated one.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
+use everlit_api::agent::Beat;
 use everlit_api::status::MetricPoint;
 use everlit_api::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::limits::{RATE_SAMPLE_MS, RATE_SAMPLES_MAX, RATE_WINDOW_MS, SERIES_POINTS_MAX};
+
+/// The metric by which a program tells its loss on held-out text.
+pub const EVALUATION_LOSS: &str = "evaluation_loss";
 
 /// The durable part.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -27,9 +31,21 @@ pub struct Progress {
     pub lost_steps: u64,
     /// When the last new step was seen.
     pub last_step_at: Option<Timestamp>,
+    /// Newest named numbers.
+    #[serde(default)]
+    pub metrics: BTreeMap<String, f64>,
 }
 
 impl Progress {
+    /// The leading rank said this; what it does not say did not change.
+    pub fn note(&mut self, beat: &Beat) {
+        self.loss = beat.loss.or(self.loss);
+        self.samples = beat.samples.or(self.samples);
+        if !beat.metrics.is_empty() {
+            self.metrics.clone_from(&beat.metrics);
+        }
+    }
+
     /// The slowest rank has done `step`; the attempt began at `from` and had to repeat up to `floor`. True when it is news.
     pub fn advance(&mut self, now: Timestamp, step: u64, from: u64, floor: u64) -> bool {
         let before = self.step.unwrap_or(from);
@@ -87,13 +103,27 @@ pub struct Series {
 }
 
 impl Series {
-    /// Keeps a point unless the last one is too near.
+    /// What was kept before; the resolution stays what it was.
+    pub fn restore(points: Vec<MetricPoint>) -> Self {
+        let span = points.first().zip(points.last()).map_or(0, |(first, last)| last.time.since_ms(first.time));
+        let stride_ms = if points.len() >= SERIES_POINTS_MAX / 2 { span / points.len() as u64 } else { 0 };
+        Self { points, stride_ms }
+    }
+
+    /// Keeps a point unless the last one is too near. News of the same step are added to its point; a fresh evaluation is never too near.
     pub fn note(&mut self, point: MetricPoint) {
-        let near = |last: &MetricPoint| {
-            last.attempt == point.attempt && (point.time.since_ms(last.time) < self.stride_ms || last.step == point.step)
-        };
-        if self.points.last().is_some_and(near) {
-            return;
+        if let Some(last) = self.points.last_mut().filter(|last| last.attempt == point.attempt) {
+            if last.step == point.step {
+                last.loss = point.loss.or(last.loss);
+                last.samples = point.samples.or(last.samples);
+                last.metrics.extend(point.metrics);
+                return;
+            }
+            let measured = |point: &MetricPoint| point.metrics.get(EVALUATION_LOSS).copied();
+            let news = measured(&point).is_some() && measured(&point) != measured(last);
+            if point.time.since_ms(last.time) < self.stride_ms && !news {
+                return;
+            }
         }
         if self.points.len() >= SERIES_POINTS_MAX {
             let mut keep = false;
@@ -140,11 +170,40 @@ mod tests {
         assert_eq!(rates.per_second(Timestamp(60_000)), (None, None));
     }
 
+    fn point(ms: u64, step: u64, metrics: &[(&str, f64)]) -> MetricPoint {
+        let metrics = metrics.iter().map(|(name, value)| ((*name).to_string(), *value)).collect();
+        MetricPoint { time: Timestamp(ms), attempt: 1, step, samples: Some(step * 8), loss: Some(1.0), metrics }
+    }
+
+    #[test]
+    fn an_evaluation_is_kept_however_near_and_news_of_a_step_stay_with_it() {
+        let mut series = Series { points: Vec::new(), stride_ms: 1_000 };
+        series.note(point(0, 1, &[("lr", 0.1)]));
+        series.note(point(10, 2, &[("lr", 0.1)]));
+        series.note(point(20, 3, &[("lr", 0.1), (EVALUATION_LOSS, 2.0)]));
+        series.note(point(30, 4, &[("lr", 0.1), (EVALUATION_LOSS, 2.0)]));
+        series.note(point(1_030, 5, &[("lr", 0.1)]));
+        series.note(point(1_040, 5, &[(EVALUATION_LOSS, 1.5)]));
+        let kept: Vec<_> = series.points().iter().map(|p| (p.step, p.metrics.get(EVALUATION_LOSS).copied(), p.metrics.len())).collect();
+        assert_eq!(kept, [(1, None, 1), (3, Some(2.0), 2), (5, Some(1.5), 2)]);
+    }
+
+    #[test]
+    fn a_restored_series_keeps_its_resolution() {
+        let mut series = Series::default();
+        (0..5_000).for_each(|step| series.note(point(step * 100, step, &[])));
+        let mut restored = Series::restore(series.points().to_vec());
+        let before = restored.points().len();
+        (5_000..5_100).for_each(|step| restored.note(point(step * 100, step, &[])));
+        let added = restored.points().len() - before;
+        assert!((1..=100 * before / 5_000 + 1).contains(&added), "{before} and {added}");
+    }
+
     #[test]
     fn a_series_stays_bounded_and_keeps_its_ends() {
         let mut series = Series::default();
         for step in 0..100_000 {
-            series.note(MetricPoint { time: Timestamp(step * 10), attempt: 1, step, loss: None, metrics: Default::default() });
+            series.note(point(step * 10, step, &[]));
         }
         assert!(series.points().len() <= SERIES_POINTS_MAX);
         assert!(series.points().len() > SERIES_POINTS_MAX / 4);

@@ -5,9 +5,9 @@
 
 use everlit_api::job::RestartPolicy;
 use everlit_api::rank::Cause;
-use everlit_api::time::Timestamp;
+use everlit_api::time::{Millis, Timestamp};
 
-use super::limits::BACKOFF_EXPONENT_MAX;
+use super::limits::{BACKOFF_EXPONENT_MAX, FAILURE_PRIOR_MS};
 use super::state::Budget;
 
 /// What is known about a failed attempt.
@@ -84,6 +84,11 @@ fn delay_ms(policy: &RestartPolicy, exponent: u32, seed: u64, count: u32) -> u64
     let unit = (splitmix(seed ^ u64::from(count).wrapping_mul(0x9e37_79b9_7f4a_7c15)) >> 11) as f64 / (1u64 << 53) as f64;
     let spread = 1.0 + backoff.jitter * (2.0 * unit - 1.0);
     (capped * spread).max(initial).round() as u64
+}
+
+/// How long the job runs between two failures, as far as is known: so long in all with so many failures, and a prior that fades with time.
+pub fn mean_time_between_failures(running_ms: u64, failures: u32) -> Millis {
+    Millis(running_ms.saturating_add(FAILURE_PRIOR_MS) / (u64::from(failures) + 1))
 }
 
 /// Committed progress forgives counted restarts: `heal_after` without a failure.
@@ -177,6 +182,13 @@ mod tests {
         assert!(matches!(decide_restart(&policy, &mut budget, 1, failure(Cause::CannotStart, false)), Decision::GiveUp { .. }));
         let told = Failure { code: Some(78), ..failure(Cause::Exit, true) };
         assert!(matches!(decide_restart(&policy, &mut budget, 1, told), Decision::GiveUp { reason } if reason.contains("78")));
+    }
+
+    #[test]
+    fn failures_shorten_the_mean_time_between_them_and_calm_lengthens_it() {
+        let hours = |running, failures| mean_time_between_failures(running * 3_600_000, failures).0 as f64 / 3_600_000.0;
+        assert_eq!([hours(0, 0), hours(0, 1), hours(4, 3), hours(96, 0), hours(96, 9)], [4.0, 2.0, 2.0, 100.0, 10.0]);
+        assert_eq!(mean_time_between_failures(u64::MAX, 0).0, u64::MAX);
     }
 
     #[test]

@@ -8,8 +8,9 @@ use everlit_api::status::JobState;
 use everlit_api::time::Timestamp;
 
 use super::command::JobRow;
-use super::limits::CHECK_ALL_MS;
+use super::limits::{CHECK_ALL_MS, SERIES_EVERY_MS};
 use super::placement::{Need, Node};
+use super::progress::Series;
 use super::state::{Job, ROW_VERSION, Ranks};
 use super::timers::Timer;
 use super::{Config, Engine};
@@ -25,6 +26,8 @@ pub struct StoredJob {
     pub body: String,
     /// The ranks' ends, JSON; only of a final job.
     pub ranks: Option<String>,
+    /// The time series, JSON; read for active jobs only.
+    pub series: Option<String>,
 }
 
 /// A node's row as it was read.
@@ -37,9 +40,20 @@ pub struct StoredNode {
 }
 
 impl Job {
-    pub(super) fn to_row(&self, fresh: bool) -> JobRow {
+    /// The series is due to be written: news of it are older than a crash may cost.
+    pub(super) fn series_is_due(&self, now: Timestamp) -> bool {
+        let newest = self.series.points().last().map(|point| point.time);
+        newest.is_some_and(|at| at > self.series_kept_at) && now.since_ms(self.series_kept_at) >= SERIES_EVERY_MS
+    }
+
+    /// What is made durable of it; the series goes along when it is due.
+    pub(super) fn to_row(&mut self, now: Timestamp, fresh: bool) -> JobRow {
         let text = |value: Result<String, serde_json::Error>| value.expect("the engine's types are plain data with text keys");
         let is_final = self.state.is_final();
+        let with_series = self.series_is_due(now) || (is_final && !self.series.points().is_empty());
+        if with_series {
+            self.series_kept_at = now;
+        }
         JobRow {
             id: self.id,
             state: self.state,
@@ -47,7 +61,7 @@ impl Job {
             spec: fresh.then(|| self.spec.clone()),
             body: text(serde_json::to_string(self)),
             ranks: is_final.then(|| text(serde_json::to_string(&self.ranks))),
-            series: (is_final && !self.series.points().is_empty()).then(|| text(serde_json::to_string(self.series.points()))),
+            series: with_series.then(|| text(serde_json::to_string(self.series.points()))),
             delete: is_final && self.delete_when_final,
         }
     }
@@ -67,6 +81,9 @@ pub fn read_job(row: &StoredJob) -> Result<Job, String> {
         None if job.gang.is_some() => Ranks::pending(spec.world_size),
         None => Ranks::default(),
     };
+    // Numbers for a curve: what can not be read of them stops no job.
+    let points = row.series.as_deref().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+    job.series = Series::restore(points);
     job.spec = Arc::new(spec);
     Ok(job)
 }
@@ -96,6 +113,7 @@ impl Engine {
 
     fn load_job(&mut self, now: Timestamp, mut job: Job) {
         let id = job.id;
+        job.series_kept_at = now;
         let need = Need::of(&job.spec);
         if job.state == JobState::Queued {
             self.queue.push(id, job.spec.priority, need);

@@ -36,9 +36,12 @@ pub struct Job {
     /// Recent speed.
     #[serde(skip)]
     pub rates: Rates,
-    /// Loss over steps, thinned out.
+    /// Loss over steps, thinned out; in a column of its own, written at most once a minute.
     #[serde(skip)]
     pub series: Series,
+    /// When the series was last written.
+    #[serde(skip)]
+    pub series_kept_at: Timestamp,
     /// For everything random about this job.
     pub seed: u64,
     /// Where it is.
@@ -164,11 +167,18 @@ pub struct Rank {
     pub step: Option<u64>,
     /// When its last heartbeat was seen.
     pub beat_at: Option<Timestamp>,
+    /// It saves when told to.
+    #[serde(default)]
+    pub saves_on_signal: bool,
+    /// Step of the last save that it said has failed.
+    #[serde(default)]
+    pub save_failed: Option<u64>,
 }
 
 impl Default for Rank {
     fn default() -> Self {
-        Self { state: RankState::Pending, pid: None, exit: None, phase: None, step: None, beat_at: None }
+        let state = RankState::Pending;
+        Self { state, pid: None, exit: None, phase: None, step: None, beat_at: None, saves_on_signal: false, save_failed: None }
     }
 }
 

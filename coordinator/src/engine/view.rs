@@ -6,6 +6,7 @@ use everlit_api::status::{JobView, LastCheckpoint, NodeState, NodeView, RankView
 use everlit_api::time::Timestamp;
 
 use super::placement::Node;
+use super::progress::EVALUATION_LOSS;
 use super::state::Job;
 
 impl Job {
@@ -49,6 +50,8 @@ impl Job {
             steps_per_second,
             samples_per_second,
             loss: progress.loss,
+            evaluation_loss: progress.metrics.get(EVALUATION_LOSS).copied(),
+            metrics: progress.metrics.clone(),
             eta_seconds: eta,
             attempt: self.attempt,
             generation: self.gang.as_ref().map_or(0, |g| g.generation),

@@ -25,7 +25,7 @@ use super::logs::{ITEMS_MAX, Reader};
 use super::metrics::{Metrics, Now};
 use super::store::{JobFilter, Store, StoreError};
 use crate::engine::state::Job;
-use crate::engine::{Engine, Event, StoredJob, read_job};
+use crate::engine::{CannotSave, Engine, Event, StoredJob, read_job};
 
 /// Jobs that one purge removes at most; the rest goes with the next.
 const PURGE_MAX: u32 = 5_000;
@@ -323,6 +323,16 @@ impl Control for Coordinator {
         Box::pin(self.act(id, Event::RestartRequested { job: id }))
     }
 
+    fn save(&self, id: JobId) -> Answer<'_, JobView> {
+        Box::pin(async move {
+            match self.look(move |engine, _| engine.can_save(id)).await? {
+                Ok(()) => self.act(id, Event::SaveRequested { job: id }).await,
+                Err(CannotSave::NotActive) => Err(self.final_conflict(&self.view(id).await?)),
+                Err(why) => Err(cannot_save(id, &why)),
+            }
+        })
+    }
+
     fn delete(&self, id: JobId, stop_first: bool, force: bool) -> Answer<'_, JobView> {
         Box::pin(async move {
             let view = self.view(id).await?;
@@ -504,6 +514,26 @@ impl Control for Coordinator {
             self.agents.serve(link, &self.handle.inputs).await;
             Ok(())
         })
+    }
+}
+
+fn cannot_save(id: JobId, why: &CannotSave) -> Problem {
+    match why {
+        CannotSave::NotRunning(JobState::Stopping) => {
+            Problem::new(Code::Conflict, format!("job {id} is stopping: the built-in program saves at a stop anyway"))
+        }
+        CannotSave::NotRunning(state) => {
+            let remedy = "only what runs has something to save; ask again when its state is running";
+            Problem::new(Code::Conflict, format!("job {id} is {state}: {remedy}")).retry_after(1)
+        }
+        CannotSave::NotActive | CannotSave::NotHeard => {
+            Problem::new(Code::Conflict, format!("job {id} has only just started: ask again when its summary shows a step")).retry_after(1)
+        }
+        CannotSave::NotSupported => {
+            let remedy = "a program that saves when it gets SIGUSR1 and goes on may write \"saves_on_signal\": true in its heartbeat file; \
+                          others save when they are stopped (POST /jobs/{id}/stop) or by themselves";
+            Problem::new(Code::Conflict, format!("job {id} does not save on demand: {remedy}"))
+        }
     }
 }
 

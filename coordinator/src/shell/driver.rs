@@ -239,6 +239,8 @@ impl Driver {
             FromAgent::Judged { incarnation, verdict, age_ms } => Event::RankJudged { incarnation, verdict, age_ms },
             FromAgent::Resumed(resumed) => Event::AttemptResumed(resumed),
             FromAgent::Checkpoint(news) => Event::CheckpointSeen { node, news },
+            FromAgent::Quarantined { job, step, reason } => Event::CheckpointQuarantined { job, step, reason },
+            FromAgent::SaveFailed { incarnation, error } => Event::SaveFailed { incarnation, error },
             FromAgent::StartFailed { job, attempt, reason, permanent } => Event::StartFailed { job, attempt, reason, permanent },
             FromAgent::Draining => Event::NodeDraining { node, cordon: false },
             FromAgent::Removed { job } => {

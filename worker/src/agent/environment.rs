@@ -7,37 +7,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use everlit_api::agent::{GangSpec, Program};
+use everlit_api::environment::RESERVED;
 
 /// What is passed on from the agent's own environment.
 pub(super) const PASSED: [&str; 4] = ["PATH", "HOME", "LANG", "LD_LIBRARY_PATH"];
-
-/// Names that a job's `env` can not set.
-pub(super) const RESERVED: [&str; 24] = [
-    "RANK",
-    "LOCAL_RANK",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "ROLE_NAME",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_WORLD_SIZE",
-    "ROLE_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_RUN_ID",
-    "TORCHELASTIC_RESTART_COUNT",
-    "TORCHELASTIC_MAX_RESTARTS",
-    "TORCHELASTIC_ERROR_FILE",
-    "CUDA_VISIBLE_DEVICES",
-    "EVERLIT_JOB_ID",
-    "EVERLIT_ATTEMPT",
-    "EVERLIT_GENERATION",
-    "EVERLIT_HEARTBEAT_FILE",
-    "EVERLIT_CHECKPOINT_DIR",
-    "EVERLIT_RESUME_FROM",
-    "EVERLIT_DATA_SHARDS",
-    "EVERLIT_RENDEZVOUS",
-];
 
 /// Paths that a rank is told.
 #[derive(Debug, Clone, Copy)]

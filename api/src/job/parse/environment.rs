@@ -9,38 +9,12 @@ use serde_json::Value;
 use super::reader::Reader;
 use super::values::{argument, text, what};
 use super::{ARG_BYTES_MAX, ARGS_MAX};
+use crate::environment::RESERVED;
 
 /// Variables of a job at most.
 const VARIABLES_MAX: usize = 1024;
 /// What answers show in place of a secret.
 const HIDDEN: &str = "***";
-
-/// Names that a rank is given by everlit.
-pub(super) const RESERVED: [&str; 23] = [
-    "RANK",
-    "LOCAL_RANK",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "ROLE_NAME",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_WORLD_SIZE",
-    "ROLE_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_RUN_ID",
-    "TORCHELASTIC_RESTART_COUNT",
-    "TORCHELASTIC_MAX_RESTARTS",
-    "TORCHELASTIC_ERROR_FILE",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
-    "CUDA_VISIBLE_DEVICES",
-    "EVERLIT_JOB_ID",
-    "EVERLIT_ATTEMPT",
-    "EVERLIT_HEARTBEAT_FILE",
-    "EVERLIT_CHECKPOINT_DIR",
-    "EVERLIT_RESUME_FROM",
-    "EVERLIT_DATA_SHARDS",
-];
 
 /// Program and arguments; `None` when none was given.
 pub(super) fn command(top: &mut Reader<'_, '_>) -> Option<Vec<String>> {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{CheckpointPolicy, DataSpec, JobKind, JobSpec, Priority, WORLD_SIZE_MAX, WorkerSpec};
+use super::{Auto, CheckpointInterval, CheckpointPolicy, DataSpec, JobKind, JobSpec, Priority, WORLD_SIZE_MAX};
 use crate::ids::JobId;
 use crate::time::Millis;
 
@@ -17,6 +17,7 @@ mod reader;
 #[cfg(test)]
 mod tests;
 mod values;
+mod worker;
 
 use reader::Reader;
 use values::{choice, duration, integer, path};
@@ -82,7 +83,10 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
     });
     let resume_from = top.read("resume_from", resume_from);
     let command = environment::command(&mut top);
-    let worker = worker(&mut top, world_size, command.is_some());
+    let worker = worker::worker(&mut top, world_size, command.is_some());
+    if kind == JobKind::Evaluate {
+        evaluate(&mut top);
+    }
     let (env, secrets) = environment::variables(&mut top);
     let workdir = top.read("workdir", path);
     let log_metrics = policies::log_metrics(&mut top);
@@ -135,10 +139,23 @@ fn elastic(top: &mut Reader<'_, '_>, world_size: u32) {
 fn kind(top: &mut Reader<'_, '_>) -> JobKind {
     match top.get("kind").map(|v| v.as_str().unwrap_or_default()) {
         None | Some("train") => {}
-        Some(other @ ("serve" | "evaluate" | "preprocess")) => top.refuse("kind", format!("kind {other} is not built: only \"train\" is")),
-        Some(_) => top.fault("kind", "must be \"train\"".into()),
+        Some("evaluate") => return JobKind::Evaluate,
+        Some(other @ ("serve" | "preprocess")) => {
+            top.refuse("kind", format!("kind {other} is not built: only \"train\" and \"evaluate\" are"));
+        }
+        Some(_) => top.fault("kind", "must be \"train\" or \"evaluate\"".into()),
     }
     JobKind::Train
+}
+
+/// What is measured must be named, and only the built-in program measures.
+fn evaluate(top: &mut Reader<'_, '_>) {
+    if top.get("command").is_some() {
+        top.fault("command", "kind evaluate runs the built-in program: leave command out, or make it kind train".into());
+    }
+    if top.get("resume_from").is_none() {
+        top.fault("resume_from", "kind evaluate needs it: the id of the job, or the path of the checkpoint, that is to be measured".into());
+    }
 }
 
 fn resume_from(value: &Value) -> Result<String, String> {
@@ -149,46 +166,21 @@ fn resume_from(value: &Value) -> Result<String, String> {
     path(value).map_err(|_| "must be a job id (26 lower-case characters) or an absolute path without `..`".into())
 }
 
-fn worker(top: &mut Reader<'_, '_>, world_size: u32, has_command: bool) -> Option<WorkerSpec> {
-    if has_command && top.get("worker").is_some() {
-        top.fault("worker", "command and worker exclude each other: give the one that shall run".into());
-    }
-    let defaults = WorkerSpec::for_world(world_size);
-    let spec = top.object("worker", |worker| {
-        let steps = worker.read_or("steps", defaults.steps, |v| integer(v, 1, STEPS_MAX));
-        WorkerSpec {
-            model: worker.read_or("model", defaults.model, values::model),
-            data: worker.read("data", path),
-            steps,
-            batch_size: batch_size(worker, world_size, defaults.batch_size),
-            sequence_length: worker.read_or("sequence_length", u64::from(defaults.sequence_length), |v| integer(v, 8, 8192)) as u32,
-            learning_rate: worker.read_or("learning_rate", defaults.learning_rate, |v| values::number(v, f64::MIN_POSITIVE, 1e6)),
-            seed: worker.read_or("seed", defaults.seed, |v| integer(v, 0, u64::MAX)),
-            device: worker.read_or("device", defaults.device, values::device),
-            deterministic: worker.read_or("deterministic", defaults.deterministic, values::boolean),
-        }
-    });
-    (!has_command).then_some(spec)
-}
-
-fn batch_size(worker: &mut Reader<'_, '_>, world_size: u32, default: u64) -> u64 {
-    if worker.get("batch_size").and_then(Value::as_str) == Some("auto") {
-        worker.refuse("batch_size", "choosing a batch size is not built: give a number".into());
-        return default;
-    }
-    let size = worker.read_or("batch_size", default, |v| integer(v, 1, BATCH_MAX));
-    if size < u64::from(world_size) {
-        worker.fault("batch_size", format!("is over all ranks, so it must be at least world_size ({world_size})"));
-    }
-    size
-}
-
 fn checkpoint(fields: &mut Reader<'_, '_>) -> CheckpointPolicy {
     let defaults = CheckpointPolicy::default();
-    fields.not_built("every", |_| false, "checkpoints by time are not built: use checkpoint.every_steps");
     fields.not_built("to", |_| false, "checkpoints go to the node's data folder; object storage is not built");
+    let every = fields.read("every", |v| match v.as_str() {
+        Some("auto") => Ok(CheckpointInterval::Auto(Auto::Auto)),
+        _ => duration(v, Millis::secs(1), DAY).map(CheckpointInterval::Time).map_err(|why| format!("{why}, or \"auto\"")),
+    });
+    let by_time = fields.get("every").is_some();
+    let every_steps = fields.read("every_steps", |v| integer(v, 0, STEPS_MAX));
+    if every_steps == Some(0) && !by_time {
+        fields.fault("every_steps", "0 means by time only: give checkpoint.every too, or a number of steps".into());
+    }
     CheckpointPolicy {
-        every_steps: fields.read_or("every_steps", defaults.every_steps, |v| integer(v, 1, STEPS_MAX)),
+        every_steps: every_steps.unwrap_or(if by_time { 0 } else { defaults.every_steps }),
+        every,
         keep: fields.read_or("keep", u64::from(defaults.keep), |v| integer(v, 1, 1000)) as u32,
     }
 }

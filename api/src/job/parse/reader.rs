@@ -12,11 +12,34 @@ use super::{FAULTS_MAX, Fault, FaultKind};
 
 /// Where fields live that people look for elsewhere: section and its fields. A test compares it with what is really read.
 pub(super) const SECTIONS: [(&str, &[&str]); 6] = [
-    ("worker", &["model", "data", "steps", "batch_size", "sequence_length", "learning_rate", "seed", "device", "deterministic"]),
+    (
+        "worker",
+        &[
+            "model",
+            "data",
+            "steps",
+            "batch_size",
+            "micro_batch_size",
+            "sequence_length",
+            "learning_rate",
+            "warmup_steps",
+            "min_learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "dropout",
+            "precision",
+            "activation_checkpointing",
+            "on_nan",
+            "evaluation",
+            "seed",
+            "device",
+            "deterministic",
+        ],
+    ),
     ("resources", &["cpus", "memory", "gpus"]),
     ("restart", &["max_restarts", "max_start_failures", "backoff", "heal_after", "no_retry_exit_codes"]),
     ("heartbeat", &["startup_timeout", "idle_timeout"]),
-    ("checkpoint", &["every_steps", "keep"]),
+    ("checkpoint", &["every_steps", "every", "keep"]),
     ("data", &["shards"]),
 ];
 

@@ -2,10 +2,14 @@ use expect_test::{Expect, expect};
 use proptest::prelude::*;
 use serde_json::json;
 
-use super::environment::RESERVED;
 use super::reader::SECTIONS;
 use super::*;
-use crate::job::{Backoff, Device, HeartbeatPolicy, LogMetric, MODEL_PRESETS, Resources, RestartPolicy, RestartScope};
+use crate::environment::RESERVED;
+use crate::job::{
+    Backoff, BatchSize, Device, EvaluationSpec, HeartbeatPolicy, LogMetric, MODEL_PRESETS, ModelSpec, OnNan, Precision, Resources,
+    RestartPolicy, RestartScope, WorkerSpec,
+};
+use crate::model::LlamaSizes;
 
 fn faults(body: Value) -> String {
     let faults = parse(&body).expect_err("must be refused");
@@ -69,21 +73,19 @@ fn what_is_not_built_is_refused_as_such() {
     check(
         json!({
             "world_size": 4, "min_world_size": 2, "kind": "serve", "image": "x", "replicas": 1, "engine": "vllm", "model": "m", "port": 1,
-            "health": {}, "autoscale": {}, "log_policies": [{}], "checkpoint": {"every": "1m", "to": "s3://b"},
+            "health": {}, "autoscale": {}, "log_policies": [{}], "checkpoint": {"to": "s3://b"},
             "restart": {"scope": "rank", "spares": 1, "on": {"exit": "stop"}}, "heartbeat": {"progress_timeout": "1m"},
-            "resources": {"gpu_memory": "8Gi", "gpus": 0.5}, "worker": {"batch_size": "auto"},
+            "resources": {"gpu_memory": "8Gi", "gpus": 0.5},
         }),
         expect![[r#"
             - /min_world_size elastic jobs are not built: leave it out or set it to world_size (4)
-            - /kind kind serve is not built: only "train" is
-            - /worker/batch_size choosing a batch size is not built: give a number
+            - /kind kind serve is not built: only "train" and "evaluate" are
             - /resources/gpu_memory sharing a GPU by memory is not built: use resources.gpus
             - /resources/gpus fractions of a GPU are not built: give a whole number
             - /restart/spares spare ranks are not built: leave it out or set it to 0
             - /restart/on an action per cause is not built
             - /restart/scope scope rank is not built: use "auto" or "gang"
             - /heartbeat/progress_timeout judging progress is not built: use heartbeat.timeout or heartbeat.idle_timeout
-            - /checkpoint/every checkpoints by time are not built: use checkpoint.every_steps
             - /checkpoint/to checkpoints go to the node's data folder; object storage is not built
             - /image containers are not built: give a command that is installed on the nodes
             - /replicas belongs to kind serve, which is not built
@@ -144,17 +146,130 @@ fn commands_and_their_environment_are_checked() {
 fn worker_settings_are_checked() {
     check(
         json!({"world_size": 4, "worker": {"model": "gpt-5", "data": "a/../b", "steps": 0, "batch_size": 3, "sequence_length": 4,
-               "learning_rate": 0, "seed": -1, "device": "tpu", "deterministic": "yes"}}),
+               "learning_rate": 0, "seed": -1, "device": "tpu", "deterministic": "yes", "micro_batch_size": 0, "warmup_steps": 3000,
+               "min_learning_rate": 1, "weight_decay": -1, "max_grad_norm": "x", "dropout": 0.96, "precision": "fp8", "on_nan": "ignore",
+               "activation_checkpointing": 1, "evaluation": {"every_steps": -1, "samples": 1.5, "data": "here", "every": 1}}}),
         expect![[r#"
             x /worker/steps must be a whole number from 1 to 1000000000000
-            x /worker/model must be one of "llama-1m", "llama-10m", "llama-30m", "llama-124m", "mlp-10k", "mlp-500k"
-            x /worker/data must be an absolute path, one that starts with `/`
             x /worker/batch_size is over all ranks, so it must be at least world_size (4)
-            x /worker/sequence_length must be a whole number from 8 to 8192
             x /worker/learning_rate must be greater than 0 and at most 1000000
+            x /worker/model must be one of "llama-1m", "llama-10m", "llama-30m", "llama-124m", "llama-350m", "llama-1b", "mlp-10k", "mlp-500k", or sizes like {"dim": 128, "layers": 4, "heads": 4, "kv_heads": 2, "hidden": 448}
+            x /worker/data must be an absolute path, one that starts with `/`
+            x /worker/micro_batch_size must be a whole number from 1 to 32
+            x /worker/sequence_length must be a whole number from 8 to 8192
+            x /worker/warmup_steps must be a whole number from 0 to 2000
+            x /worker/min_learning_rate must be at least 0 and at most 0.003
+            x /worker/weight_decay must be at least 0 and at most 10
+            x /worker/max_grad_norm must be a number, not a text
+            x /worker/dropout must be at least 0 and at most 0.95
+            x /worker/precision must be one of "float32", "bfloat16"
+            x /worker/activation_checkpointing must be true or false, not a number
+            x /worker/on_nan must be one of "stop", "skip"
+            x /worker/evaluation/every_steps must be a whole number from 0 to 1000000000000
+            x /worker/evaluation/samples must be a whole number from 0 to 1000000000
+            x /worker/evaluation/data must be an absolute path, one that starts with `/`
+            x /worker/evaluation/every is not a known field: did you mean `checkpoint.every`?
             x /worker/seed must be a whole number at least 0
             x /worker/device must be one of "auto", "cpu", "cuda"
             x /worker/deterministic must be true or false, not a text
+        "#]],
+    );
+}
+
+#[test]
+fn worker_settings_that_depend_on_each_other_are_held_against_each_other() {
+    check(
+        json!({"world_size": 2, "worker": {"steps": 10, "batch_size": 8, "micro_batch_size": 9, "warmup_steps": 11, "learning_rate": 0.1,
+               "min_learning_rate": 0.2}}),
+        expect![[r#"
+            x /worker/micro_batch_size must be a whole number from 1 to 8
+            x /worker/warmup_steps must be a whole number from 0 to 10
+            x /worker/min_learning_rate must be at least 0 and at most 0.1
+        "#]],
+    );
+    check(
+        json!({"worker": {"batch_size": "lots", "model": {"dim": 130, "layers": 0, "heads": 4, "kv_heads": 3, "width": 1}}}),
+        expect![[r#"
+            x /worker/batch_size must be a whole number from 1 to 1000000000, or "auto"
+            x /worker/model/layers must be a whole number from 1 to 1024
+            x /worker/model/hidden must be given, from 1 to 1048576
+            x /worker/model/width is not a known field
+        "#]],
+    );
+    check(
+        json!({"worker": {"model": {"dim": 130, "layers": 1, "heads": 4, "kv_heads": 3, "hidden": 8}}}),
+        expect![[r#"
+            x /worker/model/heads must divide dim (130) into heads of an even number of features
+            x /worker/model/kv_heads must divide heads (4)
+        "#]],
+    );
+}
+
+#[test]
+fn worker_settings_are_read_in_full() {
+    let sizes = json!({"dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "hidden": 128});
+    let body = json!({"world_size": 2, "worker": {"model": sizes, "steps": 10, "batch_size": "auto", "micro_batch_size": 4, "warmup_steps": 10,
+        "learning_rate": 0.1, "min_learning_rate": 0.1, "weight_decay": 0, "max_grad_norm": 0, "dropout": 0.5, "precision": "bfloat16",
+        "activation_checkpointing": true, "on_nan": "skip", "evaluation": {"every_steps": 5, "samples": 7, "data": "/e"}}});
+    let expected = WorkerSpec {
+        model: ModelSpec::Sizes(LlamaSizes { dim: 64, layers: 2, heads: 4, kv_heads: 2, hidden: 128 }),
+        steps: 10,
+        batch_size: BatchSize::Auto(Auto::Auto),
+        micro_batch_size: Some(4),
+        warmup_steps: Some(10),
+        learning_rate: 0.1,
+        min_learning_rate: Some(0.1),
+        weight_decay: 0.0,
+        max_grad_norm: 0.0,
+        dropout: 0.5,
+        precision: Precision::Bfloat16,
+        activation_checkpointing: true,
+        on_nan: OnNan::Skip,
+        evaluation: EvaluationSpec { every_steps: 5, samples: 7, data: Some("/e".into()) },
+        ..WorkerSpec::for_world(2)
+    };
+    assert_eq!(parse(&body).map(|spec| spec.worker), Ok(Some(expected)));
+}
+
+#[test]
+fn checkpoints_by_time_switch_those_by_steps_off_unless_both_are_asked_for() {
+    let policy = |checkpoint: Value| parse(&json!({ "checkpoint": checkpoint })).map(|spec| spec.checkpoint);
+    let every = |every, every_steps| Ok(CheckpointPolicy { every_steps, every: Some(every), keep: 3 });
+    let minute = CheckpointInterval::Time(Millis::secs(60));
+    assert_eq!(policy(json!({"every": "1m"})), every(minute, 0));
+    assert_eq!(policy(json!({"every": "1m", "every_steps": 10})), every(minute, 10));
+    assert_eq!(policy(json!({"every": "auto", "every_steps": 0})), every(CheckpointInterval::Auto(Auto::Auto), 0));
+    assert_eq!(policy(json!({"every": null})), Ok(CheckpointPolicy::default()));
+    check(
+        json!({"checkpoint": {"every": "500ms"}}),
+        expect![[r#"
+            x /checkpoint/every must be from 1s to 1d, or "auto"
+        "#]],
+    );
+    check(
+        json!({"checkpoint": {"every": 5, "every_steps": 0}}),
+        expect![[r#"
+            x /checkpoint/every must be a duration with its unit in quotes: did you mean "5s" or "5ms"?, or "auto"
+        "#]],
+    );
+}
+
+#[test]
+fn an_evaluation_names_what_it_measures_and_runs_the_built_in_program() {
+    let id = JobId::from_parts(1, 2).to_string();
+    let spec = parse(&json!({"kind": "evaluate", "resume_from": id})).expect("an evaluation");
+    assert_eq!((spec.kind, spec.worker), (JobKind::Evaluate, Some(WorkerSpec::for_world(1))));
+    check(
+        json!({"kind": "evaluate", "command": ["x"]}),
+        expect![[r#"
+            x /command kind evaluate runs the built-in program: leave command out, or make it kind train
+            x /resume_from kind evaluate needs it: the id of the job, or the path of the checkpoint, that is to be measured
+        "#]],
+    );
+    check(
+        json!({"kind": "judge"}),
+        expect![[r#"
+            x /kind must be "train" or "evaluate"
         "#]],
     );
 }
@@ -201,7 +316,7 @@ fn policies_are_checked() {
             x /restart/no_retry_exit_codes/2 must be a whole number from 0 to 255, not a text
             x /heartbeat/timeout must be from 1s to 1d
             x /heartbeat/required must be true or false, not a number
-            x /checkpoint/every_steps must be a whole number from 1 to 1000000000000
+            x /checkpoint/every_steps 0 means by time only: give checkpoint.every too, or a number of steps
             x /checkpoint/keep must be a whole number from 1 to 1000
             x /data/shards/0 must be an absolute path, one that starts with `/`
             x /time_limit must be from 1s to 36500d
@@ -315,6 +430,10 @@ fn json_value() -> impl Strategy<Value = Value> {
             "field",
             "resume_from",
             "batch_size",
+            "model",
+            "dim",
+            "evaluation",
+            "every",
             "steps",
             "kind",
             "name",
@@ -334,10 +453,34 @@ prop_compose! {
     fn program(world: u32)(
         built_in in any::<bool>(), command in proptest::collection::vec("[a-z /=]{1,9}", 1..4),
         model in proptest::sample::select(MODEL_PRESETS.to_vec()), data in proptest::option::of("/[a-z]{1,9}"), steps in 1..=STEPS_MAX,
-        batch in u64::from(world)..=BATCH_MAX, sequence_length in 8u32..=8192, learning_rate in 1e-9f64..10.0, seed in any::<u64>(),
-        device in proptest::sample::select(vec![Device::Auto, Device::Cpu, Device::Cuda]), deterministic in any::<bool>(),
+        batch in u64::from(world)..=BATCH_MAX, auto in any::<bool>(), sequence_length in 8u32..=8192, learning_rate in 1e-9f64..10.0,
+        seed in any::<u64>(), device in proptest::sample::select(vec![Device::Auto, Device::Cpu, Device::Cuda]), deterministic in any::<bool>(),
+        schedule in proptest::option::of(0.0f64..=1.0), weight_decay in 0.0f64..=10.0, max_grad_norm in 0.0f64..=1e6, dropout in 0.0f64..0.95,
+        heads in proptest::option::of(1u64..64), switches in any::<[bool; 3]>(), every_steps in 0..=STEPS_MAX, samples in 0..=BATCH_MAX,
+        evaluated in proptest::option::of("/[a-z]{1,9}"),
     ) -> (Option<WorkerSpec>, Vec<String>) {
-        let worker = WorkerSpec { model: model.into(), data, steps, batch_size: batch, sequence_length, learning_rate, seed, device, deterministic };
+        let sizes = |heads| LlamaSizes { dim: 2 * heads, layers: heads, heads, kv_heads: 1, hidden: heads };
+        let worker = WorkerSpec {
+            model: heads.map_or(ModelSpec::Preset(model.into()), |heads| ModelSpec::Sizes(sizes(heads))),
+            data,
+            steps,
+            batch_size: if auto { BatchSize::Auto(Auto::Auto) } else { BatchSize::Samples(batch) },
+            micro_batch_size: schedule.map(|part| 1 + (part * (batch - 1) as f64) as u64),
+            sequence_length,
+            learning_rate,
+            warmup_steps: schedule.map(|part| (part * steps as f64) as u64),
+            min_learning_rate: schedule.map(|part| part * learning_rate),
+            weight_decay,
+            max_grad_norm,
+            dropout,
+            precision: if switches[0] { Precision::Bfloat16 } else { Precision::Float32 },
+            activation_checkpointing: switches[1],
+            on_nan: if switches[2] { OnNan::Skip } else { OnNan::Stop },
+            evaluation: EvaluationSpec { every_steps, samples, data: evaluated },
+            seed,
+            device,
+            deterministic,
+        };
         if built_in { (Some(worker), vec![]) } else { (None, command) }
     }
 }
@@ -374,11 +517,15 @@ prop_compose! {
     fn spec()(world in 1u32..=WORLD_SIZE_MAX)(
         world in Just(world), (worker, command) in program(world), (restart, heartbeat) in policies(), texts in texts(),
         cpus in 0.0f64..100.0, memory in 0u64..1 << 50, gpus in 0u32..=1024, every_steps in 1..=STEPS_MAX, keep in 1u32..=1000,
+        every in proptest::option::of(proptest::option::of(1_000u64..=86_400_000)), measures in any::<bool>(),
         grace in 0u64..86_400_000, limit in proptest::option::of(1_000u64..3_153_600_000_000),
     ) -> JobSpec {
+        let every = every.map(|time| time.map_or(CheckpointInterval::Auto(Auto::Auto), |ms| CheckpointInterval::Time(Millis(ms))));
+        let measurable = measures && worker.is_some() && texts.resume_from.is_some();
         JobSpec {
+            kind: if measurable { JobKind::Evaluate } else { JobKind::Train },
             world_size: world, worker, command, restart, heartbeat, resources: Resources { cpus, memory, gpus },
-            checkpoint: CheckpointPolicy { every_steps, keep }, stop_grace: Millis(grace), time_limit: limit.map(Millis), ..texts
+            checkpoint: CheckpointPolicy { every_steps: if every.is_some() && every_steps % 2 == 0 { 0 } else { every_steps }, every, keep }, stop_grace: Millis(grace), time_limit: limit.map(Millis), ..texts
         }
     }
 }

@@ -5,7 +5,7 @@
 use serde_json::Value;
 
 use super::{ARG_BYTES_MAX, LABEL_KEY_CHARS_MAX, LABEL_VALUE_CHARS_MAX, PATH_BYTES_MAX};
-use crate::job::{Device, MODEL_PRESETS, NAME_CHARS_MAX};
+use crate::job::{Device, NAME_CHARS_MAX};
 use crate::time::Millis;
 
 /// The kind of a value, for people.
@@ -137,12 +137,6 @@ pub(super) fn label_value(value: &Value) -> Result<String, String> {
         return Err(format!("a label's value must be at most {LABEL_VALUE_CHARS_MAX} characters without control characters"));
     }
     Ok(text.into())
-}
-
-/// A preset's name.
-pub(super) fn model(value: &Value) -> Result<String, String> {
-    let known = value.as_str().filter(|name| MODEL_PRESETS.contains(name));
-    known.map(Into::into).ok_or_else(|| format!("must be one of {}", MODEL_PRESETS.map(|name| format!("\"{name}\"")).join(", ")))
 }
 
 /// Where tensors live.

@@ -65,6 +65,8 @@ fn summary() -> Summary {
         steps_per_second: None,
         samples_per_second: None,
         loss: None,
+        evaluation_loss: None,
+        metrics: BTreeMap::new(),
         eta_seconds: None,
         attempt: 1,
         generation: 0,
@@ -138,13 +140,14 @@ impl Control for Fake {
     fn submit(&self, submission: Submission) -> Answer<'_, Accepted> {
         let key = submission.idempotency.as_ref().map(|(key, hash)| format!(" key {key} hash {:02x}{:02x}", hash[0], hash[1]));
         let replayed = key.is_some();
+        let seed = submission.spec.worker.as_ref().filter(|w| w.seed != 0).map(|w| format!(" seed {}", w.seed)).unwrap_or_default();
         let spec = submission.spec.redacted();
         let refused = spec.name.as_deref() == Some("full");
         let full = Problem::new(Code::QueueFull, "the queue is full").retry_after(7);
         assert_ne!(spec.name.as_deref(), Some("panic"), "as asked");
         let job = JobView { spec: Some(spec), ..view() };
         let answer = if refused { Err(full) } else { Ok(Accepted { job, replayed }) };
-        self.answer(format!("submit world {}{}", submission.spec.world_size, key.unwrap_or_default()), answer)
+        self.answer(format!("submit world {}{seed}{}", submission.spec.world_size, key.unwrap_or_default()), answer)
     }
 
     fn plan(&self, spec: JobSpec) -> Answer<'_, PlacementPlan> {
@@ -157,7 +160,9 @@ impl Control for Fake {
     }
 
     fn job(&self, id: JobId) -> Answer<'_, JobView> {
-        self.answer("job".into(), known(id).map(|()| view()))
+        let mut spec = JobSpec::default_for(2);
+        spec.worker.as_mut().expect("the built-in program").seed = 9;
+        self.answer("job".into(), known(id).map(|()| JobView { spec: Some(spec), ..view() }))
     }
 
     fn summary(&self, id: JobId) -> Answer<'_, Summary> {
@@ -175,6 +180,10 @@ impl Control for Fake {
     fn restart(&self, id: JobId) -> Answer<'_, JobView> {
         let conflict = Problem::new(Code::Conflict, "the job is final: submit a new one with resume_from");
         self.answer("restart".into(), known(id).and(Err(conflict)))
+    }
+
+    fn save(&self, id: JobId) -> Answer<'_, JobView> {
+        self.answer("save".into(), known(id).map(|()| view()))
     }
 
     fn delete(&self, id: JobId, stop_first: bool, force: bool) -> Answer<'_, JobView> {
@@ -231,7 +240,7 @@ impl Control for Fake {
     }
 
     fn metrics(&self, id: JobId) -> Answer<'_, Vec<MetricPoint>> {
-        let point = |step| MetricPoint { time: Timestamp(step), attempt: 1, step, loss: Some(1.0), metrics: BTreeMap::new() };
+        let point = |step| MetricPoint { time: Timestamp(step), attempt: 1, step, samples: None, loss: Some(1.0), metrics: BTreeMap::new() };
         self.answer("metrics".into(), known(id).map(|()| (0..1000).map(point).collect()))
     }
 

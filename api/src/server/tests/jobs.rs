@@ -51,6 +51,24 @@ async fn a_dry_run_plans_and_accepts_nothing() {
 }
 
 #[tokio::test]
+async fn a_job_that_resumes_a_known_one_keeps_what_it_does_not_give() {
+    let house = House::new();
+    let unknown = crate::ids::JobId::from_parts(1, 1);
+    for (body, asked) in [
+        (format!(r#"{{"resume_from": "{}", "world_size": 4}}"#, id()), "job\nsubmit world 4 seed 9"),
+        (format!(r#"{{"resume_from": "{}", "worker": {{"seed": 0}}}}"#, id()), "job\nsubmit world 1"),
+        (format!(r#"{{"resume_from": "{}", "command": ["x"]}}"#, id()), "submit world 1"),
+        (format!(r#"{{"resume_from": "{unknown}"}}"#), "job\nsubmit world 1"),
+        (r#"{"resume_from": "/a/checkpoint"}"#.to_string(), "submit world 1"),
+    ] {
+        assert_eq!(house.call("POST", "/jobs", &body).await.status, StatusCode::CREATED, "{body}");
+        assert_eq!(house.asked(), asked, "{body}");
+    }
+    let plan = house.call("POST", "/jobs?dry_run=true", &format!(r#"{{"resume_from": "{}"}}"#, id())).await;
+    assert_eq!((plan.json()["spec"]["worker"]["seed"].as_u64(), house.asked().as_str()), (Some(9), "job\nplan"));
+}
+
+#[tokio::test]
 async fn list_filters_are_read() {
     let house = House::new();
     let path = "/jobs?limit=7&after=abc&state=running,queued&state=failed&name=my%20job&label=team%3Dvision&label=a=b=c";
@@ -85,6 +103,8 @@ async fn jobs_are_acted_on() {
         ("POST", at("/stop"), "{}", "stop force false"),
         ("POST", at("/stop"), r#"{"force": true}"#, "stop force true"),
         ("POST", at("/stop?force=true"), "", "stop force true"),
+        ("POST", at("/checkpoint"), "", "save"),
+        ("POST", at("/checkpoint"), "{}", "save"),
         ("DELETE", at(""), "", "delete stop_first false force false"),
         ("DELETE", at("?stop_first=true&force=1"), "", "delete stop_first true force true"),
     ] {
@@ -94,7 +114,7 @@ async fn jobs_are_acted_on() {
     let conflict = house.call("POST", &at("/restart"), "").await;
     assert_eq!((conflict.status, conflict.code().as_str()), (StatusCode::CONFLICT, "conflict"));
     for (path, body) in
-        [(at("/stop"), r#"{"grace": 1}"#), (at("/stop"), r#"{"force": 1}"#), (at("/stop"), "[]"), (at("/restart"), r#"{"a":1}"#)]
+        [(at("/stop"), r#"{"grace": 1}"#), (at("/stop"), r#"{"force": 1}"#), (at("/stop"), "[]"), (at("/restart"), r#"{"a":1}"#), (at("/checkpoint"), r#"{"step":1}"#)]
     {
         let reply = house.call("POST", &path, body).await;
         assert_eq!((reply.status, reply.code().as_str()), (StatusCode::UNPROCESSABLE_ENTITY, "invalid"), "{path} {body}");
@@ -128,6 +148,9 @@ async fn short_lists_are_pages_too() {
     );
     let points = house.get(&format!("/jobs/{}/metrics", id())).await.json();
     assert_eq!(points["data"].as_array().map(Vec::len), Some(1000));
+    let late = house.get(&format!("/jobs/{}/metrics?since_step=998", id())).await.json();
+    assert_eq!((late["data"].as_array().map(Vec::len), &late["data"][0]["step"]), (Some(2), &998.into()));
+    assert_eq!(house.get(&format!("/jobs/{}/metrics?since_step=x", id())).await.code(), "invalid");
     let nodes = house.get("/nodes?after=a&limit=1").await.json();
     assert_eq!((&nodes["data"][0]["node"], &nodes["has_more"]), (&"b".into(), &true.into()));
 }

@@ -54,7 +54,10 @@ impl Batch {
     pub fn add(&mut self, record: Record, mut number: impl FnMut() -> u64) {
         for mut row in record.jobs {
             let before = self.jobs.remove(&row.id);
-            row.spec = row.spec.or(before.and_then(|b| b.spec));
+            if let Some(before) = before {
+                row.spec = row.spec.or(before.spec);
+                row.series = row.series.or(before.series);
+            }
             self.jobs.insert(row.id, row);
         }
         self.events.extend(record.events.into_iter().map(|e| (number(), e)));
@@ -87,7 +90,8 @@ impl Store {
         if !known.is_empty() {
             let rows: Vec<_> = known.iter().map(|row| job_json(row)).collect();
             sqlx::query(
-                "UPDATE jobs SET state = v.value->>1, finished_at = v.value->>2, body = v.value->>3, ranks = v.value->>4, series = v.value->>5
+                "UPDATE jobs SET state = v.value->>1, finished_at = v.value->>2, body = v.value->>3, ranks = v.value->>4,
+                 series = coalesce(v.value->>5, series)
                  FROM json_each(?) AS v WHERE jobs.job_id = v.value->>0",
             )
             .bind(text(&rows)?)

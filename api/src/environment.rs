@@ -1,0 +1,36 @@
+//! Names of the variables that everlit gives each rank (CONTRACT section 2): the one list of what a job's `env` can not set.
+//!
+//! The door refuses them and the agent overwrites them, so that no rank ever believes a wrong rank, port or folder.
+
+/// Set for each rank by everlit.
+pub const RESERVED: [&str; 26] = [
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "ROLE_NAME",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
+    "TORCHELASTIC_ERROR_FILE",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "CUDA_VISIBLE_DEVICES",
+    "EVERLIT_JOB_ID",
+    "EVERLIT_ATTEMPT",
+    "EVERLIT_GENERATION",
+    "EVERLIT_HEARTBEAT_FILE",
+    "EVERLIT_CHECKPOINT_DIR",
+    "EVERLIT_RESUME_FROM",
+    "EVERLIT_DATA_SHARDS",
+    "EVERLIT_RENDEZVOUS",
+    SNAPSHOT_DIR,
+];
+
+/// Folder in shared memory for snapshots of the training state; missing where there is no shared memory.
+pub const SNAPSHOT_DIR: &str = "EVERLIT_SNAPSHOT_DIR";

@@ -1,0 +1,94 @@
+//! What ranks say of their progress, and what that means for the job: its step, its speed, its series, where its time goes.
+
+use everlit_api::agent::Beat;
+use everlit_api::ids::Incarnation;
+use everlit_api::job::JobKind;
+use everlit_api::manifest::Phase;
+use everlit_api::status::MetricPoint;
+use everlit_api::time::Timestamp;
+
+use super::ledger::Activity;
+use super::state::Job;
+use super::{Engine, Turn};
+
+impl Engine {
+    pub(super) fn on_ranks_beat(&mut self, turn: &mut Turn, beats: Vec<Beat>) {
+        let mut jobs = std::collections::BTreeSet::new();
+        for beat in beats {
+            let Some(Incarnation { job: id, attempt, rank }) = beat.incarnation else { continue };
+            let Some(job) = self.current(id, attempt) else { continue };
+            let seen_at = Timestamp(turn.now.0.saturating_sub(beat.age_ms));
+            job.note_beat(rank, seen_at, beat);
+            jobs.insert(id);
+        }
+        for id in jobs {
+            if let Some(job) = self.jobs.get_mut(&id)
+                && (job.advance(turn.now) || job.series_is_due(turn.now))
+            {
+                turn.touched.insert(id);
+            }
+        }
+    }
+}
+
+impl Job {
+    fn note_beat(&mut self, rank: u32, seen_at: Timestamp, beat: Beat) {
+        let Some(own) = self.ranks.get_mut(rank).filter(|r| r.exit.is_none()) else { return };
+        if beat.heartbeat {
+            own.beat_at = Some(seen_at);
+        }
+        own.phase = beat.phase.or(own.phase);
+        own.saves_on_signal = beat.saves_on_signal;
+        let resumed = self.gang.as_ref().and_then(|g| g.resumed_step).unwrap_or(0);
+        // A heartbeat before the first update of this incarnation tells the step that it loaded; an evaluation never gets beyond that.
+        let fresh = beat.step.filter(|step| *step > resumed || !beat.heartbeat || self.spec.kind == JobKind::Evaluate);
+        let moved = fresh.is_some() && fresh != own.step;
+        own.step = fresh.or(own.step);
+        let step = own.step;
+        self.progress.total_steps = beat.total_steps.or(self.progress.total_steps);
+        let leads = self.ranks.list().iter().take(rank as usize).all(|r| r.step.is_none());
+        if !leads {
+            return;
+        }
+        let Some(step) = step else {
+            if self.is_evaluation() {
+                self.progress.note(&beat);
+            }
+            return;
+        };
+        self.progress.note(&beat);
+        if moved {
+            self.rates.note(seen_at, step, beat.samples);
+        }
+        let Beat { samples, loss, metrics, .. } = beat;
+        self.series.note(MetricPoint { time: seen_at, attempt: self.attempt, step, samples, loss, metrics });
+    }
+
+    /// It measures and does no steps.
+    pub(super) fn is_evaluation(&self) -> bool {
+        self.spec.kind == JobKind::Evaluate
+    }
+
+    /// What the ranks' steps mean for the job. True when the record should know: a first step, the end of repeating.
+    fn advance(&mut self, now: Timestamp) -> bool {
+        let Some(gang) = self.gang.as_ref().filter(|g| g.ending.is_none()) else { return false };
+        // Before its node has said what it resumed from, nobody knows which steps are repeated.
+        let Some(from) = gang.resumed_step else { return false };
+        let before = self.book.activity;
+        let reporting = self.ranks.list().iter().filter_map(|r| r.step);
+        let all = self.spec.worker.is_none() || self.ranks.list().iter().all(|r| r.step.is_some());
+        if let Some(slowest) = reporting.min().filter(|_| all) {
+            self.progress.advance(now, slowest, from, gang.floor);
+        }
+        let saving = self.ranks.get(0).is_some_and(|r| r.phase == Some(Phase::Checkpoint));
+        let next = match self.progress.step {
+            None => before,
+            Some(_) if saving => Activity::Checkpointing,
+            Some(step) if step <= gang.floor && gang.floor > 0 && gang.attempt > 1 && !self.is_evaluation() => Activity::Repeated,
+            Some(_) => Activity::Training,
+        };
+        self.book.turn(now, next);
+        let settled = |activity| matches!(activity, Activity::Training | Activity::Checkpointing);
+        before != next && !(settled(before) && settled(next))
+    }
+}

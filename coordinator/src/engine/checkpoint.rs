@@ -1,0 +1,150 @@
+//! Checkpoints of a job as its node tells of them: resumed from, committed, read back, put aside, failed, and asked for by a user.
+//!
+//! What is here never decides whether a job lives: a save that fails costs steps at the next failure, not the job.
+
+use everlit_api::agent::{CheckpointNews, Resumed, ToAgent};
+use everlit_api::ids::{Incarnation, JobId, NodeId};
+use everlit_api::manifest::SaveError;
+use everlit_api::status::{CheckpointView, JobState};
+
+use super::limits::CHECKPOINTS_MAX;
+use super::restart::heal;
+use super::state::{Facts, Job};
+use super::{Engine, Turn};
+
+/// Why a job can not be told to save.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CannotSave {
+    /// It is not active.
+    NotActive,
+    /// No attempt of it runs now.
+    NotRunning(JobState),
+    /// Its ranks have not written a heartbeat yet.
+    NotHeard,
+    /// None of its ranks says that it saves on a signal.
+    NotSupported,
+}
+
+impl Engine {
+    pub(super) fn on_attempt_resumed(&mut self, turn: &mut Turn, resumed: Resumed) {
+        let Some(job) = self.current(resumed.job, resumed.attempt) else { return };
+        let Some(gang) = job.gang.as_mut().filter(|g| g.resumed_step.is_none()) else { return };
+        let id = resumed.job;
+        for (step, reason) in &resumed.quarantined {
+            job.put_aside(turn, *step, reason);
+        }
+        gang.resumed_step = Some(resumed.step.unwrap_or(0));
+        if let Some(step) = resumed.step {
+            // A fresh job that begins from another's checkpoint repeats nothing of its own.
+            if gang.attempt == 1 {
+                gang.floor = step;
+                job.progress.reached = step;
+            }
+            let path = resumed.path.clone().unwrap_or_default();
+            let facts = Facts::from([("step", step.into()), ("path", path.into()), ("from_memory", resumed.from_memory.into())]);
+            let source = if resumed.from_memory {
+                format!("resumed from step {step} from the snapshot in shared memory")
+            } else {
+                format!("resumes from the checkpoint of step {step}")
+            };
+            turn.event(Some(id), "attempt_resumed", format!("attempt {} {source}", resumed.attempt), facts);
+        } else if gang.attempt > 1 {
+            turn.event(
+                Some(id),
+                "attempt_resumed",
+                format!("attempt {} begins anew: there is no checkpoint", resumed.attempt),
+                Facts::new(),
+            );
+        }
+        job.advance(turn.now);
+        turn.touched.insert(id);
+    }
+
+    pub(super) fn on_checkpoint_seen(&mut self, turn: &mut Turn, node: &NodeId, news: CheckpointNews) {
+        let id = news.job;
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let was = job.checkpoints.iter().find(|c| c.step == news.step && c.attempt == news.attempt).map(|c| c.verified);
+        let known = was.is_some_and(|verified| verified || !news.verified);
+        job.checkpoints.retain(|c| c.step != news.step && news.kept.contains(&c.step));
+        let view = CheckpointView {
+            step: news.step,
+            attempt: news.attempt,
+            bytes: news.bytes,
+            created_at: news.created_at,
+            verified: news.verified || was == Some(true),
+            node: node.clone(),
+            path: news.path,
+        };
+        job.checkpoints.push(view);
+        job.checkpoints.sort_by_key(|c| std::cmp::Reverse(c.step));
+        job.checkpoints.truncate(CHECKPOINTS_MAX);
+        if known {
+            return;
+        }
+        turn.touched.insert(id);
+        if news.verified {
+            return;
+        }
+        let facts = Facts::from([("step", news.step.into()), ("bytes", news.bytes.into()), ("attempt", news.attempt.into())]);
+        turn.event(Some(id), "checkpoint_committed", format!("step {} is saved", news.step), facts);
+        if heal(&job.spec.restart, &mut job.budget, turn.now) {
+            turn.event(Some(id), "budget_healed", "committed progress forgave the counted restarts", Facts::new());
+        }
+    }
+
+    pub(super) fn on_checkpoint_quarantined(&mut self, turn: &mut Turn, id: JobId, step: u64, reason: &str) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.put_aside(turn, step, reason);
+        turn.touched.insert(id);
+    }
+
+    /// Whether a wish to save would reach anybody.
+    pub fn can_save(&self, id: JobId) -> Result<(), CannotSave> {
+        let job = self.jobs.get(&id).ok_or(CannotSave::NotActive)?;
+        let runs = job.state == JobState::Running && job.gang.as_ref().is_some_and(|g| g.ending.is_none());
+        if !runs {
+            return Err(CannotSave::NotRunning(job.state));
+        }
+        let ranks = || job.ranks.list().iter().filter(|rank| rank.pid.is_some());
+        if ranks().any(|rank| rank.saves_on_signal) {
+            Ok(())
+        } else if ranks().any(|rank| rank.beat_at.is_some()) || job.spec.worker.is_none() {
+            Err(CannotSave::NotSupported)
+        } else {
+            Err(CannotSave::NotHeard)
+        }
+    }
+
+    pub(super) fn on_save_requested(&mut self, turn: &mut Turn, id: JobId) {
+        // Asked a moment ago; what changed since then needs no save.
+        if self.can_save(id).is_err() {
+            return;
+        }
+        let Some(job) = self.jobs.get(&id) else { return };
+        let Some(gang) = &job.gang else { return };
+        let facts = Facts::from([("attempt", gang.attempt.into()), ("step", job.progress.step.into())]);
+        turn.event(Some(id), "checkpoint_requested", "a user asked for it", facts);
+        for share in &gang.placement {
+            turn.tell(&share.node, ToAgent::SaveNow { job: id, attempt: gang.attempt });
+        }
+    }
+
+    pub(super) fn on_save_failed(&mut self, turn: &mut Turn, incarnation: Incarnation, error: SaveError) {
+        let Incarnation { job: id, attempt, rank } = incarnation;
+        let Some(job) = self.current(id, attempt) else { return };
+        let Some(own) = job.ranks.get_mut(rank).filter(|own| own.save_failed != Some(error.step)) else { return };
+        own.save_failed = Some(error.step);
+        let facts = Facts::from([("step", error.step.into()), ("rank", rank.into()), ("reason", error.reason.clone().into())]);
+        let sentence = format!("rank {rank} could not save step {} and trains on: {}", error.step, error.reason);
+        turn.event(Some(id), "checkpoint_failed", sentence, facts);
+    }
+}
+
+impl Job {
+    /// A checkpoint did not verify: its node has moved it away.
+    fn put_aside(&mut self, turn: &mut Turn, step: u64, reason: &str) {
+        self.checkpoints.retain(|c| c.step != step);
+        let facts = Facts::from([("step", step.into())]);
+        turn.event(Some(self.id), "checkpoint_quarantined", format!("checkpoint of step {step} was put aside: {reason}"), facts);
+    }
+}
