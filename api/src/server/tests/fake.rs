@@ -151,7 +151,7 @@ impl Control for Fake {
     }
 
     fn plan(&self, spec: JobSpec) -> Answer<'_, PlacementPlan> {
-        let plan = PlacementPlan { fits_now: true, fits_ever: true, reason: "fits".into(), placement: Vec::new(), spec };
+        let plan = PlacementPlan { fits_now: true, fits_ever: true, reason: "fits".into(), placement: Vec::new(), memory_estimate: None, spec };
         self.answer("plan".into(), Ok(plan))
     }
 
