@@ -310,7 +310,7 @@ mod tests {
         assert!(matches!(plan_gang(&nodes, &Need::of(&spec)), Placement::Now(_)));
         spec.worker.as_mut().expect("built in").model = ModelSpec::Preset("llama-1b".into());
         let Placement::Never(why) = plan_gang(&nodes, &Need::of(&spec)) else { panic!("1B does not fit in 8 GiB") };
-        expect![[r#""#]].assert_eq(&why);
+        expect!["no node can ever hold it: a can never hold it: needs 26.6 GiB for each of 2 ranks (estimated from the model; resources.memory says otherwise), has 8.0 GiB of memory"].assert_eq(&why);
         spec.resources.memory = 4 << 30;
         assert!(matches!(plan_gang(&nodes, &Need::of(&spec)), Placement::Now(_)));
         assert_eq!(memory_estimate(&JobSpec { worker: None, ..spec }), None);
@@ -325,7 +325,7 @@ mod tests {
         assert_eq!(one.fit(&Need::of(&spec), true), Ok(vec![0, 1]));
         one.capacity.gpus[1].memory = 8 << 30;
         let why = one.fit(&Need::of(&spec), true).expect_err("one GPU is too small");
-        expect![[r#""#]].assert_eq(&why);
+        expect!["needs 15.5 GiB of GPU memory for each rank (estimated from the model; resources.memory says otherwise), GPU 1 has 8.0 GiB"].assert_eq(&why);
     }
 
     #[test]

@@ -159,6 +159,7 @@ pub(crate) mod tests {
             EVERLIT_JOB_ID=00000000010000000000000002
             EVERLIT_RENDEZVOUS=dir:/m
             EVERLIT_RESUME_FROM=/c/step-000000000100
+            EVERLIT_SNAPSHOT_DIR=/dev/shm/s
             GROUP_RANK=0
             GROUP_WORLD_SIZE=1
             LANG=C

@@ -50,6 +50,8 @@ fn a_save_is_asked_of_a_running_gang_that_can() {
     scene.take();
     scene.at(40, ask());
     scene.expect(expect![[r#"
+        40 job 1: checkpoint_requested: a user asked for it
+        40   n1 <- SaveNow { job: JobId(1), attempt: 1 }
     "#]]);
     scene.exits(50, rank(1, 1, 1), killed(50));
     assert_eq!(scene.engine.can_save(job(1)), Err(CannotSave::NotRunning(JobState::Recovering)));
@@ -72,6 +74,9 @@ fn a_failed_save_is_recorded_once_per_rank_and_step_and_ends_nothing() {
     };
     scene.at(20, failed(1, 0, 50)).at(30, failed(1, 0, 50)).at(40, failed(1, 1, 50)).at(50, failed(1, 0, 100)).at(60, failed(2, 0, 100));
     scene.expect(expect![[r#"
+        20 job 1: checkpoint_failed: rank 0 could not save step 50 and trains on: no space left on device
+        40 job 1: checkpoint_failed: rank 1 could not save step 50 and trains on: no space left on device
+        50 job 1: checkpoint_failed: rank 0 could not save step 100 and trains on: no space left on device
     "#]]);
     assert_eq!((scene.summary(1).state, scene.engine.stale_news()), (JobState::Running, 1));
 }
@@ -86,6 +91,7 @@ fn a_checkpoint_that_is_found_damaged_is_recorded_and_no_longer_listed() {
     scene.at(30, Event::CheckpointQuarantined { job: job(1), step: 50, reason: "w.safetensors: chunk 3 differs".into() });
     scene.at(31, Event::CheckpointQuarantined { job: job(9), step: 50, reason: "of a job that is gone".into() });
     scene.expect(expect![[r#"
+        30 job 1: checkpoint_quarantined: checkpoint of step 50 was put aside: w.safetensors: chunk 3 differs
     "#]]);
     assert_eq!(scene.summary(1).last_checkpoint, None);
 }
@@ -103,6 +109,7 @@ fn a_resume_from_shared_memory_says_so_and_repeats_only_what_it_must() {
     let resumed = Resumed { job: job(1), attempt: 2, step: Some(69), path, from_memory: true, quarantined: vec![] };
     scene.at(1_610, Event::AttemptResumed(resumed));
     scene.expect(expect![[r#"
+        1610 job 1: attempt_resumed: attempt 2 resumed from step 69 from the snapshot in shared memory
     "#]]);
     scene.start_all(1_620, 1, 2, 1);
     scene.at(2_000, Event::RanksBeat(vec![beat(rank(1, 2, 0), 72)]));
@@ -114,8 +121,11 @@ fn a_resume_from_shared_memory_says_so_and_repeats_only_what_it_must() {
 fn an_evaluation_runs_to_its_end_and_shows_what_it_measured() {
     let mut scene = Scene::with_node();
     let spec = JobSpec { kind: JobKind::Evaluate, resume_from: Some("/c/50".into()), ..worker(1) };
-    let step = scene.engine.handle(Timestamp(0), Event::JobSubmitted { id: job(1), spec: Arc::new(spec), seed: 1 });
+    let mut other = Engine::new(Config::default());
+    other.handle(Timestamp(0), hello("n1", vec![]));
+    let step = other.handle(Timestamp(0), Event::JobSubmitted { id: job(1), spec: Arc::new(spec.clone()), seed: 1 });
     assert!(matches!(&started(step).program, Program::Worker { evaluate: true, .. }));
+    scene.submit(0, 1, spec);
     let resumed = Resumed { job: job(1), attempt: 1, step: Some(50), path: None, from_memory: false, quarantined: vec![] };
     scene.at(5, Event::AttemptResumed(resumed));
     scene.at(10, Event::RankStarted(Started { incarnation: rank(1, 1, 0), pid: 7, at: Timestamp(10) }));

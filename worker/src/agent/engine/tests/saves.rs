@@ -27,7 +27,9 @@ fn a_save_is_signalled_to_those_ranks_alone_that_say_they_can() {
         4,
         save.clone(),
         expect![[r#"
-    "#]],
+            notify a1 r0 10
+            notify a1 r1 10
+        "#]],
     );
     // The newest heartbeat counts.
     s.engine.handle(5, s.beat(1, 2));
@@ -50,7 +52,8 @@ fn a_failed_save_is_said_once_per_step_also_to_a_coordinator_that_comes_later() 
         10,
         failed(&s, 1, 50),
         expect![[r#"
-    "#]],
+            say SaveFailed { incarnation: Incarnation { job: JobId(1208925819614629174706178), attempt: 1, rank: 0 }, error: SaveError { step: 50, reason: "disk full" } }
+        "#]],
     );
     s.at(11, failed(&s, 2, 50), expect![""]);
     s.at(12, Event::Unlinked, expect![""]);
@@ -60,7 +63,9 @@ fn a_failed_save_is_said_once_per_step_also_to_a_coordinator_that_comes_later() 
         15,
         Event::Linked,
         expect![[r#"
-    "#]],
+            say resumed a1 Some(50)
+            say SaveFailed { incarnation: Incarnation { job: JobId(1208925819614629174706178), attempt: 1, rank: 0 }, error: SaveError { step: 100, reason: "disk full" } }
+        "#]],
     );
 }
 
@@ -73,7 +78,8 @@ fn a_damaged_checkpoint_is_said_also_to_a_coordinator_that_comes_later() {
         1,
         damaged(&s, 50),
         expect![[r#"
-    "#]],
+            say Quarantined { job: JobId(1208925819614629174706178), step: 50, reason: "chunk 0 differs" }
+        "#]],
     );
     s.at(2, Event::Unlinked, expect![""]);
     s.at(3, damaged(&s, 100), expect![""]);
@@ -81,7 +87,9 @@ fn a_damaged_checkpoint_is_said_also_to_a_coordinator_that_comes_later() {
         4,
         Event::Linked,
         expect![[r#"
-    "#]],
+            say resumed a1 Some(50)
+            say Quarantined { job: JobId(1208925819614629174706178), step: 100, reason: "chunk 0 differs" }
+        "#]],
     );
 }
 
