@@ -5,10 +5,10 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
-use everlit_api::job::{CheckpointPolicy, MODEL_PRESETS, WorkerSpec};
+use everlit_api::job::{Auto, BatchSize, CheckpointPolicy, MODEL_PRESETS, ModelSpec, Precision, WorkerSpec};
 use everlit_worker::train_config::TrainConfig;
 use torch::environment::Environment;
-use torch::{EXIT_CONFIG, TrainError, save, signals, train};
+use torch::{EXIT_CONFIG, TrainError, load, signals, train};
 
 // Not in the library: agent and shim link the library, and would then load libtorch with it.
 #[allow(unreachable_pub)]
@@ -27,6 +27,8 @@ struct Cli {
 enum Verb {
     /// Train a model; under an agent as one rank of a job, otherwise alone.
     Train(Box<TrainFlags>),
+    /// Measure a checkpoint on held-out text; under an agent as one rank of a job, otherwise alone.
+    Evaluate(Box<TrainFlags>),
     /// Verify a checkpoint and print the sha256 of its tensors: the same for the same state, however many ranks wrote it.
     Checksum {
         /// A folder step-…
@@ -39,21 +41,36 @@ struct TrainFlags {
     /// JSON file with `worker`, `checkpoint` and `shards`; the other flags override it.
     #[arg(long)]
     config: Option<PathBuf>,
-    /// One of llama-1m (default), llama-10m, llama-30m, llama-124m, mlp-10k, mlp-500k.
-    #[arg(long, value_parser = MODEL_PRESETS)]
-    model: Option<String>,
+    /// A preset (llama-1m without it), or sizes like '{"dim":256,"layers":6,"heads":8,"kv_heads":4,"hidden":704}'.
+    #[arg(long, value_parser = model)]
+    model: Option<ModelSpec>,
     /// Updates in all.
     #[arg(long)]
     steps: Option<u64>,
-    /// Samples per update, over all ranks.
+    /// Samples per update, over all ranks; or `auto`: as many as fit.
+    #[arg(long, value_parser = batch_size)]
+    batch_size: Option<BatchSize>,
+    /// Samples per forward pass of a rank; more of them are accumulated.
     #[arg(long)]
-    batch_size: Option<u64>,
+    micro_batch_size: Option<u64>,
     /// Bytes of text per sample.
     #[arg(long)]
     sequence_length: Option<u32>,
     /// Peak learning rate of AdamW.
     #[arg(long)]
     learning_rate: Option<f64>,
+    /// Share of activations dropped in training.
+    #[arg(long)]
+    dropout: Option<f64>,
+    /// What matrices are multiplied in: float32 or bfloat16.
+    #[arg(long, value_parser = precision)]
+    precision: Option<Precision>,
+    /// Compute each layer again in the backward pass: less memory, more time.
+    #[arg(long)]
+    activation_checkpointing: bool,
+    /// Updates between evaluations; 0 for none.
+    #[arg(long)]
+    evaluation_every: Option<u64>,
     /// Seed of every random number.
     #[arg(long)]
     seed: Option<u64>,
@@ -69,13 +86,45 @@ struct TrainFlags {
     /// Checkpoints kept.
     #[arg(long)]
     keep: Option<u32>,
+    /// Print parameters, memory and the largest batch that fits, and end.
+    #[arg(long)]
+    dry_run: bool,
+    /// Rank 0 writes the first reduced gradient here, as safetensors.
+    #[arg(long)]
+    gradient_out: Option<PathBuf>,
+}
+
+fn model(text: &str) -> Result<ModelSpec, String> {
+    if text.starts_with('{') {
+        return serde_json::from_str(text).map(ModelSpec::Sizes).map_err(|error| error.to_string());
+    }
+    match MODEL_PRESETS.contains(&text) {
+        true => Ok(ModelSpec::Preset(text.into())),
+        false => Err(format!("there are {}", MODEL_PRESETS.join(", "))),
+    }
+}
+
+fn batch_size(text: &str) -> Result<BatchSize, String> {
+    match text {
+        "auto" => Ok(BatchSize::Auto(Auto::Auto)),
+        _ => text.parse().map(BatchSize::Samples).map_err(|_| "neither a number nor `auto`".into()),
+    }
+}
+
+fn precision(text: &str) -> Result<Precision, String> {
+    match text {
+        "float32" => Ok(Precision::Float32),
+        "bfloat16" => Ok(Precision::Bfloat16),
+        _ => Err("there are float32 and bfloat16".into()),
+    }
 }
 
 fn main() {
     let cli = Cli::parse();
     let code = match cli.verb {
-        Verb::Train(flags) => run_train(&flags),
-        Verb::Checksum { checkpoint } => match save::checksum(&checkpoint) {
+        Verb::Train(flags) => run(|| train(&flags, false)),
+        Verb::Evaluate(flags) => run(|| train(&flags, true)),
+        Verb::Checksum { checkpoint } => match load::checksum(&checkpoint) {
             Ok(sum) => {
                 println!("{sum}");
                 0
@@ -91,9 +140,9 @@ fn main() {
     unsafe { nix::libc::_exit(code) }
 }
 
-fn run_train(flags: &TrainFlags) -> i32 {
+fn run(work: impl FnOnce() -> Result<(), TrainError>) -> i32 {
     let error_file = std::env::var_os("TORCHELASTIC_ERROR_FILE").filter(|path| !path.is_empty()).map(PathBuf::from);
-    let result = std::panic::catch_unwind(|| train(flags)).unwrap_or_else(|panic| {
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
         Err(TrainError::Failed(format!("panicked: {}", text.unwrap_or("no message"))))
     });
@@ -105,18 +154,28 @@ fn run_train(flags: &TrainFlags) -> i32 {
     error.exit_code()
 }
 
-fn train(flags: &TrainFlags) -> Result<(), TrainError> {
+fn train(flags: &TrainFlags, evaluate: bool) -> Result<(), TrainError> {
     signals::install().map_err(|error| TrainError::Failed(format!("could not install signal handlers: {error}")))?;
     let mut environment = Environment::read(|name| std::env::var(name).ok())?;
     if flags.checkpoint_dir.is_some() {
         environment.checkpoint_dir.clone_from(&flags.checkpoint_dir);
     }
-    train::run(&configuration(flags, environment.world)?, &environment)
+    let config = configuration(flags, environment.world)?;
+    match (flags.dry_run, evaluate) {
+        (true, _) => train::dry_run(&config, &environment),
+        (false, true) => train::evaluate(&config, &environment),
+        (false, false) => train::train(&config, &environment, flags.gradient_out.as_deref()),
+    }
 }
 
 fn configuration(flags: &TrainFlags, world: u32) -> Result<TrainConfig, TrainError> {
     let mut config = match &flags.config {
-        None => TrainConfig { worker: WorkerSpec::for_world(world), checkpoint: CheckpointPolicy::default(), shards: Vec::new() },
+        None => TrainConfig {
+            worker: WorkerSpec::for_world(world),
+            checkpoint: CheckpointPolicy::default(),
+            shards: Vec::new(),
+            mean_seconds_between_failures: None,
+        },
         Some(path) => {
             let bad = |why: String| TrainError::Config(format!("configuration `{}`: {why}", path.display()));
             let text = std::fs::read(path).map_err(|error| bad(error.to_string()))?;
@@ -134,6 +193,11 @@ fn configuration(flags: &TrainFlags, world: u32) -> Result<TrainConfig, TrainErr
     put(&flags.batch_size, &mut worker.batch_size);
     put(&flags.sequence_length, &mut worker.sequence_length);
     put(&flags.learning_rate, &mut worker.learning_rate);
+    put(&flags.dropout, &mut worker.dropout);
+    put(&flags.precision, &mut worker.precision);
+    put(&flags.evaluation_every, &mut worker.evaluation.every_steps);
+    worker.activation_checkpointing |= flags.activation_checkpointing;
+    worker.micro_batch_size = flags.micro_batch_size.or(worker.micro_batch_size);
     put(&flags.seed, &mut worker.seed);
     if flags.data.is_some() {
         worker.data.clone_from(&flags.data);

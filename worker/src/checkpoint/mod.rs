@@ -20,7 +20,7 @@ mod verify;
 pub use choose::{Chosen, Quarantined, newest_verified, prune, quarantine};
 pub use commit::{begin, commit, describe_file, sweep_drafts};
 pub use fence::{fence, raise_fence};
-pub use verify::{Damage, hex_sha256, read_file, read_manifest, verify};
+pub use verify::{Damage, hex_sha256, read_file, read_manifest, stream_file, verify};
 
 /// The manifest's name; its presence under the final folder name is the commit.
 pub const MANIFEST_NAME: &str = "MANIFEST.json";

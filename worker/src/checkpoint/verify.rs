@@ -223,6 +223,33 @@ pub fn read_file(folder: &Path, expected: &ManifestFile) -> Result<Vec<u8>, Dama
     }
 }
 
+/// Reads one file of a manifest in pieces and hands each on once it is verified, with its offset; several at a time, in any order. Memory
+/// is bounded by a chunk per thread. The first piece that does not verify ends it: what was handed on is then not to be used.
+pub fn stream_file(folder: &Path, expected: &ManifestFile, take: &(dyn Fn(u64, &[u8]) + Sync)) -> Result<(), Damage> {
+    let name = &expected.name;
+    let (file, found) = open_regular(folder, name)?;
+    let length = |found| Damage::Length { file: name.clone(), expected: expected.bytes, found };
+    if found != expected.bytes {
+        return Err(length(found));
+    }
+    let wrong = |buffer: &mut Vec<u8>, (chunk, sha256): (usize, &String)| {
+        let offset = chunk as u64 * expected.chunk_bytes;
+        let Ok(bytes) = usize::try_from(expected.chunk_bytes.min(expected.bytes - offset)) else { return Some(length(0)) };
+        buffer.resize(bytes, 0);
+        match file.read_exact_at(buffer, offset) {
+            Ok(()) if hex_sha256(buffer).eq_ignore_ascii_case(sha256) => take(offset, buffer),
+            Ok(()) => return Some(Damage::Content { file: name.clone(), chunk, offset }),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Some(length(offset)),
+            Err(error) => return Some(Damage::reading(name, error)),
+        }
+        None
+    };
+    match expected.sha256.par_iter().enumerate().map_init(Vec::new, wrong).find_map_first(|damage| damage) {
+        None => Ok(()),
+        Some(damage) => Err(damage),
+    }
+}
+
 /// The hex sha256 of `length` bytes from `offset`.
 pub(super) fn hash_chunk(file: &File, mut offset: u64, mut length: u64) -> io::Result<String> {
     let mut hasher = Sha256::new();

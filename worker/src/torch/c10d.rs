@@ -40,6 +40,8 @@ struct StoreCallbacks {
     check: extern "C" fn(*const c_void, *const c_char, usize) -> c_int,
 }
 
+type LayerRun = extern "C" fn(*mut c_void, i64, *const c_void) -> *mut c_void;
+
 unsafe extern "C" {
     fn everlit_error() -> *const c_char;
     fn everlit_set_threads(intra: c_int, inter: c_int) -> c_int;
@@ -73,7 +75,9 @@ unsafe extern "C" {
         out: *mut *mut c_void,
     ) -> c_int;
     fn everlit_adamw_free(optimizer: *mut c_void);
-    fn everlit_adamw_step(optimizer: *mut c_void, step: i64, rate: f64, beta1: f64, beta2: f64, decay: f64, epsilon: f64) -> c_int;
+    fn everlit_adamw_step(optimizer: *mut c_void, step: i64, rate: f64, beta1: f64, beta2: f64, decay: f64, epsilon: f64, scale: f64) -> c_int;
+    fn everlit_gradient_norm(tensors: *const *mut c_void, count: usize, norm: *mut f64) -> c_int;
+    fn everlit_recompute(input: *const c_void, run: LayerRun, context: *mut c_void, layer: i64, out: *mut *mut c_void) -> c_int;
     fn everlit_drop_gradients(tensors: *const *mut c_void, count: usize) -> c_int;
 }
 
@@ -234,11 +238,11 @@ impl AdamW {
         Ok(Self { raw, decay })
     }
 
-    /// One update, number `step` from 1. Every parameter has a gradient.
-    pub fn step(&self, step: u64, rate: f64) -> Result<(), CollectiveError> {
+    /// One update, number `step` from 1, with the gradients divided by `scale`. Every parameter has a gradient.
+    pub fn step(&self, step: u64, rate: f64, scale: f64) -> Result<(), CollectiveError> {
         let step = i64::try_from(step).unwrap_or(i64::MAX);
         // SAFETY: `raw` is valid while `self` is.
-        check(unsafe { everlit_adamw_step(self.raw, step, rate, 0.9, 0.95, self.decay, 1e-8) })
+        check(unsafe { everlit_adamw_step(self.raw, step, rate, 0.9, 0.95, self.decay, 1e-8, scale) })
     }
 }
 
@@ -246,6 +250,40 @@ impl Drop for AdamW {
     fn drop(&mut self) {
         // SAFETY: made by `everlit_adamw_new`, freed once.
         unsafe { everlit_adamw_free(self.raw) }
+    }
+}
+
+/// The norm of all gradients together.
+pub fn gradient_norm(tensors: &[&Tensor]) -> Result<f64, CollectiveError> {
+    let list = pointers(tensors);
+    let mut norm = 0.0;
+    // SAFETY: valid tensors, each with a gradient (else an error).
+    check(unsafe { everlit_gradient_norm(list.as_ptr(), list.len(), &mut norm) })?;
+    Ok(norm)
+}
+
+/// A part of a model that can be run again from its input.
+pub trait Layers {
+    /// Layer `layer` of an input. The same answer each time.
+    fn run(&self, layer: i64, input: &Tensor) -> Tensor;
+}
+
+/// Runs a layer keeping only its input: the backward pass runs it again. `layers` must live until then.
+pub fn recompute<L: Layers>(layers: &L, layer: i64, input: &Tensor) -> Result<Tensor, CollectiveError> {
+    extern "C" fn run<L: Layers>(context: *mut c_void, layer: i64, input: *const c_void) -> *mut c_void {
+        let answer = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            // SAFETY: `context` is the `layers` of `recompute`; the input is a live tensor, of which a reference is taken.
+            let (layers, input) = unsafe { (&*context.cast::<L>(), Tensor::clone_from_ptr(input.cast_mut().cast())) };
+            std::mem::ManuallyDrop::new(layers.run(layer, &input)).as_ptr()
+        }));
+        answer.map_or(std::ptr::null_mut(), |tensor| tensor.cast_mut().cast())
+    }
+    let mut raw = std::ptr::null_mut();
+    let context = std::ptr::from_ref(layers).cast_mut().cast();
+    // SAFETY: as `run` says; the answer is a tensor of our own.
+    unsafe {
+        check(everlit_recompute(input.as_ptr().cast(), run::<L>, context, layer, &mut raw))?;
+        Ok(Tensor::from_ptr(raw.cast()))
     }
 }
 

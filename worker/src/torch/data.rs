@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
@@ -20,6 +21,8 @@ struct Shard {
     path: PathBuf,
     /// Windows in all shards before this one.
     first: u64,
+    /// Length and time of the last change, as they were at the start.
+    seen: (u64, Option<SystemTime>),
     file: Option<File>,
 }
 
@@ -28,7 +31,9 @@ pub struct Corpus {
     shards: Vec<Shard>,
     open: usize,
     window: u64,
+    /// Windows that an epoch visits; those after them are held out.
     windows: u64,
+    held_out: u64,
     listing_sha256: String,
     seed: u64,
     /// The epoch's order, kept because most samples in a row are of one epoch.
@@ -76,8 +81,9 @@ fn sample_text() -> Result<PathBuf, TrainError> {
 }
 
 impl Corpus {
-    /// Looks at every shard once. Each window has `window` bytes, the last of which is the next one's first.
-    pub fn open(paths: &[PathBuf], window: u64, seed: u64) -> Result<Self, TrainError> {
+    /// Looks at every shard once. Each window has `window` bytes, the last of which is the next one's first. The last `held_out`
+    /// windows are never trained on.
+    pub fn open(paths: &[PathBuf], window: u64, seed: u64, held_out: u64) -> Result<Self, TrainError> {
         let mut shards = Vec::with_capacity(paths.len());
         let mut windows = 0;
         let mut listing = Sha256::new();
@@ -87,33 +93,49 @@ impl Corpus {
             if !about.is_file() {
                 return Err(bad(&"it is not a regular file"));
             }
+            File::open(path).map_err(|error| bad(&error))?;
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             listing.update(name.as_bytes());
             listing.update(b"\0");
             listing.update(about.len().to_le_bytes());
-            shards.push(Shard { path: path.clone(), first: windows, file: None });
+            shards.push(Shard { path: path.clone(), first: windows, seen: (about.len(), about.modified().ok()), file: None });
             windows += about.len().saturating_sub(1) / (window - 1);
         }
         if windows == 0 {
             return Err(TrainError::Config(format!("the data has not even one sample of {window} bytes")));
         }
+        if held_out > windows / 2 {
+            return Err(TrainError::Config(format!(
+                "the data has {windows} samples, of which {held_out} would be held out for evaluation: give more text, fewer evaluation.samples, or evaluation.data"
+            )));
+        }
+        if held_out > 0 {
+            listing.update(b"held out\0");
+            listing.update(held_out.to_le_bytes());
+        }
         let listing_sha256 = listing.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        Ok(Self { shards, open: 0, window, windows, listing_sha256, seed, order: None })
+        let windows = windows - held_out;
+        Ok(Self { shards, open: 0, window, windows, held_out, listing_sha256, seed, order: None })
     }
 
-    /// Hex sha256 over name and length of each shard, in order.
+    /// Samples of an epoch.
+    pub fn windows(&self) -> u64 {
+        self.windows
+    }
+
+    /// Windows to measure on: those held out, or all of a text of its own.
+    pub fn held_out(&self) -> std::ops::Range<u64> {
+        if self.held_out > 0 { self.windows..self.windows + self.held_out } else { 0..self.windows }
+    }
+
+    /// Hex sha256 over name and length of each shard, in order, and how much is held out.
     pub fn listing_sha256(&self) -> &str {
         &self.listing_sha256
     }
 
-    /// Epoch and place in it of the job's sample `number`.
-    pub fn position(&self, number: u64) -> (u64, u64) {
-        (number / self.windows, number % self.windows)
-    }
-
     /// The window, over all shards, that sample `number` is.
     pub fn window_of(&mut self, number: u64) -> u64 {
-        let (epoch, place) = self.position(number);
+        let (epoch, place) = (number / self.windows, number % self.windows);
         let order = match self.order {
             Some((of, order)) if of == epoch => order,
             _ => Permutation::new(Stream::new(self.seed, "data").child(epoch), self.windows),
@@ -125,6 +147,11 @@ impl Corpus {
     /// Appends the bytes of sample `number` to `into`, widened to what an embedding takes.
     pub fn read(&mut self, number: u64, scratch: &mut Vec<u8>, into: &mut Vec<i64>) -> Result<(), TrainError> {
         let window = self.window_of(number);
+        self.read_window(window, scratch, into)
+    }
+
+    /// Appends the bytes of a window.
+    pub fn read_window(&mut self, window: u64, scratch: &mut Vec<u8>, into: &mut Vec<i64>) -> Result<(), TrainError> {
         let index = self.shards.partition_point(|shard| shard.first <= window) - 1;
         scratch.resize(usize::try_from(self.window).unwrap_or(usize::MAX), 0);
         let offset = (window - self.shards[index].first) * (self.window - 1);
@@ -135,15 +162,28 @@ impl Corpus {
                 self.open = 0;
             }
             let shard = &mut self.shards[index];
-            shard.file = Some(File::open(&shard.path).map_err(|error| failed(&shard.path, error))?);
+            let file = File::open(&shard.path).map_err(|error| failed(&shard.path, error))?;
+            let about = file.metadata().map_err(|error| failed(&shard.path, error))?;
+            if (about.len(), about.modified().ok()) != shard.seen {
+                return Err(changed(&shard.path));
+            }
+            shard.file = Some(file);
             self.open += 1;
         }
         let shard = &self.shards[index];
         let file = shard.file.as_ref().expect("opened above");
-        file.read_exact_at(scratch, offset).map_err(|error| failed(&shard.path, error))?;
+        file.read_exact_at(scratch, offset).map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => changed(&shard.path),
+            _ => failed(&shard.path, error),
+        })?;
         into.extend(scratch.iter().map(|byte| i64::from(*byte)));
         Ok(())
     }
+}
+
+/// Going on would train on something else than was asked for, and a resume could not repeat it.
+fn changed(path: &Path) -> TrainError {
+    TrainError::Config(format!("data `{}` changed while it was trained on: start a new job for the new text", path.display()))
 }
 
 /// The samples of one update that are this rank's: numbers `from..from + batch`, dealt out in turn.
@@ -163,7 +203,7 @@ mod tests {
             path
         };
         let paths: Vec<_> = texts.iter().enumerate().map(write).collect();
-        let corpus = Corpus::open(&paths, window, seed).unwrap();
+        let corpus = Corpus::open(&paths, window, seed, 0).unwrap();
         (dir, corpus)
     }
 
@@ -197,6 +237,31 @@ mod tests {
     }
 
     #[test]
+    fn held_out_windows_are_never_trained_on_and_belong_to_the_listing() {
+        let (dir, all) = corpus(&["abcdefg", "hijkl"], 3, 1);
+        let paths = [dir.path().join("0.txt"), dir.path().join("1.txt")];
+        let mut part = Corpus::open(&paths, 3, 1, 2).unwrap();
+        assert_eq!((part.windows, part.held_out(), all.held_out()), (3, 3..5, 0..5));
+        let mut seen: Vec<u64> = (0..3).map(|number| part.window_of(number)).collect();
+        seen.sort_unstable();
+        assert_eq!(seen, [0, 1, 2]);
+        assert_ne!(part.listing_sha256(), all.listing_sha256());
+        assert!(Corpus::open(&paths, 3, 1, 3).unwrap_err().to_string().contains("held out"));
+    }
+
+    #[test]
+    fn a_shard_that_changes_is_noticed() {
+        let (dir, mut corpus) = corpus(&["abcdefg", "hijkl"], 3, 1);
+        let path = dir.path().join("1.txt");
+        std::fs::write(&path, "hijklm").unwrap();
+        let mut read = |window| corpus.read_window(window, &mut Vec::new(), &mut Vec::new()).err().map(|error| (error.exit_code(), error.to_string()));
+        assert!(read(3).is_some_and(|(code, why)| code == 78 && why.contains("1.txt` changed while it was trained on")));
+        assert_eq!(read(0), None);
+        std::fs::write(dir.path().join("0.txt"), "a").unwrap();
+        assert!(read(1).is_some_and(|(code, why)| code == 78 && why.contains("0.txt` changed")), "the open file is too short now");
+    }
+
+    #[test]
     fn any_world_size_consumes_the_same_samples() {
         for world in 1..=7 {
             let mut all: Vec<u64> = (0..world).flat_map(|rank| own_samples(100, 16, rank, world)).collect();
@@ -215,7 +280,7 @@ mod tests {
 
     #[test]
     fn missing_or_tiny_data_is_a_configuration_error() {
-        let code = |paths: &[PathBuf]| Corpus::open(paths, 129, 0).unwrap_err().exit_code();
+        let code = |paths: &[PathBuf]| Corpus::open(paths, 129, 0, 0).unwrap_err().exit_code();
         assert_eq!(code(&[PathBuf::from("/nowhere/at/all.txt")]), 78);
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(code(&[dir.path().into()]), 78);

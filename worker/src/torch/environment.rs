@@ -4,6 +4,8 @@
 
 use std::path::PathBuf;
 
+use everlit_worker::checkpoint::snapshot::SNAPSHOT_VARIABLE;
+
 use super::TrainError;
 
 /// A rank's place in its gang.
@@ -13,6 +15,8 @@ pub struct Environment {
     pub rank: u32,
     /// Ranks in all.
     pub world: u32,
+    /// Ranks on this node.
+    pub local_world: u32,
     /// Empty when running alone.
     pub job_id: String,
     /// From 1; `None` when running alone.
@@ -23,6 +27,8 @@ pub struct Environment {
     pub heartbeat_file: Option<PathBuf>,
     /// Where checkpoints are committed.
     pub checkpoint_dir: Option<PathBuf>,
+    /// Shared memory of the job, where snapshots outlive this process.
+    pub snapshot_dir: Option<PathBuf>,
     /// The agent's choice; `Some(None)` is its word that there is nothing to resume from.
     pub resume_from: Option<Option<PathBuf>>,
     /// `dir:<path>`; needed with more than one rank.
@@ -60,11 +66,13 @@ impl Environment {
         Ok(Self {
             rank,
             world,
+            local_world,
             job_id: text("EVERLIT_JOB_ID").unwrap_or_default(),
             attempt: number("EVERLIT_ATTEMPT")?,
             generation: number("EVERLIT_GENERATION")?.unwrap_or(0),
             heartbeat_file: text("EVERLIT_HEARTBEAT_FILE").map(PathBuf::from),
             checkpoint_dir: text("EVERLIT_CHECKPOINT_DIR").map(PathBuf::from),
+            snapshot_dir: text(SNAPSHOT_VARIABLE).map(PathBuf::from),
             resume_from: variable("EVERLIT_RESUME_FROM").map(|path| (!path.is_empty()).then(|| PathBuf::from(path))),
             rendezvous,
             gloo_host: text("EVERLIT_GLOO_HOST").unwrap_or_else(|| "127.0.0.1".into()),

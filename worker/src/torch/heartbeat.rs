@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use everlit_api::manifest::{Heartbeat, Phase};
+use everlit_api::manifest::{Heartbeat, Phase, SaveError};
 use everlit_api::time::Timestamp;
 
 use super::c10d::Group;
@@ -21,8 +21,10 @@ const WRITE_INTERVAL_MIN: Duration = Duration::from_millis(100);
 const WRITE_INTERVAL_MAX: Duration = Duration::from_secs(1);
 /// A step that takes this long after SIGTERM, and three times the longest so far, is blocked.
 const BLOCKED_AFTER: Duration = Duration::from_secs(3);
-/// A save has more time: its disk may be slow. The first one has no limit here.
+/// A save has more time: its disk may be slow.
 const SAVE_BLOCKED_AFTER: Duration = Duration::from_secs(10);
+/// What a save may take before one was measured.
+const SAVE_UNKNOWN: Duration = Duration::from_secs(40);
 
 struct State {
     beat: Heartbeat,
@@ -62,6 +64,8 @@ impl Pulse {
             samples: None,
             loss: None,
             metrics: Default::default(),
+            saves_on_signal: environment.checkpoint_dir.is_some(),
+            save_error: None,
             time: None,
         };
         let (since, longest_step) = (Instant::now(), Duration::ZERO);
@@ -77,12 +81,41 @@ impl Pulse {
     /// Enters a phase.
     pub fn phase(&self, phase: Phase) {
         let mut state = self.shared.lock();
-        if state.beat.phase == Some(Phase::Checkpoint) {
-            state.longest_save = state.longest_save.max(Some(state.since.elapsed()));
-        }
         state.beat.phase = Some(phase);
         state.changed = true;
         state.since = Instant::now();
+    }
+
+    /// A figure of the run; one that is not a finite number is left out.
+    pub fn metric(&self, name: &str, value: f64) {
+        let mut state = self.shared.lock();
+        if !value.is_finite() {
+            state.beat.metrics.remove(name);
+        } else if let Some(known) = state.beat.metrics.get_mut(name) {
+            *known = value;
+        } else {
+            state.beat.metrics.insert(name.into(), value);
+        }
+    }
+
+    /// Work goes on inside a phase.
+    pub fn alive(&self) {
+        self.shared.lock().since = Instant::now();
+    }
+
+    /// A save took so long.
+    pub fn saved(&self, time: Duration) {
+        let mut state = self.shared.lock();
+        state.longest_save = state.longest_save.max(Some(time));
+        state.beat.save_error = None;
+        state.changed = true;
+    }
+
+    /// A save failed and training goes on.
+    pub fn save_failed(&self, step: u64, reason: &str) {
+        let mut state = self.shared.lock();
+        state.beat.save_error = Some(SaveError { step, reason: reason.chars().take(512).collect() });
+        state.changed = true;
     }
 
     /// Updates are done up to `step`.
@@ -151,7 +184,7 @@ impl Shared {
     fn on_terminating(&self, state: &State, told: Instant, aborted: &mut bool) {
         let patience = match (state.beat.phase, state.longest_save) {
             (Some(Phase::Init | Phase::Load), _) => end_now("told to end before the first step: nothing to save"),
-            (Some(Phase::Checkpoint), Some(longest)) => SAVE_BLOCKED_AFTER.max(3 * longest),
+            (Some(Phase::Checkpoint), longest) => SAVE_BLOCKED_AFTER.max(3 * longest.unwrap_or(SAVE_UNKNOWN)),
             (Some(Phase::Train), _) => BLOCKED_AFTER.max(3 * state.longest_step),
             _ => return,
         };

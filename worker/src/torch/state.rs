@@ -11,9 +11,6 @@ use super::model::Model;
 use super::random::Stream;
 use super::tensors::bytes;
 
-/// AdamW's decay of weight matrices; vectors (norms, biases) have none.
-const DECAY: f64 = 0.1;
-
 /// A model in training.
 pub struct State {
     /// The trained model.
@@ -24,8 +21,8 @@ pub struct State {
 }
 
 impl State {
-    /// With moments of zero; parameters as they are.
-    pub fn new(model: Model) -> Result<Self, TrainError> {
+    /// With moments of zero; parameters as they are. Matrices decay by `decay`; vectors (norms, biases) do not.
+    pub fn new(model: Model, decay: f64) -> Result<Self, TrainError> {
         let zeros = || -> Vec<Tensor> {
             let like = |parameter: &super::model::Parameter| Tensor::zeros(parameter.tensor.size(), tch::kind::FLOAT_CPU);
             model.parameters().iter().map(like).collect()
@@ -37,17 +34,22 @@ impl State {
             let own: Vec<&Tensor> = chosen.iter().map(|&index| &model.parameters()[index].tensor).collect();
             let m: Vec<&Tensor> = chosen.iter().map(|&index| &first[index]).collect();
             let v: Vec<&Tensor> = chosen.iter().map(|&index| &second[index]).collect();
-            optimizers.push(AdamW::new(&own, &m, &v, if decayed { DECAY } else { 0.0 })?);
+            optimizers.push(AdamW::new(&own, &m, &v, if decayed { decay } else { 0.0 })?);
         }
         Ok(Self { model, first, second, optimizers })
     }
 
-    /// One update, number `step` from 1, with the gradients at hand, which are dropped.
-    pub fn update(&self, step: u64, rate: f64) -> Result<(), TrainError> {
+    /// One update, number `step` from 1, with the gradients at hand divided by `scale`; they are dropped.
+    pub fn update(&self, step: u64, rate: f64, scale: f64) -> Result<(), TrainError> {
         for optimizer in &self.optimizers {
-            optimizer.step(step, rate)?;
+            optimizer.step(step, rate, scale)?;
         }
         Ok(())
+    }
+
+    /// The trained tensors.
+    pub fn trained(&self) -> Vec<&Tensor> {
+        self.model.parameters().iter().map(|parameter| &parameter.tensor).collect()
     }
 
     /// Every tensor of a checkpoint under its name there, in one order.

@@ -1,4 +1,5 @@
-// The C face of libtorch's c10d: a store of callbacks, a Gloo group that can be aborted, the DDP reducer, and AdamW.
+// The C face of libtorch's c10d: a store of callbacks, a Gloo group that can be aborted, the DDP reducer; and AdamW,
+// the gradients' norm and activation checkpointing, which tch does not have.
 //
 // Every function answers 0, or 1 with a message in everlit_error(); no C++ exception passes to Rust. Tensors come in as
 // the at::Tensor* that tch holds: they are copied (one reference each), never freed. Only c10d.rs calls this file.
@@ -6,6 +7,9 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
@@ -13,6 +17,7 @@
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 
 #include <chrono>
+#include <cmath>
 #include <memory>
 #include <string>
 #include <vector>
@@ -183,6 +188,42 @@ class FixedReducer : public c10d::Reducer {
   void fix_buckets() { has_rebuilt_bucket_ = true; }
 };
 
+// Activation checkpointing: forward keeps the input alone, backward runs the layer again. The layer is Rust's; it answers
+// a new tensor that is ours, or null after a panic.
+using Layer = void* (*)(void* context, int64_t layer, const void* input);
+
+struct Recompute : public torch::autograd::Function<Recompute> {
+  static at::Tensor run(int64_t run, int64_t context, int64_t layer, const at::Tensor& input) {
+    auto* raw = reinterpret_cast<Layer>(run)(reinterpret_cast<void*>(context), layer, &input);
+    std::unique_ptr<at::Tensor> output(static_cast<at::Tensor*>(raw));
+    TORCH_CHECK(output != nullptr, "layer ", layer, " failed");
+    return *output;
+  }
+
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& input, int64_t run_raw,
+                            int64_t context_raw, int64_t layer) {
+    context->save_for_backward({input});
+    context->saved_data["run"] = run_raw;
+    context->saved_data["context"] = context_raw;
+    context->saved_data["layer"] = layer;
+    return run(run_raw, context_raw, layer, input);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list gradients) {
+    auto input = context->get_saved_variables()[0].detach();
+    input.set_requires_grad(true);
+    at::Tensor output;
+    {
+      c10::AutoGradMode enabled(true);
+      output = run(context->saved_data["run"].toInt(), context->saved_data["context"].toInt(),
+                   context->saved_data["layer"].toInt(), input);
+    }
+    torch::autograd::backward({output}, {gradients[0]});
+    return {input.grad(), at::Tensor(), at::Tensor(), at::Tensor()};
+  }
+};
+
 struct AdamW {
   std::vector<at::Tensor> parameters, first_moments, second_moments, steps, gradients;
   // One counter for all: `steps` holds it once per parameter, as the fused kernel wants it.
@@ -278,6 +319,15 @@ int everlit_reducer_prepare(void* reducer) {
   });
 }
 
+// `context` lives until the backward pass is over.
+int everlit_recompute(const void* input, void* (*layer_run)(void*, int64_t, const void*), void* context, int64_t layer,
+                      void** out) {
+  return guarded([&] {
+    *out = new at::Tensor(Recompute::apply(*static_cast<const at::Tensor*>(input), reinterpret_cast<int64_t>(layer_run),
+                                           reinterpret_cast<int64_t>(context), layer));
+  });
+}
+
 int everlit_adamw_new(void* const* parameters, void* const* first, void* const* second, size_t count, void** out) {
   return guarded([&] {
     auto own = std::make_unique<AdamW>();
@@ -295,8 +345,9 @@ void everlit_adamw_free(void* optimizer) {
   guarded([&] { delete static_cast<AdamW*>(optimizer); });
 }
 
-// `step` is the number of this update, from 1. The gradients are dropped.
-int everlit_adamw_step(void* optimizer, int64_t step, double rate, double beta1, double beta2, double decay, double epsilon) {
+// `step` is the number of this update, from 1. The gradients are divided by `scale` and dropped.
+int everlit_adamw_step(void* optimizer, int64_t step, double rate, double beta1, double beta2, double decay, double epsilon,
+                       double scale) {
   return guarded([&] {
     at::NoGradGuard no_grad;
     auto* own = static_cast<AdamW*>(optimizer);
@@ -305,12 +356,31 @@ int everlit_adamw_step(void* optimizer, int64_t step, double rate, double beta1,
       TORCH_CHECK(own->gradients[i].defined(), "parameter ", i, " has no gradient");
     }
     own->step.fill_(step);
+    std::optional<at::Tensor> divisor;
+    if (scale != 1.0) {
+      divisor = at::full({}, scale, at::kFloat);
+    }
     at::_fused_adamw_(own->parameters, own->gradients, own->first_moments, own->second_moments, {}, own->steps, rate,
-                      beta1, beta2, decay, epsilon, /*amsgrad=*/false, /*maximize=*/false);
+                      beta1, beta2, decay, epsilon, /*amsgrad=*/false, /*maximize=*/false, divisor);
     for (size_t i = 0; i < own->parameters.size(); ++i) {
       own->gradients[i].reset();
       own->parameters[i].mutable_grad().reset();
     }
+  });
+}
+
+// The norm of all gradients together; not a finite number when one of them is not.
+int everlit_gradient_norm(void* const* list, size_t count, double* norm) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    double squares = 0;
+    for (size_t i = 0; i < count; ++i) {
+      const at::Tensor& gradient = static_cast<at::Tensor*>(list[i])->grad();
+      TORCH_CHECK(gradient.defined(), "parameter ", i, " has no gradient");
+      const double own = at::linalg_vector_norm(gradient).item<double>();
+      squares += own * own;
+    }
+    *norm = std::sqrt(squares);
   });
 }
 

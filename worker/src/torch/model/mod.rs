@@ -3,7 +3,8 @@
 //! A model is data: parameters in one fixed order (the order of use, so that gradients come in reverse), each filled as
 //! a pure function of the seed and its name. Nobody here knows ranks, optimizers or files.
 
-use everlit_api::job::MODEL_PRESETS;
+use everlit_api::job::{MODEL_PRESETS, ModelSpec, WorkerSpec};
+use everlit_api::model::ModelSizes;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
@@ -14,8 +15,27 @@ use super::tensors::floats_mut;
 mod llama;
 mod mlp;
 
-/// Byte values.
-pub const VOCABULARY: i64 = 256;
+/// What a pass is for. Random numbers are a function of the stream: seed, step, rank and micro-batch.
+#[derive(Debug, Clone, Copy)]
+pub enum Pass {
+    /// Training: activations are dropped as the job says, chosen by this stream.
+    Train(Stream),
+    /// Measuring: nothing is dropped.
+    Evaluate,
+}
+
+impl Pass {
+    fn is_training(self) -> bool {
+        matches!(self, Self::Train(_))
+    }
+
+    /// Sets libtorch's generator to where it stands at the beginning of a layer, each time that layer runs.
+    fn seed_layer(self, layer: i64) {
+        if let Self::Train(stream) = self {
+            tch::manual_seed(stream.bits(layer as u64) as i64);
+        }
+    }
+}
 
 /// One trained tensor.
 #[derive(Debug)]
@@ -66,23 +86,40 @@ impl Parameter {
 pub struct Model {
     parameters: Vec<Parameter>,
     family: Family,
+    sizes: ModelSizes,
+    sequence_length: u32,
 }
 
 enum Family {
-    Llama(llama::Config, llama::Rotation),
-    Mlp(mlp::Config),
+    Llama(llama::Llama),
+    Mlp(mlp::Mlp),
 }
 
 impl Model {
-    /// A preset for samples of `sequence_length` bytes; its parameters are zero.
-    pub fn new(preset: &str, sequence_length: u32) -> Result<Self, TrainError> {
-        if let Some(config) = llama::Config::preset(preset, sequence_length) {
-            return Ok(Self { parameters: config.parameters(), family: Family::Llama(config.clone(), config.positions()) });
+    /// As the job says; its parameters are zero.
+    pub fn new(worker: &WorkerSpec) -> Result<Self, TrainError> {
+        if let ModelSpec::Sizes(sizes) = &worker.model
+            && let Some((field, why)) = sizes.faults().first()
+        {
+            return Err(TrainError::Config(format!("model.{field} {why}")));
         }
-        if let Some(config) = mlp::Config::preset(preset) {
-            return Ok(Self { parameters: config.parameters(), family: Family::Mlp(config) });
-        }
-        Err(TrainError::Config(format!("model `{preset}` is not known; there are {}", MODEL_PRESETS.join(", "))))
+        let Some(sizes) = ModelSizes::of(&worker.model) else {
+            let name = if let ModelSpec::Preset(name) = &worker.model { name } else { "" };
+            return Err(TrainError::Config(format!("model `{name}` is not known; there are {}", MODEL_PRESETS.join(", "))));
+        };
+        let (family, parameters) = match &sizes {
+            ModelSizes::Llama(own) => {
+                let llama = llama::Llama::new(own, worker);
+                let parameters = llama.parameters();
+                (Family::Llama(llama), parameters)
+            }
+            ModelSizes::Mlp(own) => {
+                let mlp = mlp::Mlp::new(own, worker.dropout);
+                let parameters = mlp.parameters();
+                (Family::Mlp(mlp), parameters)
+            }
+        };
+        Ok(Self { parameters, family, sizes, sequence_length: worker.sequence_length })
     }
 
     /// Fills every parameter from the seed.
@@ -97,36 +134,46 @@ impl Model {
         &self.parameters
     }
 
+    /// Its sizes.
+    pub fn sizes(&self) -> &ModelSizes {
+        &self.sizes
+    }
+
     /// `llama` or `mlp`.
     pub fn family(&self) -> &'static str {
         match self.family {
-            Family::Llama(..) => "llama",
+            Family::Llama(_) => "llama",
             Family::Mlp(_) => "mlp",
         }
     }
 
     /// All sizes, as the manifest keeps them.
     pub fn config(&self) -> serde_json::Value {
-        let config = match &self.family {
-            Family::Llama(config, _) => serde_json::to_value(config),
-            Family::Mlp(config) => serde_json::to_value(config),
-        };
-        config.expect("a struct of numbers is JSON")
+        let vocabulary = everlit_api::model::VOCABULARY;
+        match &self.sizes {
+            ModelSizes::Llama(own) => serde_json::json!({
+                "dim": own.dim, "layers": own.layers, "heads": own.heads, "kv_heads": own.kv_heads, "hidden": own.hidden,
+                "vocabulary": vocabulary, "sequence_length": self.sequence_length,
+            }),
+            ModelSizes::Mlp(own) => serde_json::json!({
+                "context": own.context, "embedding": own.embedding, "hidden": own.hidden, "vocabulary": vocabulary,
+            }),
+        }
     }
 
     /// Bytes of text in one sample, the last target included.
     pub fn window(&self) -> u64 {
-        match &self.family {
-            Family::Llama(config, _) => u64::from(config.sequence_length) + 1,
-            Family::Mlp(config) => config.context as u64 + 1,
+        match &self.sizes {
+            ModelSizes::Llama(_) => u64::from(self.sequence_length) + 1,
+            ModelSizes::Mlp(own) => own.context + 1,
         }
     }
 
     /// Mean cross entropy, in nats per predicted byte, of `[samples, window]` bytes.
-    pub fn loss(&self, samples: &Tensor) -> Tensor {
+    pub fn loss(&self, samples: &Tensor, pass: Pass) -> Tensor {
         let (logits, targets) = match &self.family {
-            Family::Llama(config, positions) => config.forward(positions, &self.parameters, samples),
-            Family::Mlp(config) => config.forward(&self.parameters, samples),
+            Family::Llama(llama) => llama.forward(&self.parameters, samples, pass),
+            Family::Mlp(mlp) => mlp.forward(&self.parameters, samples, pass),
         };
         logits.cross_entropy_loss::<Tensor>(&targets, None, tch::Reduction::Mean, -100, 0.0)
     }
@@ -134,40 +181,78 @@ impl Model {
 
 #[cfg(test)]
 mod tests {
+    use everlit_api::job::Precision;
+
     use super::*;
 
+    fn worker(model: &str) -> WorkerSpec {
+        WorkerSpec { model: ModelSpec::Preset(model.into()), sequence_length: 16, ..WorkerSpec::for_world(1) }
+    }
+
+    fn samples(model: &Model) -> Tensor {
+        Tensor::arange(2 * model.window() as i64, (Kind::Int64, Device::Cpu)).view([2, -1])
+    }
+
+    fn gradients(model: &Model, pass: Pass) -> (f64, Vec<f32>) {
+        let loss = model.loss(&samples(model), pass);
+        loss.backward();
+        let of = |parameter: &Parameter| Vec::<f32>::try_from(parameter.tensor.grad().flatten(0, -1)).unwrap();
+        let all = model.parameters().iter().flat_map(of).collect();
+        let tensors: Vec<&Tensor> = model.parameters().iter().map(|parameter| &parameter.tensor).collect();
+        crate::torch::c10d::drop_gradients(&tensors).unwrap();
+        (loss.double_value(&[]), all)
+    }
+
     #[test]
-    fn every_preset_has_about_the_size_of_its_name_and_a_finite_first_loss() {
-        for (preset, least, most) in [
-            ("llama-1m", 0.9e6, 1.1e6),
-            ("llama-10m", 9e6, 11e6),
-            ("llama-30m", 28e6, 32e6),
-            ("llama-124m", 120e6, 128e6),
-            ("mlp-10k", 9.5e3, 10.5e3),
-            ("mlp-500k", 480e3, 520e3),
-        ] {
-            assert!(MODEL_PRESETS.contains(&preset));
-            let model = Model::new(preset, 16).unwrap();
-            let size: f64 = model.parameters().iter().map(|parameter| parameter.tensor.numel() as f64).sum();
-            assert!((least..=most).contains(&size), "{preset} has {size}");
-            if size < 2e6 {
-                model.initialize(1);
-                let samples = Tensor::arange(2 * model.window() as i64, (Kind::Int64, Device::Cpu)).view([2, -1]);
-                let loss = model.loss(&samples).double_value(&[]);
-                assert!((loss - 256_f64.ln()).abs() < 0.5, "{preset} begins at {loss}");
-            }
+    fn models_have_the_parameters_that_their_sizes_say_and_a_finite_first_loss() {
+        for preset in ["llama-1m", "mlp-10k", "mlp-500k"] {
+            let model = Model::new(&worker(preset)).unwrap();
+            let numbers: usize = model.parameters().iter().map(|parameter| parameter.tensor.numel()).sum();
+            assert_eq!(numbers as u64, model.sizes().parameters(), "{preset}");
+            model.initialize(1);
+            let loss = model.loss(&samples(&model), Pass::Evaluate).double_value(&[]);
+            assert!((loss - 256_f64.ln()).abs() < 0.5, "{preset} begins at {loss}");
         }
-        assert_eq!(Model::new("gpt-9", 16).err().unwrap().exit_code(), 78);
+        assert_eq!(Model::new(&worker("gpt-9")).err().unwrap().exit_code(), 78);
     }
 
     #[test]
     fn initial_weights_are_a_function_of_the_seed() {
         let weights = |seed| {
-            let model = Model::new("mlp-10k", 16).unwrap();
+            let model = Model::new(&worker("mlp-10k")).unwrap();
             model.initialize(seed);
             model.parameters().iter().flat_map(|p| floats_mut(&p.tensor).to_vec()).collect::<Vec<f32>>()
         };
         assert_eq!(weights(5), weights(5));
         assert_ne!(weights(5), weights(6));
+    }
+
+    #[test]
+    fn layers_that_are_run_again_give_the_same_bits_dropout_included() {
+        let train = Pass::Train(Stream::new(3, "dropout"));
+        let run = |activation_checkpointing, dropout, pass| {
+            let model = Model::new(&WorkerSpec { activation_checkpointing, dropout, ..worker("llama-1m") }).unwrap();
+            model.initialize(1);
+            gradients(&model, pass)
+        };
+        let plain = run(false, 0.2, train);
+        assert_eq!(plain, run(false, 0.2, train), "a function of the stream");
+        assert_eq!(plain, run(true, 0.2, train));
+        assert_ne!(plain.0, run(false, 0.2, Pass::Train(Stream::new(4, "dropout"))).0);
+        assert_eq!(run(false, 0.2, Pass::Evaluate), run(false, 0.0, train), "nothing is dropped in an evaluation");
+    }
+
+    #[test]
+    fn bfloat16_is_near_float32_and_its_gradients_are_float32() {
+        let run = |precision| {
+            let model = Model::new(&WorkerSpec { precision, ..worker("llama-1m") }).unwrap();
+            model.initialize(1);
+            gradients(&model, Pass::Evaluate)
+        };
+        let (exact, rounded) = (run(Precision::Float32), run(Precision::Bfloat16));
+        assert!((exact.0 - rounded.0).abs() < 0.01 && exact.0 != rounded.0, "{} {}", exact.0, rounded.0);
+        let norm = |list: &[f32]| list.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        let difference: Vec<f32> = exact.1.iter().zip(&rounded.1).map(|(a, b)| a - b).collect();
+        assert!(norm(&difference) < 0.03 * norm(&exact.1), "{} of {}", norm(&difference), norm(&exact.1));
     }
 }

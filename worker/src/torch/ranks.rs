@@ -1,0 +1,31 @@
+//! The ranks that train together, as one rank sees them, and what they decide outside of a step.
+
+use std::sync::Arc;
+
+use tch::Tensor;
+
+use super::TrainError;
+use super::c10d::Group;
+
+/// This rank and its group.
+#[derive(Clone)]
+pub struct Ranks {
+    /// `None` for a single rank.
+    pub group: Option<Arc<Group>>,
+    /// This one.
+    pub rank: u32,
+    /// All of them.
+    pub world: u32,
+}
+
+impl Ranks {
+    /// The sum of each number over all ranks. All of them must ask, and none may be in a step.
+    pub fn sum(&self, numbers: &[f64]) -> Result<Vec<f64>, TrainError> {
+        let Some(group) = &self.group else { return Ok(numbers.to_vec()) };
+        let tensor = Tensor::f_from_slice(numbers)?;
+        group.all_reduce(&tensor)?;
+        let mut sums = vec![0.0; numbers.len()];
+        tensor.f_copy_data(&mut sums, numbers.len())?;
+        Ok(sums)
+    }
+}

@@ -1,0 +1,389 @@
+//! The steps of a training run, from the first to the last save.
+//!
+//! What all ranks must decide or know together (the loss shown, whether to stop or to save, whose writer is busy or failed, who saw a
+//! number that is none) rides in the gradient reduction: a parameter of zeros whose gradient *is* those numbers. So a step has no
+//! collective besides the gradients' own, and all ranks see the same answer at the same step.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use everlit_api::job::OnNan;
+use everlit_api::manifest::{DataPosition, MANIFEST_FORMAT, Manifest, Phase};
+use everlit_api::time::Timestamp;
+use everlit_worker::train_config::TrainConfig;
+use tch::Tensor;
+
+use super::super::c10d::{self, Reducer};
+use super::super::data::Corpus;
+use super::super::environment::Environment;
+use super::super::heartbeat::Pulse;
+use super::super::loader::{Batch, Loader};
+use super::super::model::Pass;
+use super::super::random::Stream;
+use super::super::ranks::Ranks;
+use super::super::save::{Saver, write};
+use super::super::state::State;
+use super::super::tensors::bytes;
+use super::super::{TrainError, signals};
+use super::evaluate::Evaluation;
+use super::figures::Figures;
+use super::interval::Clock;
+use super::schedule::Schedule;
+use super::{Position, describe, say};
+
+/// Numbers that ride in the reduction.
+pub(super) const CONTROL: i64 = 9;
+const PRINT_INTERVAL: Duration = Duration::from_millis(500);
+/// Between two looks at whether all ranks have written.
+const SETTLE_POLL: Duration = Duration::from_millis(2);
+
+/// What is trained on, as manifests say it.
+pub(super) struct Data {
+    /// Names, lengths, and what is held out.
+    pub listing_sha256: String,
+    windows: u64,
+}
+
+impl Data {
+    pub(super) fn of(corpus: &Corpus) -> Self {
+        Self { listing_sha256: corpus.listing_sha256().into(), windows: corpus.windows() }
+    }
+}
+
+/// What every rank knows after the backward pass.
+#[derive(Debug, Clone, Copy)]
+struct Heard {
+    /// Mean over the batch.
+    loss: f64,
+    stop: bool,
+    save: bool,
+    /// Some rank's writer is at work.
+    busy: bool,
+    /// Some rank could not save.
+    failed: bool,
+    /// Ranks whose own loss is not finite, and the sum of their numbers.
+    bad: (u32, u32),
+    /// Seconds that ranks waited for data, on average.
+    data_wait: f64,
+    /// Seconds that the last snapshot held ranks up, on average.
+    stall: f64,
+}
+
+/// One rank's training. Fields drop in this order: the saver reads the state until it is gone.
+pub(super) struct Trainer<'a> {
+    pub(super) saver: Option<Saver>,
+    pub(super) reducer: Option<Reducer>,
+    /// Zeros; its gradient carries [`Heard`].
+    pub(super) control: Tensor,
+    pub(super) figures: Figures,
+    pub(super) clock: Clock,
+    pub(super) schedule: Schedule,
+    pub(super) ranks: Ranks,
+    pub(super) config: &'a TrainConfig,
+    pub(super) environment: &'a Environment,
+    pub(super) pulse: Pulse,
+    pub(super) attempt: u32,
+    /// Samples of one update over all ranks.
+    pub(super) batch: u64,
+    pub(super) data: Data,
+    pub(super) loader: Loader,
+    pub(super) evaluation: Option<Evaluation>,
+    pub(super) position: Position,
+    pub(super) from_memory: bool,
+    pub(super) gradient_out: Option<&'a Path>,
+    /// Saves of this rank that were seen to have worked.
+    pub(super) saves: u64,
+    /// Updates left out because a number was not finite.
+    pub(super) skipped: u64,
+    pub(super) state: State,
+}
+
+impl Trainer<'_> {
+    pub(super) fn train(mut self) -> Result<(), TrainError> {
+        let total = self.config.worker.steps;
+        let mut stall = Duration::ZERO;
+        let mut printed = Instant::now();
+        self.pulse.phase(Phase::Train);
+        if self.from_memory && self.environment.checkpoint_dir.is_some() {
+            self.begin_save(false);
+        }
+        while self.position.step < total {
+            let rate = self.schedule.rate(self.position.step);
+            let heard = self.step(rate, &mut stall)?;
+            self.position.step += 1;
+            self.position.samples += self.batch;
+            let last = self.position.step == total;
+            self.tell(&heard, rate);
+            if self.environment.rank == 0 && (last || heard.stop || printed.elapsed() >= PRINT_INTERVAL) {
+                let speed = self.figures.samples_per_second;
+                say(&format!("step={} loss={:.4} samples/s={speed:.0} lr={rate:.3e}", self.position.step, heard.loss));
+                printed = Instant::now();
+            }
+            self.save(&heard, last)?;
+            if heard.stop && !last {
+                let kept = if self.saver.is_some() { "saved" } else { "not saved: no checkpoint folder" };
+                return Err(TrainError::Terminated(format!("told to end: stopped after step {}, {kept}", self.position.step)));
+            }
+            self.evaluate(last)?;
+        }
+        say(&format!("rank {}: done after step {} and {} samples", self.environment.rank, total, self.position.samples));
+        Ok(())
+    }
+
+    /// One update of this rank's weights with the gradient of the whole batch.
+    fn step(&mut self, rate: f64, stall: &mut Duration) -> Result<Heard, TrainError> {
+        let (batch, wait) = self.loader.next()?;
+        let told = self.flags(wait, *stall);
+        let heard = self.backward(&batch, told)?;
+        let norm = c10d::gradient_norm(&self.state.trained())?;
+        if self.gradient_out.is_some() {
+            self.write_gradient()?;
+        }
+        // From here on the state changes.
+        if let Some(saver) = &mut self.saver {
+            *stall = saver.wait_copied();
+        }
+        if heard.loss.is_finite() && norm.is_finite() {
+            let most = self.config.worker.max_grad_norm;
+            let scale = if most > 0.0 && norm > most { norm / most } else { 1.0 };
+            self.state.update(self.position.step + 1, rate, scale)?;
+        } else {
+            self.on_nan(&heard, norm)?;
+        }
+        self.pulse.metric("grad_norm", norm);
+        Ok(heard)
+    }
+
+    /// What this rank says to all.
+    fn flags(&self, wait: Duration, stall: Duration) -> [f32; 8] {
+        let rank_zero = self.environment.rank == 0;
+        let yes = |truth: bool| f32::from(u8::from(truth));
+        let saver = self.saver.as_ref();
+        [
+            yes(signals::terminate_requested()),
+            yes(signals::save_requested() || (rank_zero && self.clock.is_due())),
+            yes(saver.is_some_and(Saver::is_busy)),
+            yes(saver.is_some_and(Saver::has_failed)),
+            0.0,
+            0.0,
+            wait.as_secs_f32(),
+            stall.as_secs_f32(),
+        ]
+    }
+
+    /// Forward and backward over this rank's samples; the gradients are then the mean over the whole batch, on every rank.
+    fn backward(&self, batch: &Batch, mut told: [f32; 8]) -> Result<Heard, TrainError> {
+        let (rank, world) = (self.environment.rank, f64::from(self.environment.world));
+        let stream = Stream::new(self.config.worker.seed, "dropout").child(self.position.step).child(rank.into());
+        let mut sum = 0.0;
+        for (index, samples) in batch.iter().enumerate() {
+            let last = index + 1 == batch.len();
+            if last && let Some(reducer) = &self.reducer {
+                reducer.prepare()?;
+            }
+            let loss = self.state.model.loss(samples, Pass::Train(stream.child(index as u64)));
+            // The reduction takes the mean over ranks: weighted so, it is the mean over samples, however they are dealt.
+            let weighted = loss * (samples.size()[0] as f64 * world / self.batch as f64);
+            sum += weighted.f_double_value(&[])?;
+            if !(last && self.reducer.is_some()) {
+                weighted.f_backward()?;
+                continue;
+            }
+            if !sum.is_finite() {
+                (told[4], told[5]) = (1.0, rank as f32);
+            }
+            let news: Vec<f32> = std::iter::once(sum as f32).chain(told).collect();
+            (weighted + (&self.control * Tensor::f_from_slice(&news)?).f_sum(tch::Kind::Float)?).f_backward()?;
+        }
+        if self.reducer.is_none() {
+            told[4] = f32::from(u8::from(!sum.is_finite()));
+            return Ok(Heard::new(sum, &told, 1.0));
+        }
+        let mut heard = [0.0_f32; CONTROL as usize];
+        self.control.grad().f_copy_data(&mut heard, CONTROL as usize)?;
+        c10d::drop_gradients(&[&self.control])?;
+        Ok(Heard::new(heard[0].into(), &heard[1..], world))
+    }
+
+    /// A number is not finite: the update is left out, or the job ends. All ranks come here together.
+    fn on_nan(&mut self, heard: &Heard, norm: f64) -> Result<(), TrainError> {
+        let what = if heard.loss.is_finite() { format!("the gradient's norm is {norm}") } else { format!("the loss is {}", heard.loss) };
+        let place = match heard.bad {
+            (1, rank) => format!(" on rank {rank}"),
+            (0, _) => String::new(),
+            (many, _) => format!(" on {many} ranks"),
+        };
+        let step = self.position.step + 1;
+        if self.config.worker.on_nan == OnNan::Stop {
+            return Err(TrainError::Config(format!(
+                "{what} at step {step}{place}: lower learning_rate, look at the data, or set on_nan to \"skip\""
+            )));
+        }
+        c10d::drop_gradients(&self.state.trained())?;
+        self.skipped += 1;
+        self.pulse.metric("skipped_steps", self.skipped as f64);
+        if self.environment.rank == 0 {
+            say(&format!("{what} at step {step}{place}: this update is left out ({} so far)", self.skipped));
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self, heard: &Heard, rate: f64) {
+        let (step, samples) = (self.position.step, self.position.samples);
+        self.pulse.step(step, samples, heard.loss.is_finite().then_some(heard.loss), rate);
+        if heard.stall > 0.0 {
+            self.pulse.metric("save_stall_seconds", heard.stall);
+        }
+        self.figures.on_step(self.batch, heard.data_wait, &self.pulse);
+    }
+
+    /// Begins a save when one is due, and follows those under way.
+    fn save(&mut self, heard: &Heard, last: bool) -> Result<(), TrainError> {
+        let every = self.config.checkpoint.every_steps;
+        let step = self.position.step;
+        let due = (every > 0 && step.is_multiple_of(every)) || last || heard.stop || heard.save;
+        if due {
+            signals::save_done();
+        }
+        let Some(saver) = &mut self.saver else { return Ok(()) };
+        if heard.failed {
+            give_up(saver, &self.pulse, self.environment.rank)?;
+        }
+        let costs = saver.costs();
+        if costs.saves > self.saves {
+            self.saves = costs.saves;
+            self.clock.learn(costs.processor + Duration::from_secs_f64(heard.stall.max(0.0)));
+            self.pulse.saved(costs.write);
+        }
+        if due {
+            self.begin_save(heard.busy);
+        } else if !heard.busy && let Some(saver) = &mut self.saver {
+            saver.persist_newest();
+        }
+        if last || heard.stop { self.settle() } else { Ok(()) }
+    }
+
+    fn begin_save(&mut self, any_busy: bool) {
+        let manifest = self.manifest();
+        let Some(saver) = &mut self.saver else { return };
+        if saver.newest_step() != Some(manifest.step) {
+            saver.snapshot(manifest, any_busy);
+        }
+        if !any_busy {
+            saver.persist_newest();
+        }
+        self.clock.restart();
+    }
+
+    /// Waits until the newest snapshot of every rank is committed. Here a failure counts: nothing can make up for it later.
+    fn settle(&mut self) -> Result<(), TrainError> {
+        self.pulse.phase(Phase::Checkpoint);
+        let step = self.position.step;
+        let Some(saver) = &mut self.saver else { return Ok(()) };
+        let mut told = false;
+        loop {
+            let yes = |truth: bool| f64::from(u8::from(truth));
+            let sums = self.ranks.sum(&[yes(saver.is_busy()), yes(saver.has_failed())])?;
+            if sums[1] > 0.0 {
+                let own = saver.give_up();
+                let why = own.as_ref().map_or("another rank could not".to_string(), |failure| failure.reason.clone());
+                // An older save may fail: this one is still to come.
+                if told || own.is_some_and(|failure| failure.fenced) {
+                    return Err(TrainError::Failed(format!("checkpoint of step {step}: {why}")));
+                }
+                eprintln!("rank {}: an older checkpoint was not saved: {why}", self.environment.rank);
+            } else if sums[0] == 0.0 {
+                if told {
+                    return Ok(());
+                }
+                saver.persist_newest();
+                told = true;
+            }
+            std::thread::sleep(SETTLE_POLL);
+        }
+    }
+
+    fn evaluate(&mut self, last: bool) -> Result<(), TrainError> {
+        let every = self.config.worker.evaluation.every_steps;
+        let Some(evaluation) = &mut self.evaluation else { return Ok(()) };
+        if !(last || self.position.step.is_multiple_of(every)) {
+            return Ok(());
+        }
+        let loss = evaluation.run(&self.state.model, self.environment, &self.ranks, &self.pulse)?;
+        self.pulse.metric("evaluation_loss", loss);
+        self.pulse.phase(Phase::Train);
+        self.figures.restart();
+        if self.environment.rank == 0 {
+            say(&format!("step={} evaluation_loss={loss:.4}", self.position.step));
+        }
+        Ok(())
+    }
+
+    fn manifest(&self) -> Manifest {
+        let samples = self.position.samples;
+        Manifest {
+            format: MANIFEST_FORMAT,
+            job_id: self.environment.job_id.clone(),
+            attempt: self.attempt,
+            generation: self.environment.generation,
+            step: self.position.step,
+            epoch: samples / self.data.windows,
+            world_size: self.environment.world,
+            global_batch: self.batch,
+            samples,
+            seed: self.config.worker.seed,
+            data: DataPosition { listing_sha256: self.data.listing_sha256.clone(), cursor: samples % self.data.windows },
+            model: Some(describe(&self.state.model)),
+            created_at: Timestamp::now(),
+            files: Vec::new(),
+        }
+    }
+
+    /// The first reduced gradient as safetensors: what two runs are compared by.
+    fn write_gradient(&mut self) -> Result<(), TrainError> {
+        let Some(path) = self.gradient_out.take().filter(|_| self.environment.rank == 0) else { return Ok(()) };
+        let mut header = serde_json::Map::new();
+        let mut content = Vec::new();
+        for parameter in self.state.model.parameters() {
+            let gradient = parameter.tensor.grad().contiguous();
+            let from = content.len();
+            content.extend_from_slice(bytes(&gradient));
+            let place = serde_json::json!({"dtype": "F32", "shape": gradient.size(), "data_offsets": [from, content.len()]});
+            header.insert(parameter.name.clone(), place);
+        }
+        let mut text = serde_json::to_vec(&header).map_err(TrainError::failed)?;
+        text.resize(text.len().next_multiple_of(8), b' ');
+        let file = [&(text.len() as u64).to_le_bytes()[..], &text, &content].concat();
+        let failed = |error: std::io::Error| TrainError::Failed(format!("could not write `{}`: {error}", path.display()));
+        write::write_durably(path, &file).map(drop).map_err(failed)
+    }
+}
+
+impl Heard {
+    /// From means over `world` ranks.
+    fn new(loss: f64, means: &[f32], world: f64) -> Self {
+        let count = |mean: f32| (f64::from(mean) * world).round() as u32;
+        Self {
+            loss,
+            stop: means[0] > 0.0,
+            save: means[1] > 0.0,
+            busy: means[2] > 0.0,
+            failed: means[3] > 0.0,
+            bad: (count(means[4]), count(means[5])),
+            data_wait: means[6].into(),
+            stall: means[7].into(),
+        }
+    }
+}
+
+/// Some rank could not save, and all know: the save is given up and training goes on. A fenced rank ends: nothing that it does counts.
+fn give_up(saver: &Saver, pulse: &Pulse, rank: u32) -> Result<(), TrainError> {
+    let Some(failure) = saver.give_up() else { return Ok(()) };
+    let text = format!("checkpoint of step {}: {}", failure.step, failure.reason);
+    if failure.fenced {
+        return Err(TrainError::Failed(text));
+    }
+    eprintln!("rank {rank}: {text}; going on");
+    pulse.save_failed(failure.step, &failure.reason);
+    Ok(())
+}
