@@ -325,7 +325,10 @@ mod tests {
         assert_eq!(one.fit(&Need::of(&spec), true), Ok(vec![0, 1]));
         one.capacity.gpus[1].memory = 8 << 30;
         let why = one.fit(&Need::of(&spec), true).expect_err("one GPU is too small");
-        expect!["needs 15.5 GiB of GPU memory for each rank (estimated from the model; resources.memory says otherwise), GPU 1 has 8.0 GiB"].assert_eq(&why);
+        expect![
+            "needs 15.5 GiB of GPU memory for each rank (estimated from the model; resources.memory says otherwise), GPU 1 has 8.0 GiB"
+        ]
+        .assert_eq(&why);
     }
 
     #[test]

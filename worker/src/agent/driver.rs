@@ -320,7 +320,8 @@ impl Driver {
             Done::Checked { job, outcome } => {
                 let keep = self.engine.newest_spec(job).map_or(u32::MAX, |spec| spec.checkpoint.keep);
                 let (news, quarantined) = self.effects.on_checked(job, keep, outcome);
-                let told = quarantined.into_iter().map(|Quarantined { step, reason, .. }| Event::CheckpointQuarantined { job, step, reason });
+                let told =
+                    quarantined.into_iter().map(|Quarantined { step, reason, .. }| Event::CheckpointQuarantined { job, step, reason });
                 let events: Vec<Event> = told.chain(news.map(Event::CheckpointSeen)).collect();
                 events.into_iter().fold(None, |end, event| self.handle(event).or(end))
             }

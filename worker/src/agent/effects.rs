@@ -106,7 +106,9 @@ impl Effects {
             Action::Spawn { job, attempt } => self.spawn(job, attempt),
             Action::Signal { incarnation, signal } => self.ranks.signal(incarnation, signal),
             Action::Notify { incarnation, signal } => self.ranks.notify(incarnation, signal),
-            Action::FreeSnapshots { job, committed, attempt } => self.in_memory(move |node| node.memory.free_older(job, committed, attempt)),
+            Action::FreeSnapshots { job, committed, attempt } => {
+                self.in_memory(move |node| node.memory.free_older(job, committed, attempt))
+            }
             Action::MarkDrained(incarnation) => {
                 if let Err(error) = fs::write(self.node.folders.run(incarnation).join(DRAINED_NAME), "") {
                     tracing::warn!(%incarnation, %error, "could not mark a drained rank");

@@ -134,8 +134,14 @@ pub(crate) mod tests {
 
     fn text(spec: &GangSpec, local: u32, node_has_gpus: bool) -> String {
         let at = |path| Path::new(path);
-        let paths =
-            Paths { heartbeat: at("/r/HEARTBEAT"), error: at("/r/e"), shards: at("/r/s"), checkpoints: at("/c"), rendezvous: at("/m"), snapshots: Some(at("/dev/shm/s")) };
+        let paths = Paths {
+            heartbeat: at("/r/HEARTBEAT"),
+            error: at("/r/e"),
+            shards: at("/r/s"),
+            checkpoints: at("/c"),
+            rendezvous: at("/m"),
+            snapshots: Some(at("/dev/shm/s")),
+        };
         let own = BTreeMap::from([("PATH".to_string(), "/bin".to_string())]);
         let env = environment(spec, local, paths, Some("/c/step-000000000100"), &own, node_has_gpus);
         env.iter().map(|(name, value)| format!("{name}={value}\n")).collect()

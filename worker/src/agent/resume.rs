@@ -15,8 +15,7 @@ use crate::checkpoint::{self, CheckpointError};
 /// Decides. `fresh`: the job's checkpoint folder was made just now.
 pub(super) fn decide(node: &Node, spec: &GangSpec, fresh: bool) -> Result<Resumed, Refused> {
     let folders = &node.folders;
-    let mut resumed =
-        Resumed { job: spec.job, attempt: spec.attempt, step: None, path: None, from_memory: false, quarantined: Vec::new() };
+    let mut resumed = Resumed { job: spec.job, attempt: spec.attempt, step: None, path: None, from_memory: false, quarantined: Vec::new() };
     let mut committed = None;
     if !fresh {
         let dir = folders.checkpoints(spec.job);

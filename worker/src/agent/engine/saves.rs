@@ -19,7 +19,15 @@ impl Engine {
         out.extend(able.map(|(rank, _)| Action::Notify { incarnation: gang.incarnation(*rank), signal: SIGUSR1 }));
     }
 
-    pub(super) fn on_heartbeat(&mut self, now: u64, own: Incarnation, seq: u64, beat: Beat, failed: Option<SaveError>, out: &mut Vec<Action>) {
+    pub(super) fn on_heartbeat(
+        &mut self,
+        now: u64,
+        own: Incarnation,
+        seq: u64,
+        beat: Beat,
+        failed: Option<SaveError>,
+        out: &mut Vec<Action>,
+    ) {
         let Some(rank) = self.rank_mut(own) else { return };
         if !rank.on_heartbeat(now, seq, beat) {
             return;

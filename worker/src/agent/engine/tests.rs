@@ -100,7 +100,14 @@ impl Scene {
     }
 
     fn prepared(&self) -> Event {
-        let resumed = Resumed { job: self.spec.job, attempt: self.spec.attempt, step: Some(50), path: None, from_memory: false, quarantined: Vec::new() };
+        let resumed = Resumed {
+            job: self.spec.job,
+            attempt: self.spec.attempt,
+            step: Some(50),
+            path: None,
+            from_memory: false,
+            quarantined: Vec::new(),
+        };
         Event::GangPrepared { resumed, at: Timestamp(1) }
     }
 
