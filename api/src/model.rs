@@ -12,8 +12,7 @@ use crate::job::{ModelSpec, Precision, WorkerSpec};
 /// Byte values: what every built-in model reads and predicts.
 pub const VOCABULARY: u64 = 256;
 /// Models that the built-in program knows by name.
-pub const MODEL_PRESETS: [&str; 8] =
-    ["llama-1m", "llama-10m", "llama-30m", "llama-124m", "llama-350m", "llama-1b", "mlp-10k", "mlp-500k"];
+pub const MODEL_PRESETS: [&str; 8] = ["llama-1m", "llama-10m", "llama-30m", "llama-124m", "llama-350m", "llama-1b", "mlp-10k", "mlp-500k"];
 /// Bytes per parameter of what a checkpoint holds: the weight and AdamW's two moments, all float32.
 pub const STATE_BYTES: u64 = 12;
 /// A worker before it has a model: libtorch itself, threads, buffers.

@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 use crate::ids::{JobId, NodeId};
 use crate::job::{JobKind, JobSpec, Priority};
 use crate::manifest::Phase;
+use crate::model::MemoryEstimate;
 use crate::rank::{Cause, RankExit, RankState};
 use crate::time::Timestamp;
 
@@ -308,6 +309,9 @@ pub struct PlacementPlan {
     pub reason: String,
     /// Ranks per node.
     pub placement: Vec<PlacedRanks>,
+    /// What each rank of the built-in program will take in training; null for other programs.
+    #[serde(default)]
+    pub memory_estimate: Option<MemoryEstimate>,
     /// The job with every default filled in.
     pub spec: JobSpec,
 }

@@ -213,3 +213,47 @@ fn a_job_that_has_ended_keeps_its_files_until_it_is_removed() {
     assert!(folder.join("logs").exists() && folder.join("checkpoints").exists());
     assert!(read(&folder.join("attempts/a1/gang.json")).contains("master_port"));
 }
+
+#[test]
+fn a_save_on_demand_reaches_the_rank_and_nothing_that_it_started() {
+    let mut bench = Bench::new();
+    // The child would die of the signal; the rank tells whether it lives.
+    let (spec, _) = bench.start(&format!(
+        "{WRITE} sleep 600 & child=$!; trap 'kill -0 $child && beat \"{{\\\"seq\\\":2,\\\"step\\\":99}}\"' USR1; \
+         beat '{{\"seq\":1,\"step\":1,\"saves_on_signal\":true}}'; while :; do wait; done"
+    ));
+    assert!(beat(&mut bench, &spec, 0, |beat| beat.step == Some(1)).saves_on_signal);
+    bench.send(ToAgent::SaveNow { job: spec.job, attempt: 2 });
+    bench.send(ToAgent::SaveNow { job: spec.job, attempt: 1 });
+    assert_eq!(beat(&mut bench, &spec, 0, |beat| beat.step == Some(99)).step, Some(99));
+}
+
+#[test]
+fn a_failed_save_is_told() {
+    let mut bench = Bench::new();
+    let (spec, _) = bench
+        .start(&format!("{WRITE} beat '{{\"seq\":1,\"step\":60,\"save_error\":{{\"step\":50,\"reason\":\"no space left\"}}}}'; sleep 600"));
+    let told = bench.wait_for("the failed save", |frame| match frame {
+        FromAgent::SaveFailed { incarnation, error } => Some((*incarnation, error.step, error.reason.clone())),
+        _ => None,
+    });
+    assert_eq!(told, (rank(&spec, 0), 50, "no space left".into()));
+}
+
+#[test]
+fn a_checkpoint_that_is_damaged_when_it_is_read_back_is_told_with_the_reason() {
+    let mut bench = Bench::new();
+    let (spec, _) = bench.start("sleep 600");
+    let dir = bench.job_folder(spec.job).join("checkpoints");
+    let draft = dir.join("tmp-30");
+    std::fs::create_dir(&draft).unwrap();
+    std::fs::write(draft.join("MANIFEST.json"), "not a manifest").unwrap();
+    std::fs::rename(&draft, dir.join("step-000000000030")).unwrap();
+    let told = bench.wait_for("the damage", |frame| match frame {
+        FromAgent::Quarantined { job, step, reason } => Some((*job, *step, reason.clone())),
+        _ => None,
+    });
+    assert_eq!((told.0, told.1), (spec.job, 30));
+    assert!(told.2.contains("MANIFEST.json"), "{}", told.2);
+    assert!(dir.join("quarantine/step-000000000030").exists());
+}

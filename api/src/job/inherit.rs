@@ -119,7 +119,8 @@ mod tests {
 
     #[test]
     fn what_is_given_wins_and_limits_that_it_breaks_are_not_taken_over() {
-        let body = json!({"world_size": 8, "worker": {"seed": null, "steps": 40, "learning_rate": 1e-4, "batch_size": 8}, "data": {"shards": []}});
+        let body =
+            json!({"world_size": 8, "worker": {"seed": null, "steps": 40, "learning_rate": 1e-4, "batch_size": 8}, "data": {"shards": []}});
         let spec = parse(&inherit(body, &old())).unwrap();
         let worker = spec.worker.unwrap();
         assert_eq!((worker.seed, worker.steps, worker.learning_rate, worker.batch_size), (9, 40, 1e-4, BatchSize::Samples(8)));

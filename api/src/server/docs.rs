@@ -118,7 +118,11 @@ fn add_job_request(document: &mut Value) {
         added.get_mut("WorkerSpecRequest").and_then(|s| s.pointer_mut("/properties/batch_size")).and_then(Value::as_object_mut)
     {
         batch.remove("default");
-        batch.insert("description".into(), "Samples per update over all ranks, at least the world size, or \"auto\": as many as fit in memory. 8 per rank by default.".into());
+        batch.insert(
+            "description".into(),
+            "Samples per update over all ranks, at least the world size, or \"auto\": as many as fit in memory. 8 per rank by default."
+                .into(),
+        );
     }
     parts.extend(added);
 }

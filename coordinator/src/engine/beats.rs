@@ -70,7 +70,7 @@ impl Job {
     }
 
     /// What the ranks' steps mean for the job. True when the record should know: a first step, the end of repeating.
-    fn advance(&mut self, now: Timestamp) -> bool {
+    pub(super) fn advance(&mut self, now: Timestamp) -> bool {
         let Some(gang) = self.gang.as_ref().filter(|g| g.ending.is_none()) else { return false };
         // Before its node has said what it resumed from, nobody knows which steps are repeated.
         let Some(from) = gang.resumed_step else { return false };

@@ -28,11 +28,14 @@ pub enum CannotSave {
 impl Engine {
     pub(super) fn on_attempt_resumed(&mut self, turn: &mut Turn, resumed: Resumed) {
         let Some(job) = self.current(resumed.job, resumed.attempt) else { return };
-        let Some(gang) = job.gang.as_mut().filter(|g| g.resumed_step.is_none()) else { return };
+        if job.gang.as_ref().is_none_or(|g| g.resumed_step.is_some()) {
+            return;
+        }
         let id = resumed.job;
         for (step, reason) in &resumed.quarantined {
             job.put_aside(turn, *step, reason);
         }
+        let Some(gang) = &mut job.gang else { return };
         gang.resumed_step = Some(resumed.step.unwrap_or(0));
         if let Some(step) = resumed.step {
             // A fresh job that begins from another's checkpoint repeats nothing of its own.

@@ -7,7 +7,7 @@ use everlit_api::job::JobSpec;
 use everlit_api::status::{Explanation, JobState, PlacementPlan};
 
 use super::Engine;
-use super::placement::{Need, Placement, plan_gang};
+use super::placement::{Need, Placement, memory_estimate, plan_gang};
 use super::state::Job;
 
 impl Engine {
@@ -45,7 +45,7 @@ impl Engine {
             Placement::Later(why) => (false, true, why, Vec::new()),
             Placement::Never(why) => (false, false, why, Vec::new()),
         };
-        PlacementPlan { fits_now, fits_ever, reason, placement, spec: spec.redacted() }
+        PlacementPlan { fits_now, fits_ever, reason, placement, memory_estimate: memory_estimate(spec), spec: spec.redacted() }
     }
 
     /// Active jobs by state.

@@ -6,7 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use everlit_api::ids::NodeId;
-use everlit_api::job::{Device, JobSpec};
+use everlit_api::job::{Device, JobKind, JobSpec};
+use everlit_api::model::{MemoryEstimate, ModelSizes};
 use everlit_api::status::{Capacity, NodeLoad, PlacedRanks};
 use everlit_api::time::Timestamp;
 
@@ -61,6 +62,23 @@ pub struct Need {
     pub gpus: u32,
     /// Without one GPU per rank it runs on the CPU instead.
     pub gpus_optional: bool,
+    /// What a rank of the built-in program will take, when the job does not say. Not reserved: it only tells what can never run.
+    pub estimate: Estimate,
+}
+
+/// Bytes of one rank at least: with one sample in a forward pass.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Estimate {
+    /// Where it computes: weights, gradients, optimizer, activations.
+    pub device: u64,
+    /// In shared memory of the machine: snapshots.
+    pub snapshots: u64,
+}
+
+/// What one rank of the built-in program needs in training; `None` for other programs.
+pub fn memory_estimate(spec: &JobSpec) -> Option<MemoryEstimate> {
+    let worker = spec.worker.as_ref().filter(|_| spec.kind == JobKind::Train)?;
+    Some(MemoryEstimate::of(&ModelSizes::of(&worker.model)?, worker, spec.world_size))
 }
 
 impl Need {
@@ -72,12 +90,14 @@ impl Need {
             (0, Some(Device::Cuda)) => (1, false),
             (asked, _) => (asked, false),
         };
+        let estimate = memory_estimate(spec).filter(|_| spec.resources.memory == 0);
         Self {
             ranks: spec.world_size,
             cpu_milli: (spec.resources.cpus * 1_000.0).ceil() as u64,
             memory: spec.resources.memory,
             gpus,
             gpus_optional,
+            estimate: estimate.map(|e| Estimate { device: e.total(1) - e.snapshot_bytes, snapshots: e.snapshot_bytes }).unwrap_or_default(),
         }
     }
 
@@ -161,10 +181,27 @@ impl Node {
         if asked.memory > free {
             return Err(format!("needs {} of memory, {adverb} {}", gib(asked.memory), gib(free)));
         }
-        self.gpus_for(need, !empty).ok_or_else(|| {
+        let gpus = self.gpus_for(need, !empty).ok_or_else(|| {
             let free = self.capacity.gpus.iter().filter(|g| empty || !self.taken.gpus.contains(&g.index)).count();
             format!("needs {} GPUs, {adverb} {free}", u64::from(need.gpus) * u64::from(need.ranks))
-        })
+        })?;
+        self.holds(need, &gpus).map(|()| gpus)
+    }
+
+    /// Whether the whole machine, and each GPU, could hold what the ranks will take.
+    fn holds(&self, need: &Need, gpus: &[u32]) -> Result<(), String> {
+        let Estimate { device, snapshots } = need.estimate;
+        let granted = self.capacity.gpus.iter().filter(|gpu| gpus.contains(&gpu.index));
+        let hint = "estimated from the model; resources.memory says otherwise";
+        if let Some(gpu) = granted.filter(|gpu| gpu.memory > 0 && gpu.memory < device).min_by_key(|gpu| gpu.memory) {
+            return Err(format!("needs {} of GPU memory for each rank ({hint}), GPU {} has {}", gib(device), gpu.index, gib(gpu.memory)));
+        }
+        let each = if gpus.is_empty() { device.saturating_add(snapshots) } else { snapshots };
+        let memory = self.capacity.memory;
+        if each.saturating_mul(u64::from(need.ranks)) > memory {
+            return Err(format!("needs {} for each of {} ranks ({hint}), has {} of memory", gib(each), need.ranks, gib(memory)));
+        }
+        Ok(())
     }
 
     /// A sentence on why this gang is not here.
@@ -216,7 +253,9 @@ pub fn plan_gang(nodes: &BTreeMap<NodeId, Node>, need: &Need) -> Placement {
 
 #[cfg(test)]
 mod tests {
+    use everlit_api::job::ModelSpec;
     use everlit_api::status::GpuInfo;
+    use expect_test::expect;
 
     use super::*;
 
@@ -226,7 +265,7 @@ mod tests {
     }
 
     fn need(ranks: u32) -> Need {
-        Need { ranks, cpu_milli: 0, memory: 0, gpus: 0, gpus_optional: false }
+        Need { ranks, cpu_milli: 0, memory: 0, gpus: 0, gpus_optional: false, estimate: Estimate::default() }
     }
 
     #[test]
@@ -262,6 +301,34 @@ mod tests {
         let hard = Need { gpus: 1, ..need(1) };
         assert!(matches!(plan_gang(&nodes, &hard), Placement::Later(why) if why.contains("needs 1 GPUs, has free 0")));
         assert!(matches!(plan_gang(&nodes, &Need { gpus: 3, ..need(1) }), Placement::Never(_)));
+    }
+
+    #[test]
+    fn a_model_that_no_memory_holds_is_told_with_numbers_and_a_users_figure_wins() {
+        let nodes = BTreeMap::from([(NodeId("a".into()), node(4.0, 0, 64))]);
+        let mut spec = JobSpec::default_for(2);
+        assert!(matches!(plan_gang(&nodes, &Need::of(&spec)), Placement::Now(_)));
+        spec.worker.as_mut().expect("built in").model = ModelSpec::Preset("llama-1b".into());
+        let Placement::Never(why) = plan_gang(&nodes, &Need::of(&spec)) else { panic!("1B does not fit in 8 GiB") };
+        expect!["no node can ever hold it: a can never hold it: needs 26.6 GiB for each of 2 ranks (estimated from the model; resources.memory says otherwise), has 8.0 GiB of memory"].assert_eq(&why);
+        spec.resources.memory = 4 << 30;
+        assert!(matches!(plan_gang(&nodes, &Need::of(&spec)), Placement::Now(_)));
+        assert_eq!(memory_estimate(&JobSpec { worker: None, ..spec }), None);
+    }
+
+    #[test]
+    fn on_gpus_the_model_must_fit_there_and_only_snapshots_in_the_machine() {
+        let mut one = node(4.0, 2, 64);
+        one.capacity.memory = 32 << 30;
+        let mut spec = JobSpec::default_for(2);
+        spec.worker.as_mut().expect("built in").model = ModelSpec::Preset("llama-1b".into());
+        assert_eq!(one.fit(&Need::of(&spec), true), Ok(vec![0, 1]));
+        one.capacity.gpus[1].memory = 8 << 30;
+        let why = one.fit(&Need::of(&spec), true).expect_err("one GPU is too small");
+        expect![
+            "needs 15.5 GiB of GPU memory for each rank (estimated from the model; resources.memory says otherwise), GPU 1 has 8.0 GiB"
+        ]
+        .assert_eq(&why);
     }
 
     #[test]

@@ -186,7 +186,7 @@ mod tests {
 
     #[test]
     fn failures_shorten_the_mean_time_between_them_and_calm_lengthens_it() {
-        let hours = |running, failures| mean_time_between_failures(running * 3_600_000, failures).0 as f64 / 3_600_000.0;
+        let hours = |running: u64, failures| mean_time_between_failures(running * 3_600_000, failures).0 as f64 / 3_600_000.0;
         assert_eq!([hours(0, 0), hours(0, 1), hours(4, 3), hours(96, 0), hours(96, 9)], [4.0, 2.0, 2.0, 100.0, 10.0]);
         assert_eq!(mean_time_between_failures(u64::MAX, 0).0, u64::MAX);
     }

@@ -559,3 +559,26 @@ fn gpu_counts(engine: &Engine) -> GpuCounts {
         utilization: mean,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use expect_test::expect;
+
+    use super::*;
+
+    #[test]
+    fn a_save_that_can_not_be_is_a_conflict_with_its_remedy() {
+        let told = [
+            CannotSave::NotRunning(JobState::Queued),
+            CannotSave::NotRunning(JobState::Stopping),
+            CannotSave::NotHeard,
+            CannotSave::NotSupported,
+        ]
+        .map(|why| {
+            let problem = cannot_save(JobId::from_parts(0, 1), &why);
+            assert_eq!(problem.status, 409);
+            format!("{} retry {:?}\n", problem.detail, problem.retry_after)
+        });
+        expect![[r#""#]].assert_eq(&told.concat());
+    }
+}

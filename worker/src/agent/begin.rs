@@ -13,6 +13,7 @@ use super::cli::RunArgs;
 use super::driver::{Driver, FLUSH_MAX};
 use super::folders::Folders;
 use super::limits::BLOCKING_THREADS;
+use super::memory::Memory;
 use super::start::Node;
 use super::{environment, gpu, load, status};
 
@@ -41,7 +42,8 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
 fn node(folders: Folders, has_gpus: bool) -> anyhow::Result<Node> {
     let programs = std::env::current_exe()?.parent().map(PathBuf::from).unwrap_or_default();
     let env = environment::PASSED.iter().filter_map(|name| Some(((*name).to_string(), std::env::var(name).ok()?)));
-    Ok(Node { folders, programs, env: env.collect(), has_gpus, open_files: raise_open_files(), boot_id: load::boot_id() })
+    let memory = Memory::find(folders.root());
+    Ok(Node { folders, memory, programs, env: env.collect(), has_gpus, open_files: raise_open_files(), boot_id: load::boot_id() })
 }
 
 /// Raises the agent's own limit of open files; answers what ranks get.

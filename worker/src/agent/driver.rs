@@ -19,6 +19,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use super::cli::RunArgs;
 use super::effects::{Done, Effects};
 use super::engine::{Action, Engine, Event};
+use super::heartbeat::Heard;
 use super::limits::LOOK_EVERY;
 use super::link::{self, LinkEvent};
 use super::ranks::ShimNews;
@@ -26,6 +27,7 @@ use super::shim::{Settled, Told};
 use super::start::Node;
 use super::watch::{Noticed, Watched, Watcher};
 use super::{adopt, gpu, load, shim, status};
+use crate::checkpoint::Quarantined;
 
 /// Events that may wait for the loop.
 const QUEUE: usize = 1024;
@@ -110,6 +112,7 @@ impl Driver {
     pub(super) async fn run(mut self) -> anyhow::Result<&'static str> {
         self.adopt().await;
         self.effects.empty_trash();
+        self.effects.free_unwanted_memory();
         let link = tokio::spawn(link::run(self.coordinator_file.clone(), self.file_changed.clone(), self.link_events_tx.clone()));
         let mut terminate = signals(SignalKind::terminate())?;
         let mut interrupt = signals(SignalKind::interrupt())?;
@@ -197,6 +200,7 @@ impl Driver {
             }
             ToAgent::StartGang(spec) => self.handle(Event::GangOrdered(spec)),
             ToAgent::StopGang { job, attempt, grace } => self.handle(Event::StopOrdered { job, attempt, grace }),
+            ToAgent::SaveNow { job, attempt } => self.handle(Event::SaveOrdered { job, attempt }),
             ToAgent::Forget { incarnations } => self.handle(Event::ForgetOrdered(incarnations)),
             ToAgent::RemoveJob { job } => self.handle(Event::RemoveOrdered(job)),
             ToAgent::JobEnded { job } => self.handle(Event::JobEnded(job)),
@@ -258,8 +262,8 @@ impl Driver {
     }
 
     fn look_at(&mut self, incarnation: Incarnation) -> Option<&'static str> {
-        let (seq, beat) = self.effects.ranks.look(incarnation)?;
-        self.handle(Event::HeartbeatRead { incarnation, seq, beat })
+        let Heard { seq, beat, save_error } = self.effects.ranks.look(incarnation)?;
+        self.handle(Event::HeartbeatRead { incarnation, seq, beat, save_error })
     }
 
     fn look_everywhere(&mut self) -> Option<&'static str> {
@@ -315,7 +319,11 @@ impl Driver {
             }),
             Done::Checked { job, outcome } => {
                 let keep = self.engine.newest_spec(job).map_or(u32::MAX, |spec| spec.checkpoint.keep);
-                self.effects.on_checked(job, keep, outcome).and_then(|news| self.handle(Event::CheckpointSeen(news)))
+                let (news, quarantined) = self.effects.on_checked(job, keep, outcome);
+                let told =
+                    quarantined.into_iter().map(|Quarantined { step, reason, .. }| Event::CheckpointQuarantined { job, step, reason });
+                let events: Vec<Event> = told.chain(news.map(Event::CheckpointSeen)).collect();
+                events.into_iter().fold(None, |end, event| self.handle(event).or(end))
             }
             Done::Scanned { job, scanner, progress } => {
                 self.effects.keep_scanner(job, scanner);

@@ -32,7 +32,7 @@ use super::progress::Outputs;
 use super::ranks::{Ranks, ShimNews};
 use super::start::{self, Node, Prepared, Refused};
 use super::watch::{Watched, Watcher};
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::{CheckpointError, Quarantined};
 
 /// Work that was done on another thread.
 #[derive(Debug)]
@@ -105,6 +105,10 @@ impl Effects {
             Action::Prepare(spec) => self.prepare(spec),
             Action::Spawn { job, attempt } => self.spawn(job, attempt),
             Action::Signal { incarnation, signal } => self.ranks.signal(incarnation, signal),
+            Action::Notify { incarnation, signal } => self.ranks.notify(incarnation, signal),
+            Action::FreeSnapshots { job, committed, attempt } => {
+                self.in_memory(move |node| node.memory.free_older(job, committed, attempt))
+            }
             Action::MarkDrained(incarnation) => {
                 if let Err(error) = fs::write(self.node.folders.run(incarnation).join(DRAINED_NAME), "") {
                     tracing::warn!(%incarnation, %error, "could not mark a drained rank");
@@ -122,6 +126,7 @@ impl Effects {
                 if let Err(error) = fs::write(self.node.folders.ended(job), "").or_else(not_found_is_fine) {
                     tracing::warn!(%job, %error, "could not mark a final job");
                 }
+                self.in_memory(move |node| node.memory.end(&node.folders, job));
             }
             Action::RemoveJob(job) => self.remove_job(job),
             Action::Exit(_) => {}
@@ -174,7 +179,12 @@ impl Effects {
     }
 
     /// A check is done: what to tell of it.
-    pub(super) fn on_checked(&mut self, job: JobId, keep: u32, outcome: Result<Checked, CheckpointError>) -> Option<Box<CheckpointNews>> {
+    pub(super) fn on_checked(
+        &mut self,
+        job: JobId,
+        keep: u32,
+        outcome: Result<Checked, CheckpointError>,
+    ) -> (Option<Box<CheckpointNews>>, Vec<Quarantined>) {
         let checked = match outcome {
             Ok(checked) => checked,
             Err(error) => {
@@ -188,7 +198,7 @@ impl Effects {
         if self.checkpoints.end(job, checked.news.as_ref()) {
             self.check_checkpoint(job, keep);
         }
-        checked.news.map(Box::new)
+        (checked.news.map(Box::new), checked.quarantined)
     }
 
     /// A rank without heartbeats wrote something.
@@ -247,7 +257,22 @@ impl Effects {
             return;
         }
         self.empty_trash();
-        self.work(move || Done::JobRemoved(job));
+        let node = self.node.clone();
+        self.work(move || {
+            node.memory.remove(job);
+            Done::JobRemoved(job)
+        });
+    }
+
+    /// Gives back the shared memory of jobs that ended or were removed while no agent was here.
+    pub(super) fn free_unwanted_memory(&self) {
+        self.in_memory(|node| node.memory.free_unwanted(&node.folders));
+    }
+
+    /// Work on snapshots, of which nobody waits for the end.
+    fn in_memory(&self, work: impl FnOnce(&Node) + Send + 'static) {
+        let node = self.node.clone();
+        drop(spawn_blocking(move || work(&node)));
     }
 
     /// Deletes what was moved away, whenever.

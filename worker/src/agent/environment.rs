@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use everlit_api::agent::{GangSpec, Program};
-use everlit_api::environment::RESERVED;
+use everlit_api::environment::{RESERVED, SNAPSHOT_DIR};
 
 /// What is passed on from the agent's own environment.
 pub(super) const PASSED: [&str; 4] = ["PATH", "HOME", "LANG", "LD_LIBRARY_PATH"];
@@ -25,6 +25,8 @@ pub(super) struct Paths<'a> {
     pub checkpoints: &'a Path,
     /// Where ranks of this attempt meet.
     pub rendezvous: &'a Path,
+    /// Where snapshots are kept in shared memory.
+    pub snapshots: Option<&'a Path>,
 }
 
 /// The environment of the `local`-th rank here. `own`: the agent's variables named in [`PASSED`]. `node_has_gpus`: then a job sees only the
@@ -78,6 +80,9 @@ pub(super) fn environment(
     set("EVERLIT_RESUME_FROM", resume_from.unwrap_or_default().into());
     set("EVERLIT_DATA_SHARDS", path(paths.shards));
     set("EVERLIT_RENDEZVOUS", format!("dir:{}", paths.rendezvous.display()));
+    if let Some(snapshots) = paths.snapshots {
+        set(SNAPSHOT_DIR, path(snapshots));
+    }
     if node_has_gpus {
         let gpus: Vec<String> = spec.gpus.iter().map(ToString::to_string).collect();
         set("CUDA_VISIBLE_DEVICES", gpus.join(","));
@@ -112,6 +117,7 @@ pub(crate) mod tests {
             master_port: 29_500,
             restarts: 0,
             max_restarts: 50,
+            mean_time_between_failures: None,
             gpus: Vec::new(),
             program: Program::Command { argv: vec!["true".into()] },
             env: BTreeMap::new(),
@@ -128,8 +134,14 @@ pub(crate) mod tests {
 
     fn text(spec: &GangSpec, local: u32, node_has_gpus: bool) -> String {
         let at = |path| Path::new(path);
-        let paths =
-            Paths { heartbeat: at("/r/HEARTBEAT"), error: at("/r/e"), shards: at("/r/s"), checkpoints: at("/c"), rendezvous: at("/m") };
+        let paths = Paths {
+            heartbeat: at("/r/HEARTBEAT"),
+            error: at("/r/e"),
+            shards: at("/r/s"),
+            checkpoints: at("/c"),
+            rendezvous: at("/m"),
+            snapshots: Some(at("/dev/shm/s")),
+        };
         let own = BTreeMap::from([("PATH".to_string(), "/bin".to_string())]);
         let env = environment(spec, local, paths, Some("/c/step-000000000100"), &own, node_has_gpus);
         env.iter().map(|(name, value)| format!("{name}={value}\n")).collect()
@@ -153,6 +165,7 @@ pub(crate) mod tests {
             EVERLIT_JOB_ID=00000000010000000000000002
             EVERLIT_RENDEZVOUS=dir:/m
             EVERLIT_RESUME_FROM=/c/step-000000000100
+            EVERLIT_SNAPSHOT_DIR=/dev/shm/s
             GROUP_RANK=0
             GROUP_WORLD_SIZE=1
             LANG=C

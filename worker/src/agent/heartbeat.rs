@@ -10,15 +10,26 @@ use std::path::Path;
 
 use everlit_api::agent::Beat;
 use everlit_api::ids::Incarnation;
-use everlit_api::manifest::{HEARTBEAT_BYTES_MAX, Phase};
+use everlit_api::manifest::{HEARTBEAT_BYTES_MAX, Phase, SaveError};
 use nix::libc;
 
 use super::folders::HEARTBEAT_NAME;
-use super::limits::{METRIC_NAME_MAX, METRICS_MAX};
+use super::limits::{METRIC_NAME_MAX, METRICS_MAX, SAVE_ERROR_CHARS_MAX};
 
 /// Which version of the file was read: a file that did not change is not read again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Seen(u64, i64, i64);
+
+/// A heartbeat.
+#[derive(Debug)]
+pub(super) struct Heard {
+    /// Its number in the order of this incarnation.
+    pub seq: u64,
+    /// What it says of progress.
+    pub beat: Box<Beat>,
+    /// The newest save that failed.
+    pub save_error: Option<SaveError>,
+}
 
 /// What a look at the file found.
 #[derive(Debug)]
@@ -26,7 +37,7 @@ pub(super) enum Look {
     /// Nothing, or what was there before.
     Nothing,
     /// A heartbeat.
-    Beat(Seen, u64, Box<Beat>),
+    Beat(Seen, Heard),
     /// Something else; it is ignored and counted.
     Bad(Option<Seen>, &'static str),
 }
@@ -52,13 +63,13 @@ pub(super) fn look(run_folder: &Path, incarnation: Incarnation, seen: Option<See
         return Look::Bad(Some(now), "it can not be read");
     }
     match parse(&text, incarnation) {
-        Ok((seq, beat)) => Look::Beat(now, seq, Box::new(beat)),
+        Ok(heard) => Look::Beat(now, heard),
         Err(why) => Look::Bad(Some(now), why),
     }
 }
 
 /// Reads the text of a heartbeat field by field, so that one bad field costs only itself.
-pub(super) fn parse(text: &[u8], incarnation: Incarnation) -> Result<(u64, Beat), &'static str> {
+pub(super) fn parse(text: &[u8], incarnation: Incarnation) -> Result<Heard, &'static str> {
     if text.len() as u64 > HEARTBEAT_BYTES_MAX {
         return Err("it is longer than 4 KiB");
     }
@@ -87,9 +98,15 @@ pub(super) fn parse(text: &[u8], incarnation: Incarnation) -> Result<(u64, Beat)
             .filter_map(|(name, number)| Some((name.clone(), number.as_f64().filter(|n| n.is_finite())?)))
             .take(METRICS_MAX)
             .collect(),
+        saves_on_signal: value["saves_on_signal"] == true,
         age_ms: 0,
     };
-    Ok((seq, beat))
+    let reason = || {
+        let text = value["save_error"]["reason"].as_str().unwrap_or("it did not say why");
+        text.chars().take(SAVE_ERROR_CHARS_MAX).collect()
+    };
+    let save_error = value["save_error"]["step"].as_u64().map(|step| SaveError { step, reason: reason() });
+    Ok(Heard { seq, beat: Box::new(beat), save_error })
 }
 
 #[cfg(test)]
@@ -105,7 +122,8 @@ mod tests {
     fn the_contracts_example_is_read() {
         let text = br#"{"seq":17,"pid":4242,"rank":3,"attempt":1,"phase":"train","step":120,"total_steps":2000,"samples":7680,"loss":2.31,
             "metrics":{"lr":0.0003},"time":"2026-01-01T00:00:00Z"}"#;
-        let (seq, beat) = parse(text, own()).unwrap();
+        let Heard { seq, beat, save_error } = parse(text, own()).unwrap();
+        assert_eq!((beat.saves_on_signal, save_error), (false, None));
         assert_eq!((seq, beat.phase, beat.step, beat.loss, beat.metrics["lr"]), (17, Some(Phase::Train), Some(120), Some(2.31), 0.0003));
     }
 
@@ -114,9 +132,23 @@ mod tests {
         let many: Vec<String> = (0..100).map(|n| format!("\"m{n}\":{n}")).collect();
         let long = "n".repeat(65);
         let text = format!(r#"{{"seq":1,"step":-5,"loss":"NaN","phase":"dance","metrics":{{"{long}":1,"x":null,{}}}}}"#, many.join(","));
-        let (_, beat) = parse(text.as_bytes(), own()).unwrap();
+        let beat = parse(text.as_bytes(), own()).unwrap().beat;
         assert_eq!((beat.step, beat.loss, beat.phase, beat.metrics.len()), (None, None, None, METRICS_MAX));
         assert!(parse(br#"{"seq":1,"loss":1e999}"#, own()).is_err());
+    }
+
+    #[test]
+    fn failed_saves_and_the_word_that_a_signal_saves_are_read() {
+        let save_error = |text: &str| parse(text.as_bytes(), own()).unwrap().save_error;
+        let long = "x".repeat(600);
+        let told = save_error(&format!(r#"{{"seq":1,"save_error":{{"step":50,"reason":"{long}"}}}}"#)).unwrap();
+        assert_eq!((told.step, told.reason.len()), (50, SAVE_ERROR_CHARS_MAX));
+        assert_eq!(save_error(r#"{"seq":1,"save_error":{"step":7}}"#).unwrap().reason, "it did not say why");
+        for none in [r#"{"seq":1,"save_error":null}"#, r#"{"seq":1,"save_error":{"reason":"x"}}"#, r#"{"seq":1,"save_error":"x"}"#] {
+            assert_eq!(save_error(none), None, "{none}");
+        }
+        assert!(parse(br#"{"seq":1,"saves_on_signal":true}"#, own()).unwrap().beat.saves_on_signal);
+        assert!(!parse(br#"{"seq":1,"saves_on_signal":"yes"}"#, own()).unwrap().beat.saves_on_signal);
     }
 
     #[test]
@@ -144,7 +176,7 @@ mod tests {
         let look = |seen| super::look(dir.path(), own(), seen);
         assert!(matches!(look(None), Look::Nothing));
         std::fs::write(&path, r#"{"seq":1}"#).unwrap();
-        let Look::Beat(seen, 1, _) = look(None) else { panic!("not read") };
+        let Look::Beat(seen, Heard { seq: 1, .. }) = look(None) else { panic!("not read") };
         assert!(matches!(look(Some(seen)), Look::Nothing));
         std::fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink("/etc/hostname", &path).unwrap();

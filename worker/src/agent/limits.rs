@@ -46,6 +46,10 @@ pub(super) const PATTERN_BYTES_MAX: usize = 256 * 1024;
 pub(super) const ERROR_FILE_BYTES_MAX: u64 = 64 * 1024;
 /// Characters of a program's error message that are told.
 pub(super) const ERROR_CHARS_MAX: usize = 4096;
+/// Characters of a reason for a failed save that are told.
+pub(super) const SAVE_ERROR_CHARS_MAX: usize = 512;
+/// Damaged checkpoints that are remembered until there is a coordinator to tell.
+pub(super) const QUARANTINED_MAX: usize = 256;
 /// Ranks per CPU that a node takes when nothing is reserved.
 pub(super) const SLOTS_PER_CPU: u32 = 16;
 /// Ranks that every node takes.

@@ -19,6 +19,7 @@ mod limits;
 mod link;
 mod load;
 mod logs;
+mod memory;
 mod metrics;
 mod procs;
 mod progress;

@@ -8,13 +8,12 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use everlit_api::agent::Beat;
 use everlit_api::ids::Incarnation;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::sync::mpsc;
 
 use super::folders::Folders;
-use super::heartbeat::{self, Look, Seen};
+use super::heartbeat::{self, Heard, Look, Seen};
 use super::procs::kill_leftovers;
 use super::shim::{Settled, Told, parse_line, settle};
 
@@ -96,22 +95,31 @@ impl Ranks {
 
     /// Has the shim send a signal to the rank's process group.
     pub(super) fn signal(&mut self, incarnation: Incarnation, signal: i32) {
+        self.order(incarnation, &format!("signal {signal}\n"));
+    }
+
+    /// Has the shim send a signal to the rank's process alone. A shim of before this order ignores it.
+    pub(super) fn notify(&mut self, incarnation: Incarnation, signal: i32) {
+        self.order(incarnation, &format!("notify {signal}\n"));
+    }
+
+    fn order(&mut self, incarnation: Incarnation, order: &str) {
         let Some(entry) = self.table.get_mut(&incarnation) else { return };
-        if let Err(error) = entry.orders.write_all(format!("signal {signal}\n").as_bytes()) {
+        if let Err(error) = entry.orders.write_all(order.as_bytes()) {
             // The end of the connection tells the rest.
-            tracing::warn!(%incarnation, signal, %error, "a signal could not be sent");
+            tracing::warn!(%incarnation, order, %error, "a signal could not be sent");
         }
     }
 
     /// Reads the heartbeat file if it changed.
-    pub(super) fn look(&mut self, incarnation: Incarnation) -> Option<(u64, Box<Beat>)> {
+    pub(super) fn look(&mut self, incarnation: Incarnation) -> Option<Heard> {
         let entry = self.table.get_mut(&incarnation)?;
         match heartbeat::look(&entry.folder, incarnation, entry.seen) {
             Look::Nothing => None,
-            Look::Beat(seen, seq, beat) => {
+            Look::Beat(seen, heard) => {
                 entry.seen = Some(seen);
                 entry.beats = true;
-                Some((seq, beat))
+                Some(heard)
             }
             Look::Bad(seen, reason) => {
                 if seen.is_none() || seen != entry.seen {

@@ -1,4 +1,5 @@
-//! Where an attempt starts from: its job's newest checkpoint that verifies in full, else what the order says. Blocks.
+//! Where an attempt starts from: a whole snapshot in shared memory that is newer than every checkpoint, else its job's newest checkpoint that
+//! verifies in full, else what the order says. Blocks.
 //!
 //! A damaged checkpoint of the job itself is put aside; one of another job, or of a folder that is not ours, is only passed over. What was
 //! asked for and does not verify is an error for ever: starting afresh instead would silently be another job.
@@ -8,26 +9,36 @@ use std::path::{Path, PathBuf};
 use everlit_api::agent::{GangSpec, ResumeFrom, Resumed};
 use everlit_api::manifest::Manifest;
 
-use super::folders::Folders;
-use super::start::Refused;
+use super::start::{Node, Refused};
 use crate::checkpoint::{self, CheckpointError};
 
 /// Decides. `fresh`: the job's checkpoint folder was made just now.
-pub(super) fn decide(folders: &Folders, spec: &GangSpec, fresh: bool) -> Result<Resumed, Refused> {
-    let mut resumed = Resumed { job: spec.job, attempt: spec.attempt, step: None, path: None, quarantined: Vec::new() };
+pub(super) fn decide(node: &Node, spec: &GangSpec, fresh: bool) -> Result<Resumed, Refused> {
+    let folders = &node.folders;
+    let mut resumed = Resumed { job: spec.job, attempt: spec.attempt, step: None, path: None, from_memory: false, quarantined: Vec::new() };
+    let mut committed = None;
     if !fresh {
         let dir = folders.checkpoints(spec.job);
         let busy = |error: CheckpointError| Refused { reason: error.to_string(), permanent: !error.is_transient() };
         let chosen = checkpoint::newest_verified(&dir).map_err(busy)?;
         resumed.quarantined = chosen.quarantined.into_iter().map(|put_aside| (put_aside.step, put_aside.reason)).collect();
-        if let Some((path, manifest)) = chosen.checkpoint {
-            return Ok(found(resumed, &path, &manifest));
-        }
+        committed = chosen.checkpoint;
+    }
+    if let Some((path, manifest)) = node.memory.resume(spec, committed.as_ref().map(|(_, manifest)| manifest.step)) {
+        tracing::info!(job = %spec.job, attempt = spec.attempt, step = manifest.step, "resuming from shared memory");
+        return Ok(Resumed { from_memory: true, ..found(resumed, &path, &manifest) });
+    }
+    if let Some((path, manifest)) = committed {
+        return Ok(found(resumed, &path, &manifest));
     }
     let (path, manifest) = match &spec.resume_from {
         None => return Ok(resumed),
         Some(ResumeFrom::Job(job)) => {
             let dir = folders.checkpoints(*job);
+            if folders.ended(*job).exists() {
+                // Its last snapshot may be on its way to the disk.
+                node.memory.end(folders, *job);
+            }
             newest_without_quarantine(&dir)
                 .map_err(|why| Refused::forever(format!("job {job} has no usable checkpoint on this node: {why}")))?
         }

@@ -14,20 +14,24 @@ use std::path::{Path, PathBuf};
 
 use everlit_api::agent::{GangSpec, Program, Resumed};
 use everlit_api::ids::Incarnation;
+use everlit_api::time::Millis;
 use serde::{Deserialize, Serialize};
 
 use super::environment::{self, Paths};
 use super::folders::{ERROR_NAME, Folders, GANG_NAME, HEARTBEAT_NAME, SHARDS_NAME, WORKER_NAME, parse_attempt};
+use super::memory::Memory;
 use super::{resume, shim};
 use crate::checkpoint;
 use crate::shim::spec::Spec;
 use crate::train_config::TrainConfig;
 
 /// What all gangs on this node have in common.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Node {
     /// The data folder.
     pub folders: Folders,
+    /// Snapshots in shared memory.
+    pub memory: Memory,
     /// Where the programs are that stand beside this one.
     pub programs: PathBuf,
     /// The agent's variables that are passed on.
@@ -121,13 +125,19 @@ pub(super) fn prepare(node: &Node, spec: &GangSpec) -> Result<Prepared, Refused>
         checkpoint::raise_fence(&checkpoints, spec.attempt).map_err(busy)?;
         checkpoint::sweep_drafts(&checkpoints, spec.attempt).map_err(busy)?;
     }
-    let resumed = resume::decide(folders, spec, fresh)?;
+    let resumed = resume::decide(node, spec, fresh)?;
+    let snapshots = node.memory.make(spec);
     let rendezvous = folders.rendezvous(spec.job, spec.attempt);
     DirBuilder::new().mode(0o700).recursive(true).create(&rendezvous).map_err(failed("make the folder", &rendezvous))?;
     make_folder(&folders.logs(spec.job))?;
     make_folder(&folders.runs(spec.job))?;
-    if let Program::Worker { worker } = &spec.program {
-        let config = TrainConfig { worker: worker.clone(), checkpoint: spec.checkpoint, shards: spec.shards.clone() };
+    if let Program::Worker { worker, .. } = &spec.program {
+        let config = TrainConfig {
+            worker: (**worker).clone(),
+            checkpoint: spec.checkpoint,
+            shards: spec.shards.clone(),
+            mean_seconds_between_failures: spec.mean_time_between_failures.map(|Millis(ms)| ms as f64 / 1_000.0),
+        };
         let text = serde_json::to_vec(&config).map_err(|error| Refused::forever(error.to_string()))?;
         write_whole(&attempt.join(WORKER_NAME), &text)?;
     }
@@ -139,7 +149,14 @@ pub(super) fn prepare(node: &Node, spec: &GangSpec) -> Result<Prepared, Refused>
         let shards = folder.join(SHARDS_NAME);
         fs::write(&shards, environment::shards_of(spec, incarnation.rank)).map_err(failed("write", &shards))?;
         let (heartbeat, error) = (folder.join(HEARTBEAT_NAME), folder.join(ERROR_NAME));
-        let paths = Paths { heartbeat: &heartbeat, error: &error, shards: &shards, checkpoints: &checkpoints, rendezvous: &rendezvous };
+        let paths = Paths {
+            heartbeat: &heartbeat,
+            error: &error,
+            shards: &shards,
+            checkpoints: &checkpoints,
+            rendezvous: &rendezvous,
+            snapshots: snapshots.as_deref(),
+        };
         let env = environment::environment(spec, local, paths, resumed.path.as_deref(), &node.env, node.has_gpus);
         let env: Result<Vec<CString>, Refused> = env.iter().map(|(name, value)| c_string(&format!("{name}={value}"), name)).collect();
         let shim = Spec {
@@ -171,13 +188,14 @@ fn argv(node: &Node, spec: &GangSpec, attempt: &Path) -> Result<Vec<CString>, Re
     }
     let argv = match &spec.program {
         Program::Command { argv } => argv.clone(),
-        Program::Worker { .. } => {
+        Program::Worker { evaluate, .. } => {
             let worker = node.programs.join("everlit-worker");
             if !worker.exists() {
                 return Err(Refused::forever(missing("everlit-worker")));
             }
             let path = |path: &Path| path.display().to_string();
-            vec![path(&worker), "train".into(), "--config".into(), path(&attempt.join(WORKER_NAME))]
+            let verb = if *evaluate { "evaluate" } else { "train" };
+            vec![path(&worker), verb.into(), "--config".into(), path(&attempt.join(WORKER_NAME))]
         }
     };
     if argv.first().is_none_or(String::is_empty) {

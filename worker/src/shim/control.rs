@@ -1,6 +1,6 @@
 //! The shim's side of its control connections: the one it was born with, and those of later agents through `shim.sock`.
 //!
-//! To an agent go state lines ([`super::state`]); from it come lines `hello VERSION`, `signal NUMBER` and `kill`. An agent that connects late
+//! To an agent go state lines ([`super::state`]); from it come lines `hello VERSION`, `signal NUMBER`, `notify NUMBER` and `kill`. An agent that connects late
 //! is told everything that was said so far. Nothing here blocks: an agent that does not read is dropped, and can connect again.
 
 use std::io::{self, Read, Write};
@@ -22,6 +22,8 @@ const ORDER_BYTES_MAX: usize = 64;
 pub(super) enum Order {
     /// Send this signal to the rank's process group.
     Signal(i32),
+    /// Send this signal to the rank's own process and to nothing that it started.
+    Notify(i32),
     /// Kill the group.
     Kill,
 }
@@ -108,9 +110,11 @@ impl Control {
 /// An unknown order is ignored: a later agent may know more than this shim.
 fn parse(line: &[u8]) -> Option<Order> {
     let mut words = std::str::from_utf8(line).ok()?.split(' ');
+    let number = |text: &str| text.parse().ok().filter(|number| (1..=64).contains(number));
     match (words.next()?, words.next()) {
         ("kill", None) => Some(Order::Kill),
-        ("signal", Some(number)) => number.parse().ok().filter(|number| (1..=64).contains(number)).map(Order::Signal),
+        ("signal", Some(text)) => number(text).map(Order::Signal),
+        ("notify", Some(text)) => number(text).map(Order::Notify),
         _ => None,
     }
 }
@@ -122,8 +126,9 @@ mod tests {
     #[test]
     fn orders_are_read_and_strangers_ignored() {
         assert_eq!(parse(b"signal 15"), Some(Order::Signal(15)));
+        assert_eq!(parse(b"notify 10"), Some(Order::Notify(10)));
         assert_eq!(parse(b"kill"), Some(Order::Kill));
-        for line in [&b"hello 1"[..], b"signal", b"signal 0", b"signal 999", b"signal -9", b"kill all", b"", b"\xff"] {
+        for line in [&b"hello 1"[..], b"signal", b"signal 0", b"signal 999", b"signal -9", b"notify 65", b"kill all", b"", b"\xff"] {
             assert_eq!(parse(line), None, "{line:?}");
         }
     }

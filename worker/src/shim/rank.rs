@@ -199,6 +199,12 @@ fn children() -> Vec<Pid> {
     .collect()
 }
 
+/// Sends a signal to the rank's process alone: what it started may die of a signal that it does not know.
+pub(super) fn notify(rank: Pid, number: i32) {
+    // SAFETY: a system call on numbers. The pid is the rank's until it is reaped, which only this process does.
+    unsafe { libc::kill(rank.as_raw(), number) };
+}
+
 /// Sends a signal to the rank's process group.
 pub(super) fn signal(rank: Pid, number: i32) {
     // SAFETY: a system call on numbers. `number` may be a real-time signal, which the typed call has no name for.

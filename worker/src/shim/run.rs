@@ -162,6 +162,7 @@ impl Shim {
         for order in orders {
             match order {
                 Order::Signal(number) => rank::signal(rank, number),
+                Order::Notify(number) => rank::notify(rank, number),
                 Order::Kill => rank::signal(rank, Signal::SIGKILL as i32),
             }
         }

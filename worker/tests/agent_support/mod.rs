@@ -272,6 +272,7 @@ impl Bench {
             master_port: 29_500,
             restarts: 0,
             max_restarts: 50,
+            mean_time_between_failures: None,
             gpus: Vec::new(),
             program: Program::Command { argv: vec!["sh".into(), "-c".into(), script.into()] },
             env: BTreeMap::new(),

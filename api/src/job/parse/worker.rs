@@ -42,9 +42,8 @@ fn settings(fields: &mut Reader<'_, '_>, defaults: WorkerSpec, world_size: u32) 
         weight_decay: fields.read_or("weight_decay", defaults.weight_decay, |v| number(v, 0.0, WEIGHT_DECAY_MAX)),
         max_grad_norm: fields.read_or("max_grad_norm", defaults.max_grad_norm, |v| number(v, 0.0, GRAD_NORM_MAX)),
         dropout: fields.read_or("dropout", defaults.dropout, |v| number(v, 0.0, DROPOUT_MAX)),
-        precision: fields.read_or("precision", defaults.precision, |v| {
-            choice(v, &[("float32", Precision::Float32), ("bfloat16", Precision::Bfloat16)])
-        }),
+        precision: fields
+            .read_or("precision", defaults.precision, |v| choice(v, &[("float32", Precision::Float32), ("bfloat16", Precision::Bfloat16)])),
         activation_checkpointing: fields.read_or("activation_checkpointing", defaults.activation_checkpointing, boolean),
         on_nan: fields.read_or("on_nan", defaults.on_nan, |v| choice(v, &[("stop", OnNan::Stop), ("skip", OnNan::Skip)])),
         evaluation: fields.object("evaluation", evaluation),
@@ -61,7 +60,12 @@ fn model(fields: &mut Reader<'_, '_>, default: ModelSpec) -> ModelSpec {
         Some(Value::String(name)) if MODEL_PRESETS.contains(&name.as_str()) => ModelSpec::Preset(name.clone()),
         Some(_) => {
             let names = MODEL_PRESETS.map(|name| format!("\"{name}\"")).join(", ");
-            fields.fault("model", format!("must be one of {names}, or sizes like {{\"dim\": 128, \"layers\": 4, \"heads\": 4, \"kv_heads\": 2, \"hidden\": 448}}"));
+            fields.fault(
+                "model",
+                format!(
+                    "must be one of {names}, or sizes like {{\"dim\": 128, \"layers\": 4, \"heads\": 4, \"kv_heads\": 2, \"hidden\": 448}}"
+                ),
+            );
             default
         }
     }

@@ -48,13 +48,14 @@ async fn every_call_reaches_its_door_and_reads_its_answer() {
     assert_eq!(client.job(id()).await.expect("a job").world_size, 2);
     house.asked();
     client.stop(id(), true).await.expect("stopped");
+    client.checkpoint(id()).await.expect("told");
     client.delete(id(), true, false).await.expect("removed");
-    assert_eq!(house.asked(), "stop force true\ndelete stop_first true force false");
+    assert_eq!(house.asked(), "stop force true\nsave\ndelete stop_first true force false");
     let purge = PurgeRequest { older_than: Millis::secs(60), states: vec![JobState::Failed], dry_run: true };
     assert_eq!(client.purge(&purge).await.expect("purged").removed, vec![id()]);
     assert_eq!(client.events(id(), 3, Some("2")).await.expect("a page").data[0].id, "4");
     assert_eq!(client.attempts(id()).await.expect("a page").data.len(), 5);
-    assert_eq!(client.metrics(id()).await.expect("a page").data.len(), 1000);
+    assert_eq!(client.metrics(id(), 500).await.expect("a page").data.len(), 500);
     assert!(client.checkpoints(id()).await.expect("a page").data.is_empty());
     assert_eq!(client.explain(id()).await.expect("reasons").reason, "no node");
     assert_eq!(client.nodes().await.expect("a page").data.len(), 3);

@@ -151,7 +151,8 @@ impl Control for Fake {
     }
 
     fn plan(&self, spec: JobSpec) -> Answer<'_, PlacementPlan> {
-        let plan = PlacementPlan { fits_now: true, fits_ever: true, reason: "fits".into(), placement: Vec::new(), spec };
+        let plan =
+            PlacementPlan { fits_now: true, fits_ever: true, reason: "fits".into(), placement: Vec::new(), memory_estimate: None, spec };
         self.answer("plan".into(), Ok(plan))
     }
 
@@ -240,7 +241,8 @@ impl Control for Fake {
     }
 
     fn metrics(&self, id: JobId) -> Answer<'_, Vec<MetricPoint>> {
-        let point = |step| MetricPoint { time: Timestamp(step), attempt: 1, step, samples: None, loss: Some(1.0), metrics: BTreeMap::new() };
+        let point =
+            |step| MetricPoint { time: Timestamp(step), attempt: 1, step, samples: None, loss: Some(1.0), metrics: BTreeMap::new() };
         self.answer("metrics".into(), known(id).map(|()| (0..1000).map(point).collect()))
     }
 

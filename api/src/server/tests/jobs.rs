@@ -113,9 +113,13 @@ async fn jobs_are_acted_on() {
     }
     let conflict = house.call("POST", &at("/restart"), "").await;
     assert_eq!((conflict.status, conflict.code().as_str()), (StatusCode::CONFLICT, "conflict"));
-    for (path, body) in
-        [(at("/stop"), r#"{"grace": 1}"#), (at("/stop"), r#"{"force": 1}"#), (at("/stop"), "[]"), (at("/restart"), r#"{"a":1}"#), (at("/checkpoint"), r#"{"step":1}"#)]
-    {
+    for (path, body) in [
+        (at("/stop"), r#"{"grace": 1}"#),
+        (at("/stop"), r#"{"force": 1}"#),
+        (at("/stop"), "[]"),
+        (at("/restart"), r#"{"a":1}"#),
+        (at("/checkpoint"), r#"{"step":1}"#),
+    ] {
         let reply = house.call("POST", &path, body).await;
         assert_eq!((reply.status, reply.code().as_str()), (StatusCode::UNPROCESSABLE_ENTITY, "invalid"), "{path} {body}");
     }

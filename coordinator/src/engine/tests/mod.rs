@@ -1,6 +1,7 @@
 //! Scenarios through one harness: at a time, an event, the whole list of what comes of it. Every table is checked after every event, and a
 //! scenario that leaves outcomes unread fails.
 
+mod checkpoints;
 mod faults;
 mod lives;
 mod nodes;
@@ -109,7 +110,10 @@ impl Scene {
     }
 
     pub(super) fn start_all(&mut self, ms: u64, n: u128, attempt: u32, world: u32) -> &mut Self {
-        self.at(ms, Event::AttemptResumed(Resumed { job: job(n), attempt, step: None, path: None, quarantined: vec![] }));
+        self.at(
+            ms,
+            Event::AttemptResumed(Resumed { job: job(n), attempt, step: None, path: None, from_memory: false, quarantined: vec![] }),
+        );
         for r in 0..world {
             let started = Started { incarnation: rank(n, attempt, r), pid: 100 * attempt + r, at: Timestamp(ms) };
             self.at(ms, Event::RankStarted(started));
@@ -126,9 +130,10 @@ impl Scene {
         for row in step.record.jobs {
             let spec = row.spec.map(|s| serde_json::to_string(&*s).unwrap());
             let before = self.rows.remove(&row.id);
+            let series = row.series.or(before.as_ref().and_then(|b| b.series.clone()));
             let spec = spec.or(before.map(|b| b.spec)).expect("the first row has the spec");
             if row.finished_at.is_none() {
-                self.rows.insert(row.id, StoredJob { id: row.id, spec, body: row.body, ranks: row.ranks });
+                self.rows.insert(row.id, StoredJob { id: row.id, spec, body: row.body, ranks: row.ranks, series });
             }
         }
         for event in step.record.events {

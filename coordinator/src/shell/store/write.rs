@@ -171,3 +171,40 @@ fn job_json(row: &JobRow) -> serde_json::Value {
 fn text<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {
     serde_json::to_string(value).map_err(|e| StoreError::Database(sqlx::Error::Encode(Box::new(e))))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use everlit_api::job::JobSpec;
+    use everlit_api::status::JobState;
+
+    use super::*;
+
+    fn row(fresh: bool, series: Option<&str>) -> Record {
+        let (id, state) = (JobId::from_u128(1), JobState::Running);
+        let spec = fresh.then(|| Arc::new(JobSpec::default_for(1)));
+        let series = series.map(Into::into);
+        let row = JobRow { id, state, finished_at: None, spec, body: "{}".into(), ranks: None, series, delete: false };
+        Record { jobs: vec![row], ..Record::default() }
+    }
+
+    #[tokio::test]
+    async fn a_series_stays_until_a_newer_one_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).await.unwrap();
+        for (rows, kept) in [
+            (vec![row(true, None)], None),
+            // Many steps of one job in one transaction: what any of them wrote stays.
+            (vec![row(false, Some("[1]")), row(false, None)], Some("[1]")),
+            (vec![row(false, None)], Some("[1]")),
+            (vec![row(false, Some("[2]"))], Some("[2]")),
+        ] {
+            let mut batch = Batch::default();
+            rows.into_iter().for_each(|record| batch.add(record, || 0));
+            store.commit(&batch).await.unwrap();
+            assert_eq!(store.active_jobs().await.unwrap()[0].series.as_deref(), kept);
+        }
+        store.close().await;
+    }
+}

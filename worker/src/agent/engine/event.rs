@@ -5,6 +5,7 @@
 
 use everlit_api::agent::{Beat, CheckpointNews, FromAgent, GangSpec, Resumed};
 use everlit_api::ids::{Incarnation, JobId};
+use everlit_api::manifest::SaveError;
 use everlit_api::rank::RankExit;
 use everlit_api::time::{Millis, Timestamp};
 
@@ -25,6 +26,13 @@ pub enum Event {
         attempt: u32,
         /// From SIGTERM to SIGKILL.
         grace: Millis,
+    },
+    /// The coordinator wants an attempt saved now.
+    SaveOrdered {
+        /// Which job.
+        job: JobId,
+        /// Which attempt.
+        attempt: u32,
     },
     /// These ends are on record.
     ForgetOrdered(Vec<Incarnation>),
@@ -89,6 +97,8 @@ pub enum Event {
         seq: u64,
         /// What it says.
         beat: Box<Beat>,
+        /// The newest save that failed.
+        save_error: Option<SaveError>,
     },
     /// A rank's output told something.
     ProgressRead {
@@ -106,6 +116,15 @@ pub enum Event {
     },
     /// A checkpoint was committed, or read back.
     CheckpointSeen(Box<CheckpointNews>),
+    /// A checkpoint was damaged when it was read back, and was moved away.
+    CheckpointQuarantined {
+        /// Whose.
+        job: JobId,
+        /// Its step.
+        step: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A job's files are gone.
     JobRemoved(JobId),
     /// Somebody asked this agent to end (SIGTERM, SIGINT).
@@ -134,6 +153,22 @@ pub enum Action {
         incarnation: Incarnation,
         /// Signal number.
         signal: i32,
+    },
+    /// Send a signal to a rank's own process and to nothing that it started.
+    Notify {
+        /// Which.
+        incarnation: Incarnation,
+        /// Signal number.
+        signal: i32,
+    },
+    /// Snapshots in shared memory that a commit made superfluous may go.
+    FreeSnapshots {
+        /// Whose.
+        job: JobId,
+        /// Step of the commit.
+        committed: u64,
+        /// The newest attempt, whose snapshots stay.
+        attempt: u32,
     },
     /// Write down that this rank ends because the agent does.
     MarkDrained(Incarnation),

@@ -17,6 +17,7 @@ use super::limits::{BEATS_EVERY_MS, DRAIN_PATIENCE_MS, FORGET_PATIENCE_MS};
 
 mod event;
 mod rank;
+mod saves;
 #[cfg(test)]
 mod tests;
 mod wake;
@@ -36,6 +37,8 @@ struct Gang {
     /// When SIGKILL follows.
     kill_at: Option<u64>,
     ranks: BTreeMap<u32, Rank>,
+    /// The snapshot that it resumed from is not needed any more.
+    snapshot_freed: bool,
 }
 
 #[derive(Debug, PartialEq)]
@@ -51,7 +54,8 @@ impl Gang {
     }
 
     fn new(spec: GangSpec, stage: Stage, ranks: impl IntoIterator<Item = u32>) -> Self {
-        Self { spec, stage, resumed: None, kill_at: None, ranks: ranks.into_iter().map(|rank| (rank, Rank::default())).collect() }
+        let ranks = ranks.into_iter().map(|rank| (rank, Rank::default())).collect();
+        Self { spec, stage, resumed: None, kill_at: None, ranks, snapshot_freed: false }
     }
 }
 
@@ -83,6 +87,8 @@ pub struct Engine {
     /// The newest attempt ever ordered of a job that is not final.
     newest: BTreeMap<JobId, u32>,
     checkpoints: BTreeMap<JobId, CheckpointNews>,
+    /// Damaged checkpoints that no coordinator was told of.
+    quarantined: Vec<(JobId, u64, String)>,
     linked: bool,
     ending: Option<Ending>,
     /// Since when there has been neither coordinator nor living rank.
@@ -101,6 +107,7 @@ impl Engine {
             gangs: BTreeMap::new(),
             newest: BTreeMap::new(),
             checkpoints: BTreeMap::new(),
+            quarantined: Vec::new(),
             linked: false,
             ending: None,
             alone_since: Some(now),
@@ -173,11 +180,9 @@ impl Engine {
                 }
             }
             Event::RankEnded { incarnation, exit, lost } => self.on_rank_ended(now, incarnation, exit, lost, &mut out),
-            Event::HeartbeatRead { incarnation, seq, beat } => {
-                if self.rank_mut(incarnation).is_some_and(|rank| rank.on_heartbeat(now, seq, *beat)) {
-                    self.on_news(now, incarnation);
-                    self.look_soon(now, incarnation);
-                }
+            Event::SaveOrdered { job, attempt } => self.on_save_ordered(job, attempt, &mut out),
+            Event::HeartbeatRead { incarnation, seq, beat, save_error } => {
+                self.on_heartbeat(now, incarnation, seq, *beat, save_error, &mut out);
             }
             Event::ProgressRead { incarnation, beat } => {
                 if self.rank_mut(incarnation).is_some_and(|rank| rank.on_progress(now, *beat)) {
@@ -190,10 +195,8 @@ impl Engine {
                     self.look_soon(now, incarnation);
                 }
             }
-            Event::CheckpointSeen(news) => {
-                out.push(Action::Say(FromAgent::Checkpoint((*news).clone())));
-                self.checkpoints.insert(news.job, *news);
-            }
+            Event::CheckpointSeen(news) => self.on_checkpoint_seen(*news, &mut out),
+            Event::CheckpointQuarantined { job, step, reason } => self.on_checkpoint_quarantined(job, step, reason, &mut out),
             Event::JobRemoved(job) => out.push(Action::Say(FromAgent::Removed { job })),
             Event::EndAsked => self.on_end_asked(now, &mut out),
             Event::DeadlinePassed => {}
@@ -223,6 +226,7 @@ impl Engine {
                 out.extend(own.judged.map(|verdict: Verdict| Action::Say(judged(verdict))));
             }
         }
+        self.say_saves(out);
     }
 
     fn on_unlinked(&mut self, now: u64, out: &mut Vec<Action>) {

@@ -6,6 +6,7 @@
 use everlit_api::agent::{Beat, RankReport};
 use everlit_api::ids::Incarnation;
 use everlit_api::job::HeartbeatPolicy;
+use everlit_api::manifest::SaveError;
 use everlit_api::rank::{RankExit, Verdict};
 use everlit_api::time::Timestamp;
 
@@ -24,6 +25,9 @@ pub(super) struct Rank {
     pub(super) killed: bool,
     /// It is stopped because this agent ends.
     pub(super) drained: bool,
+    /// Step of the newest save that failed, and what is not said of it yet.
+    save_failed: Option<u64>,
+    unsaid: Option<SaveError>,
     since: u64,
     seq: Option<(u64, u64)>,
     output: Option<u64>,
@@ -69,6 +73,22 @@ impl Rank {
         self.seq = Some((seq, now));
         self.beat = Some((now, beat));
         true
+    }
+
+    /// Its newest heartbeat says that it saves on a signal.
+    pub(super) fn saves_on_signal(&self) -> bool {
+        self.beat.as_ref().is_some_and(|(_, beat)| beat.saves_on_signal)
+    }
+
+    /// A heartbeat repeats a failed save until one works; it is news once per step.
+    pub(super) fn note_save_error(&mut self, error: SaveError) {
+        if self.save_failed.replace(error.step) != Some(error.step) {
+            self.unsaid = Some(error);
+        }
+    }
+
+    pub(super) fn take_save_error(&mut self) -> Option<SaveError> {
+        self.unsaid.take()
     }
 
     /// Adds what output told, unless the rank writes heartbeats.

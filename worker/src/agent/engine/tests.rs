@@ -1,5 +1,7 @@
 //! Scenarios: a time, an event, the whole list of actions.
 
+mod saves;
+
 use expect_test::{Expect, expect};
 
 use super::*;
@@ -40,6 +42,8 @@ fn show(action: &Action) -> String {
         Action::Prepare(spec) => format!("prepare a{} env {}", spec.attempt, spec.env.len()),
         Action::Spawn { attempt, .. } => format!("spawn a{attempt}"),
         Action::Signal { incarnation, signal } => format!("signal a{} r{} {signal}", incarnation.attempt, incarnation.rank),
+        Action::Notify { incarnation, signal } => format!("notify a{} r{} {signal}", incarnation.attempt, incarnation.rank),
+        Action::FreeSnapshots { committed, attempt, .. } => format!("free snapshots up to step {committed} and before a{attempt}"),
         Action::MarkDrained(incarnation) => format!("mark drained r{}", incarnation.rank),
         Action::ReadCpu(incarnation) => format!("read cpu r{}", incarnation.rank),
         Action::RemoveRuns(incarnations) => {
@@ -96,7 +100,14 @@ impl Scene {
     }
 
     fn prepared(&self) -> Event {
-        let resumed = Resumed { job: self.spec.job, attempt: self.spec.attempt, step: Some(50), path: None, quarantined: Vec::new() };
+        let resumed = Resumed {
+            job: self.spec.job,
+            attempt: self.spec.attempt,
+            step: Some(50),
+            path: None,
+            from_memory: false,
+            quarantined: Vec::new(),
+        };
         Event::GangPrepared { resumed, at: Timestamp(1) }
     }
 
@@ -111,7 +122,7 @@ impl Scene {
 
     fn beat(&self, rank: u32, seq: u64) -> Event {
         let beat = Beat { incarnation: Some(self.own(rank)), heartbeat: true, step: Some(seq), ..Beat::default() };
-        Event::HeartbeatRead { incarnation: self.own(rank), seq, beat: Box::new(beat) }
+        Event::HeartbeatRead { incarnation: self.own(rank), seq, beat: Box::new(beat), save_error: None }
     }
 }
 
