@@ -58,6 +58,10 @@ pub struct Manifest {
     pub created_at: Timestamp,
     /// Every file, in name order.
     pub files: Vec<ManifestFile>,
+    /// Hex sha256 of the manifest's own bytes with these 64 digits as zeros, so that no bit of it can change unseen. The built-in program
+    /// always writes it; it may be missing where `model` is null.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manifest_sha256: Option<String>,
 }
 
 /// Where in which data a checkpoint was taken.

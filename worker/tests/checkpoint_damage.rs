@@ -8,13 +8,16 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use checkpoint_support::{checkpoint, flip, names};
-use everlit_worker::checkpoint::{Damage, list, newest_verified, prune, quarantine, step_folder, sweep_drafts, verify};
+use everlit_api::manifest::ModelDescription;
+use everlit_worker::checkpoint::{Damage, commit, list, newest_verified, prune, quarantine, read_manifest, step_folder, sweep_drafts, verify};
 use serde_json::{Value, json};
 
 fn edit(place: &Path, change: impl FnOnce(&mut Value)) {
     let path = place.join("MANIFEST.json");
-    let mut manifest = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let mut manifest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     change(&mut manifest);
+    // Somebody who lies on purpose signs it, or leaves the signature out where that is allowed.
+    manifest.as_object_mut().unwrap().remove("manifest_sha256");
     fs::write(path, serde_json::to_vec(&manifest).unwrap()).unwrap();
 }
 
@@ -91,6 +94,28 @@ const CASES: &[Case] = &[
         "the checkpoint's folder is not a regular file",
     ),
 ];
+
+#[test]
+fn no_bit_of_a_manifest_can_change_unseen() {
+    let temp = tempfile::tempdir().unwrap();
+    let (draft, mut manifest) = checkpoint_support::draft(temp.path(), 10, 1);
+    manifest.model = Some(ModelDescription { family: "mlp".into(), config: json!({"hidden": 24}) });
+    let place = commit(temp.path(), &draft, &manifest).unwrap();
+    let path = place.join("MANIFEST.json");
+    let good = fs::read(&path).unwrap();
+    for at in 0..good.len() {
+        let mut bad = good.clone();
+        bad[at] ^= 1 << (at % 7);
+        fs::write(&path, &bad).unwrap();
+        assert!(read_manifest(&place).is_err(), "byte {at}: {}", String::from_utf8_lossy(&bad[at.saturating_sub(20)..(at + 20).min(bad.len())]));
+    }
+    for length in [0, 1, good.len() / 2, good.len() - 1] {
+        fs::write(&path, &good[..length]).unwrap();
+        assert!(read_manifest(&place).is_err(), "cut to {length}");
+    }
+    fs::write(&path, &good).unwrap();
+    assert_eq!(verify(&place).unwrap(), manifest);
+}
 
 #[test]
 fn each_kind_of_damage_is_named_quarantined_and_the_next_older_taken() {

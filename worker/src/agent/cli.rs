@@ -151,6 +151,7 @@ fn commit(dir: &Path, step: Option<u64>) -> anyhow::Result<()> {
         model: None,
         created_at: Timestamp::now(),
         files,
+        manifest_sha256: None,
     };
     let path = checkpoint::commit(parent, &dir, &manifest)?;
     println!("{}", path.display());

@@ -219,6 +219,7 @@ mod tests {
             model: None,
             created_at: Timestamp(1),
             files: Vec::new(),
+            manifest_sha256: None,
         }
     }
 

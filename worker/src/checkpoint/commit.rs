@@ -16,7 +16,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use rayon::prelude::*;
 
 use super::fence::{self, Locked};
-use super::verify::{check_files, chunks, hash_chunk, is_plain_name, open_regular, read_manifest, verify};
+use super::verify::{NO_SHA256, check_files, chunks, hash_chunk, hex_sha256, is_plain_name, open_regular, read_manifest, verify};
 use super::{CheckpointError, MANIFEST_NAME, draft_attempt, draft_folder, io_error, step_folder};
 
 /// Makes the draft folder of a step, or empties what this attempt left under that name. One rank calls it, before any
@@ -117,8 +117,12 @@ fn check_draft(dir: &Path, draft: &Path, manifest: &Manifest) -> Result<(), Chec
     Ok(())
 }
 
-fn manifest_text(manifest: &Manifest) -> Result<Vec<u8>, CheckpointError> {
-    let text = serde_json::to_vec_pretty(manifest).map_err(|error| CheckpointError::Refused(error.to_string()))?;
+/// The manifest's bytes, its own checksum among them.
+pub(super) fn manifest_text(manifest: &Manifest) -> Result<Vec<u8>, CheckpointError> {
+    let refused = |error: serde_json::Error| CheckpointError::Refused(error.to_string());
+    let unsigned = Manifest { manifest_sha256: Some(NO_SHA256.into()), ..manifest.clone() };
+    let sum = hex_sha256(&serde_json::to_vec_pretty(&unsigned).map_err(refused)?);
+    let text = serde_json::to_vec_pretty(&Manifest { manifest_sha256: Some(sum), ..unsigned }).map_err(refused)?;
     if text.len() as u64 > MANIFEST_BYTES_MAX {
         return Err(CheckpointError::Refused(format!("the manifest would have {} bytes", text.len())));
     }

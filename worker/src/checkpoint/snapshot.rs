@@ -16,7 +16,7 @@ use everlit_api::manifest::Manifest;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::commit::remove_tree;
+use super::commit::{manifest_text, remove_tree};
 use super::{CheckpointError, MANIFEST_NAME, begin, commit, describe_file, fence, io_error, step_folder};
 
 /// Ranks find the folder's path under this name.
@@ -175,8 +175,7 @@ impl Whole {
             fs::hard_link(slot, folder.join(name)).map_err(io_error("link", slot))?;
         }
         let manifest = self.described(&folder)?;
-        let text = serde_json::to_vec_pretty(&manifest).map_err(|error| CheckpointError::Refused(error.to_string()))?;
-        fence::replace_file(&folder, MANIFEST_NAME, &text)?;
+        fence::replace_file(&folder, MANIFEST_NAME, &manifest_text(&manifest)?)?;
         let kept: Vec<&PathBuf> = self.parts.iter().map(|(slot, _)| slot).collect();
         remove_where(&self.dir, |path, name| parse_name(name).is_some() && !kept.iter().any(|slot| path.with_extension("") == **slot));
         let own = outer.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
@@ -256,6 +255,7 @@ mod tests {
             model: None,
             created_at: Timestamp::now(),
             files: Vec::new(),
+            manifest_sha256: None,
         }
     }
 

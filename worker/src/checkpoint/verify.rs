@@ -16,6 +16,8 @@ use sha2::{Digest, Sha256};
 
 use super::{MANIFEST_NAME, folder_step};
 
+/// Stands for the manifest's own checksum while that is computed.
+pub(super) const NO_SHA256: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 const READ_BYTES: usize = 256 * 1024;
 
 /// Why a checkpoint does not verify.
@@ -124,9 +126,24 @@ fn parse_manifest(text: &[u8]) -> Result<Manifest, Damage> {
     if format.format != u64::from(MANIFEST_FORMAT) {
         return Err(Damage::UnknownFormat(format.format));
     }
-    let manifest: Manifest = serde_json::from_slice(text).map_err(bad)?;
+    let mut manifest: Manifest = serde_json::from_slice(text).map_err(bad)?;
+    check_sum(&manifest, text).map_err(Damage::BadManifest)?;
+    // It is about these bytes only: a manifest in memory has none.
+    manifest.manifest_sha256 = None;
     check_files(&manifest).map_err(Damage::BadManifest)?;
     Ok(manifest)
+}
+
+/// Whether the manifest's bytes are those that were written.
+fn check_sum(manifest: &Manifest, text: &[u8]) -> Result<(), String> {
+    let Some(sum) = &manifest.manifest_sha256 else {
+        return if manifest.model.is_some() { Err("it has no checksum of its own".into()) } else { Ok(()) };
+    };
+    let at = text.windows(sum.len()).position(|part| part == sum.as_bytes()).filter(|_| sum.len() == NO_SHA256.len());
+    let Some(at) = at else { return Err("its own checksum can not be read".into()) };
+    let mut unsigned = text.to_vec();
+    unsigned[at..at + sum.len()].copy_from_slice(NO_SHA256.as_bytes());
+    if hex_sha256(&unsigned) == *sum { Ok(()) } else { Err("it has another sha256 than it says".into()) }
 }
 
 /// What must hold of a manifest's list of files, wherever it comes from.

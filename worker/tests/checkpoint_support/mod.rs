@@ -48,6 +48,7 @@ pub fn describe(folder: &Path, step: u64, attempt: u32) -> Manifest {
         model: None,
         created_at: Timestamp::now(),
         files: FILES.iter().map(|(name, _)| describe_file(&folder.join(name)).unwrap()).collect(),
+        manifest_sha256: None,
     }
 }
 

@@ -340,6 +340,7 @@ impl Trainer<'_> {
             model: Some(describe(&self.state.model)),
             created_at: Timestamp::now(),
             files: Vec::new(),
+            manifest_sha256: None,
         }
     }
 
