@@ -78,7 +78,7 @@ fn a_failed_save_is_recorded_once_per_rank_and_step_and_ends_nothing() {
     scene.expect(expect![[r#"
         20 job 1: checkpoint_failed: rank 0 could not save step 50 and trains on: no space left on device
         40 job 1: checkpoint_failed: rank 1 could not save step 50 and trains on: no space left on device
-        50 job 1: checkpoint_failed: rank 0 could not save step 100 and trains on: no space left on device
+        10020 job 1: checkpoint_failed: rank 0 could not save step 150 and trains on: no space left on device
     "#]]);
     assert_eq!((scene.summary(1).state, scene.engine.stale_news()), (JobState::Running, 1));
 }
