@@ -22,7 +22,7 @@ fn torch() -> Result<(), String> {
     cc::Build::new()
         .cpp(true)
         .std("c++17")
-        .file("src/torch/cpp/c10d.cpp")
+        .files(["c10d", "kernels", "memory"].map(|name| format!("src/torch/cpp/{name}.cpp")))
         .include("src/torch/cpp")
         .flag("-isystem")
         .flag(format!("{libtorch}/include"))
@@ -31,6 +31,10 @@ fn torch() -> Result<(), String> {
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .define("USE_DISTRIBUTED", None)
         .define("USE_C10D_GLOO", None)
+        // Nobody looks at errno or at floating-point traps, and loops become vectors.
+        .opt_level(3)
+        .flag("-fno-math-errno")
+        .flag("-fno-trapping-math")
         .debug(false)
         .try_compile("everlit_c10d")
         .map_err(|error| format!("the C++ part did not compile: {error}"))?;

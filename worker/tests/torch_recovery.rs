@@ -7,6 +7,7 @@ mod torch_support;
 use std::fs;
 use std::time::{Duration, Instant};
 
+use everlit_api::job::ModelSpec;
 use everlit_worker::checkpoint::{self, newest_verified};
 use nix::sys::signal::Signal;
 use torch_support::{Gang, Job};
@@ -124,9 +125,9 @@ fn bad_checkpoints_are_refused_before_a_step_is_done() {
     job.config.worker.seed = 12;
     refused(&job, 2, 78, "trained with seed 11");
     job.config.worker.seed = 11;
-    job.config.worker.model = "mlp-500k".into();
+    job.config.worker.model = ModelSpec::Preset("mlp-500k".into());
     refused(&job, 3, 78, "not of model mlp");
-    job.config.worker.model = "mlp-10k".into();
+    job.config.worker.model = ModelSpec::Preset("mlp-10k".into());
     let shard = job.dir.path().join("text/1.txt");
     let text = fs::read(&shard).unwrap();
     fs::write(&shard, &text[1..]).unwrap();

@@ -81,7 +81,7 @@ unsafe extern "C" {
     fn everlit_drop_gradients(tensors: *const *mut c_void, count: usize) -> c_int;
 }
 
-fn check(code: c_int) -> Result<(), CollectiveError> {
+pub(super) fn check(code: c_int) -> Result<(), CollectiveError> {
     if code == 0 {
         return Ok(());
     }

@@ -9,6 +9,7 @@ pub mod c10d;
 pub mod data;
 pub mod environment;
 pub mod heartbeat;
+pub mod kernels;
 pub mod load;
 pub mod loader;
 pub mod memory;

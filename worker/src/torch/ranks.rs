@@ -7,15 +7,11 @@ use tch::Tensor;
 use super::TrainError;
 use super::c10d::Group;
 
-/// This rank and its group.
+/// The group of all ranks.
 #[derive(Clone)]
 pub struct Ranks {
     /// `None` for a single rank.
     pub group: Option<Arc<Group>>,
-    /// This one.
-    pub rank: u32,
-    /// All of them.
-    pub world: u32,
 }
 
 impl Ranks {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use everlit_api::job::{CheckpointPolicy, WorkerSpec};
+use everlit_api::job::{BatchSize, CheckpointPolicy, ModelSpec, WorkerSpec};
 use everlit_api::manifest::Heartbeat;
 use everlit_worker::checkpoint;
 use everlit_worker::train_config::TrainConfig;
@@ -34,13 +34,15 @@ impl Job {
             fs::write(text.join(format!("{shard}.txt")), words).unwrap();
         }
         let mut worker = WorkerSpec::for_world(world);
-        worker.model = model.into();
+        worker.model = ModelSpec::Preset(model.into());
         worker.steps = steps;
-        worker.batch_size = 7;
+        worker.batch_size = BatchSize::Samples(7);
         worker.sequence_length = 24;
         worker.data = Some(text.to_string_lossy().into());
         worker.seed = 11;
-        Self { dir, config: TrainConfig { worker, checkpoint: CheckpointPolicy { every_steps: 10, keep: 100 }, shards: Vec::new() } }
+        let checkpoint = CheckpointPolicy { every_steps: 10, every: None, keep: 100 };
+        let config = TrainConfig { worker, checkpoint, shards: Vec::new(), mean_seconds_between_failures: None };
+        Self { dir, config }
     }
 
     pub fn checkpoints(&self) -> PathBuf {

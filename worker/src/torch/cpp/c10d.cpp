@@ -22,24 +22,14 @@
 #include <string>
 #include <vector>
 
-namespace {
+#include "shared.h"
 
-thread_local std::string last_error;
-
-template <typename Body>
-int guarded(Body body) {
-  try {
-    body();
-    return 0;
-  } catch (const c10::Error& error) {
-    last_error = error.what_without_backtrace();
-  } catch (const std::exception& error) {
-    last_error = error.what();
-  } catch (...) {
-    last_error = "unknown C++ exception";
-  }
-  return 1;
+std::string& everlit_last_error() {
+  thread_local std::string text;
+  return text;
 }
+
+namespace {
 
 std::vector<at::Tensor> tensors(void* const* pointers, size_t count) {
   std::vector<at::Tensor> list;
@@ -234,7 +224,7 @@ struct AdamW {
 
 extern "C" {
 
-const char* everlit_error() { return last_error.c_str(); }
+const char* everlit_error() { return everlit_last_error().c_str(); }
 
 int everlit_set_threads(int intra, int inter) {
   return guarded([&] {

@@ -10,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Init, Parameter, Pass};
 use crate::torch::c10d::{self, Layers};
+use crate::torch::kernels;
 
 const EPSILON: f64 = 1e-5;
 const ROPE_BASE: f64 = 10_000.0;
@@ -87,7 +88,7 @@ impl Llama {
         let mut x = Tensor::embedding(&first.tensor, &inputs, -1, false, false);
         for layer in 0..self.layers {
             x = match self.recompute && pass.is_training() {
-                true => c10d::recompute(&layers, layer, &x).unwrap_or_else(|error| panic!("{error}")),
+                true => sound(c10d::recompute(&layers, layer, &x)),
                 false => layers.run(layer, &x),
             };
         }
@@ -97,7 +98,7 @@ impl Llama {
     }
 
     fn norm(&self, x: &Tensor, weight: &Parameter) -> Tensor {
-        let normed = x.rms_norm(self.dim, Some(&weight.tensor), EPSILON);
+        let normed = sound(kernels::rms_norm(x, &weight.tensor, EPSILON));
         if self.precision == Precision::Bfloat16 { normed.to_kind(Kind::BFloat16) } else { normed }
     }
 
@@ -117,15 +118,34 @@ impl Llama {
     fn attention(&self, x: &Tensor, qkv: &Parameter) -> Tensor {
         let (samples, length, _) = x.size3().expect("samples, positions, features");
         let joined = self.product(x, qkv);
+        let [q, k, v] = match self.precision {
+            Precision::Float32 => sound(kernels::heads(&joined, &self.rotation.cos, &self.rotation.sin, self.heads, self.kv_heads)),
+            Precision::Bfloat16 => self.split(&joined, samples, length),
+        };
+        let mixed = Tensor::scaled_dot_product_attention::<Tensor>(&q, &k, &v, None, 0.0, true, None, self.kv_heads != self.heads);
+        mixed.transpose(1, 2).reshape([samples, length, self.dim])
+    }
+
+    fn split(&self, joined: &Tensor, samples: i64, length: i64) -> [Tensor; 3] {
         let heads = |from: i64, count: i64| {
             joined.narrow(-1, from, count * self.head()).view([samples, length, count, self.head()]).transpose(1, 2)
         };
         let q = self.rotation.turn(&heads(0, self.heads));
         let k = self.rotation.turn(&heads(self.dim, self.kv_heads));
-        let v = heads(self.dim + self.kv_dim(), self.kv_heads);
-        let mixed = Tensor::scaled_dot_product_attention::<Tensor>(&q, &k, &v, None, 0.0, true, None, self.kv_heads != self.heads);
-        mixed.transpose(1, 2).reshape([samples, length, self.dim])
+        [q, k, heads(self.dim + self.kv_dim(), self.kv_heads)]
     }
+
+    fn gated(&self, both: &Tensor) -> Tensor {
+        match self.precision {
+            Precision::Float32 => sound(kernels::swiglu(both)),
+            Precision::Bfloat16 => both.narrow(-1, 0, self.hidden).silu() * both.narrow(-1, self.hidden, self.hidden),
+        }
+    }
+}
+
+/// tch's own operations panic on an error, which is caught where a run ends; so do these.
+fn sound<T>(result: Result<T, c10d::CollectiveError>) -> T {
+    result.unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// The layers of one pass.
@@ -146,8 +166,7 @@ impl Layers for Stack<'_> {
         let mixed = llama.attention(&llama.norm(x, attention_norm), qkv);
         let x = llama.thinned(llama.product(&mixed, attention_output), self.pass) + x;
         let both = llama.product(&llama.norm(&x, feed_norm), gate_up);
-        let (gate, up) = (both.narrow(-1, 0, llama.hidden), both.narrow(-1, llama.hidden, llama.hidden));
-        llama.thinned(llama.product(&(gate.silu() * up), down), self.pass) + x
+        llama.thinned(llama.product(&llama.gated(&both), down), self.pass) + x
     }
 }
 

@@ -25,8 +25,7 @@ pub struct Figures {
     data_wait: f64,
     steps_in_all: u64,
     peak: Option<f64>,
-    /// Samples per second in the newest window.
-    pub samples_per_second: f64,
+    samples_per_second: f64,
 }
 
 impl Figures {
@@ -47,20 +46,19 @@ impl Figures {
         }
     }
 
-    /// One update of `samples` is done; the ranks waited `data_wait` seconds for data on average. Answers whether rates are new.
-    pub fn on_step(&mut self, samples: u64, data_wait: f64, pulse: &Pulse) -> bool {
+    /// One update of `samples` is done; the ranks waited `data_wait` seconds for data on average.
+    pub fn on_step(&mut self, samples: u64, data_wait: f64, pulse: &Pulse) {
         self.steps_in_all += 1;
         self.steps += 1;
         self.samples += samples;
         self.data_wait += data_wait;
         if self.steps_in_all == PEAK_AFTER_STEPS {
             self.peak = Some(measure_peak(self.precision));
-            self.restart();
-            return false;
+            return self.restart();
         }
         let seconds = self.since.elapsed();
         if seconds < WINDOW {
-            return false;
+            return;
         }
         let seconds = seconds.as_secs_f64();
         self.samples_per_second = self.samples as f64 / seconds;
@@ -71,7 +69,11 @@ impl Figures {
             pulse.metric("flop_utilization", self.samples_per_second * self.flops_per_sample / (self.world * peak));
         }
         self.restart();
-        true
+    }
+
+    /// Samples per second in the newest window, or so far in the first.
+    pub fn samples_per_second(&self) -> f64 {
+        if self.samples_per_second > 0.0 { self.samples_per_second } else { self.samples as f64 / self.since.elapsed().as_secs_f64().max(1e-9) }
     }
 
     /// Time that was no training (an evaluation, say) is in no rate.

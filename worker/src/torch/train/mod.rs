@@ -22,7 +22,7 @@ use super::ranks::Ranks;
 use super::rendezvous::Rendezvous;
 use super::save::{Saver, Settings};
 use super::state::State;
-use super::{TrainError, load, sharing, signals};
+use super::{TrainError, kernels, load, sharing, signals};
 use everlit_worker::checkpoint;
 use everlit_worker::train_config::TrainConfig;
 use evaluate::Evaluation;
@@ -78,6 +78,7 @@ fn run_evaluation(config: &TrainConfig, environment: &Environment) -> Result<(),
     let worker = &config.worker;
     let pulse = Pulse::start(environment, worker.steps);
     check(worker, environment)?;
+    kernels::keep_memory();
     c10d::set_threads(environment.threads)?;
     let rendezvous = rendezvous(environment)?;
     pulse.phase(Phase::Load);
@@ -91,10 +92,8 @@ fn run_evaluation(config: &TrainConfig, environment: &Environment) -> Result<(),
     let micro = worker.micro_batch_size.unwrap_or(EVALUATION_MICRO);
     let paths = data::locate(&config.shards, worker.data.as_deref())?;
     let mut evaluation = Evaluation::open(worker, state.model.window(), &paths, micro)?;
-    let ranks = match rendezvous {
-        Some(rendezvous) => Ranks { group: Some(meet(rendezvous, environment, &format!("step {}", manifest.step))?), ..alone(environment) },
-        None => alone(environment),
-    };
+    let group = rendezvous.map(|rendezvous| meet(rendezvous, environment, &format!("step {}", manifest.step))).transpose()?;
+    let ranks = Ranks { group };
     let loss = evaluation.run(&state.model, environment, &ranks, &pulse)?;
     pulse.metric("evaluation_loss", loss);
     pulse.step(manifest.step, manifest.samples, Some(loss), 0.0);
@@ -133,10 +132,6 @@ pub fn dry_run(config: &TrainConfig, environment: &Environment) -> Result<(), Tr
     memory::check(&sizes, worker, environment).map(drop)
 }
 
-fn alone(environment: &Environment) -> Ranks {
-    Ranks { group: None, rank: environment.rank, world: environment.world }
-}
-
 fn rendezvous(environment: &Environment) -> Result<Option<Arc<Rendezvous>>, TrainError> {
     match &environment.rendezvous {
         Some(address) if environment.world > 1 => {
@@ -155,6 +150,7 @@ fn prepare<'a>(
     let worker = &config.worker;
     let pulse = Pulse::start(environment, worker.steps);
     check(worker, environment)?;
+    kernels::keep_memory();
     c10d::set_threads(environment.threads)?;
     let rendezvous = rendezvous(environment)?;
     pulse.phase(Phase::Load);
@@ -203,7 +199,7 @@ fn prepare<'a>(
         figures: Figures::new(state.model.sizes(), worker, world),
         clock: Clock::new(config.checkpoint.every, config.mean_seconds_between_failures),
         schedule: Schedule::of(worker),
-        ranks: Ranks { group, rank, world },
+        ranks: Ranks { group },
         config,
         environment,
         pulse,

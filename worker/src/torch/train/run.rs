@@ -115,7 +115,7 @@ impl Trainer<'_> {
             let last = self.position.step == total;
             self.tell(&heard, rate);
             if self.environment.rank == 0 && (last || heard.stop || printed.elapsed() >= PRINT_INTERVAL) {
-                let speed = self.figures.samples_per_second;
+                let speed = self.figures.samples_per_second();
                 say(&format!("step={} loss={:.4} samples/s={speed:.0} lr={rate:.3e}", self.position.step, heard.loss));
                 printed = Instant::now();
             }
@@ -234,6 +234,9 @@ impl Trainer<'_> {
         if heard.stall > 0.0 {
             self.pulse.metric("save_stall_seconds", heard.stall);
         }
+        if let Some(interval) = self.clock.interval() {
+            self.pulse.metric("checkpoint_interval_seconds", interval.as_secs_f64());
+        }
         self.figures.on_step(self.batch, heard.data_wait, &self.pulse);
     }
 
@@ -252,6 +255,7 @@ impl Trainer<'_> {
         let costs = saver.costs();
         if costs.saves > self.saves {
             self.saves = costs.saves;
+            self.pulse.metric("save_write_seconds", costs.write.as_secs_f64());
             self.clock.learn(costs.processor + Duration::from_secs_f64(heard.stall.max(0.0)));
             self.pulse.saved(costs.write);
         }
