@@ -7,7 +7,7 @@ use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::manifest::SaveError;
 use everlit_api::status::{CheckpointView, JobState};
 
-use super::limits::CHECKPOINTS_MAX;
+use super::limits::{CHECKPOINTS_MAX, SAVE_FAILED_EVERY_MS};
 use super::restart::heal;
 use super::state::{Facts, Job};
 use super::{Engine, Turn};
@@ -135,8 +135,13 @@ impl Engine {
     pub(super) fn on_save_failed(&mut self, turn: &mut Turn, incarnation: Incarnation, error: SaveError) {
         let Incarnation { job: id, attempt, rank } = incarnation;
         let Some(job) = self.current(id, attempt) else { return };
-        let Some(own) = job.ranks.get_mut(rank).filter(|own| own.save_failed != Some(error.step)) else { return };
-        own.save_failed = Some(error.step);
+        let Some(own) = job.ranks.get_mut(rank) else { return };
+        // A disk that stays full fails each save: the record must not fill it further.
+        let told = own.save_failed.is_some_and(|(step, at)| step == error.step || turn.now.since_ms(at) < SAVE_FAILED_EVERY_MS);
+        if told {
+            return;
+        }
+        own.save_failed = Some((error.step, turn.now));
         let facts = Facts::from([("step", error.step.into()), ("rank", rank.into()), ("reason", error.reason.clone().into())]);
         let sentence = format!("rank {rank} could not save step {} and trains on: {}", error.step, error.reason);
         turn.event(Some(id), "checkpoint_failed", sentence, facts);

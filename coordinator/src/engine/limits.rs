@@ -14,6 +14,8 @@ pub const SERIES_POINTS_MAX: usize = 1_000;
 pub const SERIES_EVERY_MS: u64 = 60_000;
 /// What a job is credited with before its first failure: nothing is known yet, and a few hours is what big jobs see.
 pub const FAILURE_PRIOR_MS: u64 = 4 * 3_600 * 1_000;
+/// Between two records of failed saves of one rank.
+pub const SAVE_FAILED_EVERY_MS: u64 = 10_000;
 /// Samples that the rates are computed over.
 pub const RATE_SAMPLES_MAX: usize = 16;
 /// Time that the rates are computed over.

@@ -162,7 +162,7 @@ impl Engine {
             let Some(job) = self.jobs.get_mut(&id) else { continue };
             let fresh =
                 job.submitted_at == turn.now && turn.step.record.events.iter().any(|e| e.job == Some(id) && e.event == "job_submitted");
-            turn.step.record.jobs.push(job.to_row(turn.now, fresh));
+            turn.step.record.jobs.push(job.make_row(turn.now, fresh));
             if job.state.is_final() {
                 let (state, delete, nodes) = (job.state, job.delete_when_final, job.nodes.clone());
                 turn.step.commands.push(Command::Final { job: id, state, nodes, delete });

@@ -47,7 +47,7 @@ impl Job {
     }
 
     /// What is made durable of it; the series goes along when it is due.
-    pub(super) fn to_row(&mut self, now: Timestamp, fresh: bool) -> JobRow {
+    pub(super) fn make_row(&mut self, now: Timestamp, fresh: bool) -> JobRow {
         let text = |value: Result<String, serde_json::Error>| value.expect("the engine's types are plain data with text keys");
         let is_final = self.state.is_final();
         let with_series = self.series_is_due(now) || (is_final && !self.series.points().is_empty());

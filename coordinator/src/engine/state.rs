@@ -170,9 +170,9 @@ pub struct Rank {
     /// It saves when told to.
     #[serde(default)]
     pub saves_on_signal: bool,
-    /// Step of the last save that it said has failed.
+    /// Step of the last save that it said has failed, and when that was recorded.
     #[serde(default)]
-    pub save_failed: Option<u64>,
+    pub save_failed: Option<(u64, Timestamp)>,
 }
 
 impl Default for Rank {

@@ -579,6 +579,11 @@ mod tests {
             assert_eq!(problem.status, 409);
             format!("{} retry {:?}\n", problem.detail, problem.retry_after)
         });
-        expect![[r#""#]].assert_eq(&told.concat());
+        expect![[r#"
+            job 00000000000000000000000001 is queued: only what runs has something to save; ask again when its state is running retry Some(1)
+            job 00000000000000000000000001 is stopping: the built-in program saves at a stop anyway retry None
+            job 00000000000000000000000001 has only just started: ask again when its summary shows a step retry Some(1)
+            job 00000000000000000000000001 does not save on demand: a program that saves when it gets SIGUSR1 and goes on may write "saves_on_signal": true in its heartbeat file; others save when they are stopped (POST /jobs/{id}/stop) or by themselves retry None
+        "#]].assert_eq(&told.concat());
     }
 }

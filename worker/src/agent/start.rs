@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use everlit_api::agent::{GangSpec, Program, Resumed};
 use everlit_api::ids::Incarnation;
+use everlit_api::job::WorkerSpec;
 use everlit_api::time::Millis;
 use serde::{Deserialize, Serialize};
 
@@ -132,14 +133,7 @@ pub(super) fn prepare(node: &Node, spec: &GangSpec) -> Result<Prepared, Refused>
     make_folder(&folders.logs(spec.job))?;
     make_folder(&folders.runs(spec.job))?;
     if let Program::Worker { worker, .. } = &spec.program {
-        let config = TrainConfig {
-            worker: (**worker).clone(),
-            checkpoint: spec.checkpoint,
-            shards: spec.shards.clone(),
-            mean_seconds_between_failures: spec.mean_time_between_failures.map(|Millis(ms)| ms as f64 / 1_000.0),
-        };
-        let text = serde_json::to_vec(&config).map_err(|error| Refused::forever(error.to_string()))?;
-        write_whole(&attempt.join(WORKER_NAME), &text)?;
+        write_settings(&attempt.join(WORKER_NAME), spec, worker)?;
     }
     let mut ranks = Vec::new();
     for local in 0..spec.count {
@@ -178,6 +172,18 @@ pub(super) fn prepare(node: &Node, spec: &GangSpec) -> Result<Prepared, Refused>
     write_whole(&attempt.join(GANG_NAME), &text)?;
     remove_older_attempts(folders, spec, known);
     Ok(Prepared { resumed, ranks })
+}
+
+/// What the built-in program is told beyond its environment.
+fn write_settings(path: &Path, spec: &GangSpec, worker: &WorkerSpec) -> Result<(), Refused> {
+    let config = TrainConfig {
+        worker: worker.clone(),
+        checkpoint: spec.checkpoint,
+        shards: spec.shards.clone(),
+        mean_seconds_between_failures: spec.mean_time_between_failures.map(|Millis(ms)| ms as f64 / 1_000.0),
+    };
+    let text = serde_json::to_vec(&config).map_err(|error| Refused::forever(error.to_string()))?;
+    write_whole(path, &text)
 }
 
 /// Program and arguments, and whether what this agent needs for them is there.

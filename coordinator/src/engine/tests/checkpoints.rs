@@ -72,11 +72,13 @@ fn a_failed_save_is_recorded_once_per_rank_and_step_and_ends_nothing() {
         let error = SaveError { step, reason: "no space left on device".into() };
         Event::SaveFailed { incarnation: rank(1, attempt, of), error }
     };
-    scene.at(20, failed(1, 0, 50)).at(30, failed(1, 0, 50)).at(40, failed(1, 1, 50)).at(50, failed(1, 0, 100)).at(60, failed(2, 0, 100));
+    scene.at(20, failed(1, 0, 50)).at(30, failed(1, 0, 50)).at(40, failed(1, 1, 50));
+    // A save that fails again and again is recorded now and then.
+    scene.at(10_019, failed(1, 0, 100)).at(10_020, failed(1, 0, 150)).at(60_000, failed(1, 0, 150)).at(60_000, failed(2, 0, 200));
     scene.expect(expect![[r#"
         20 job 1: checkpoint_failed: rank 0 could not save step 50 and trains on: no space left on device
         40 job 1: checkpoint_failed: rank 1 could not save step 50 and trains on: no space left on device
-        50 job 1: checkpoint_failed: rank 0 could not save step 100 and trains on: no space left on device
+        10020 job 1: checkpoint_failed: rank 0 could not save step 150 and trains on: no space left on device
     "#]]);
     assert_eq!((scene.summary(1).state, scene.engine.stale_news()), (JobState::Running, 1));
 }
