@@ -11,10 +11,10 @@ from .errors import Busy, CheckpointError, Damage, Fenced, Failed, Refused
 from .manager import CheckpointManager
 from .manifest import Manifest
 from .pulse import Heartbeat, heartbeat
-from .record import record
+from .errorfile import record
 from .safetensors import Buffer
 from .signals import EXIT_TERMINATED, exit_terminated, save_requested, stop_requested
-from .verify import read_manifest, verify
+from .checks import read_manifest, verify
 
 __version__ = "0.1.0"
 

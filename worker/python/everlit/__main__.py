@@ -9,7 +9,7 @@ import sys
 from . import choose, safetensors
 from .errors import CheckpointError, Damage
 from .manifest import MANIFEST_NAME
-from .verify import read_file, read_manifest, verify
+from .checks import read_file, read_manifest, verify
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from .commit import remove_tree
 from .errors import Busy, CheckpointError, Damage, Failed
 from .fence import doing
 from .manifest import Manifest
-from .verify import verify
+from .checks import verify
 
 LOOKS_MAX = 8
 #: Quarantined folders of one step at most; then the names are taken again from the first.

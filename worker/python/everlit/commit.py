@@ -19,7 +19,7 @@ from . import manifest as layout
 from .errors import Damage, Failed, Fenced, Refused
 from .fence import doing
 from .manifest import CHUNK_BYTES, MANIFEST_NAME, Manifest, ManifestFile
-from .verify import hash_chunk, in_threads, open_regular, read_manifest, verify
+from .checks import hash_chunk, in_threads, open_regular, read_manifest, verify
 
 
 def begin(folder: str, step: int, attempt: int) -> str:

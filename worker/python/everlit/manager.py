@@ -22,7 +22,7 @@ from .errors import CheckpointError, Damage, Failed, Fenced, Refused
 from .fence import doing
 from .manifest import DataPosition, Manifest, ManifestFile
 from .pulse import heartbeat
-from .verify import read_file, read_manifest, verify_file
+from .checks import read_file, read_manifest, verify_file
 
 STATE_NAME = "state.json"
 #: How a slash in a file's path is written in the one flat folder of a checkpoint.

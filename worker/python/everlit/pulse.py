@@ -197,7 +197,7 @@ class Heartbeat:
 
 def _number(value: Any) -> Optional[float]:
     try:
-        number = float(value)
+        number = float(value.detach() if hasattr(value, "detach") else value)
     except (TypeError, ValueError, RuntimeError):
         return None
     return number if math.isfinite(number) else None

@@ -47,11 +47,15 @@ class BadSafetensors(ValueError):
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor without a library: kind of number as safetensors names it, shape, and little-endian bytes."""
+    """A tensor without a library: kind of number as safetensors names it, shape, and little-endian bytes (any buffer)."""
 
     dtype: str
     shape: Tuple[int, ...]
     data: memoryview
+
+    def __post_init__(self) -> None:
+        view = memoryview(self.data)
+        object.__setattr__(self, "data", view if view.format == "B" and view.ndim == 1 else view.cast("B"))
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, Buffer) and (self.dtype, self.shape) == (other.dtype, other.shape)

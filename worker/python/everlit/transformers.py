@@ -6,8 +6,10 @@ restarted job resumes from. SIGTERM makes the Trainer save and end with exit cod
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
+import tempfile
 from typing import Any, Optional
 
 from transformers import TrainerCallback
@@ -67,12 +69,12 @@ class EverlitCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _with_folders(path: str) -> str:
-    """A checkpoint is one flat folder; where the Trainer had folders in its own, they are made again, beside the checkpoint."""
+    """A checkpoint is one flat folder; where the Trainer had folders in its own, they are made again, until this program ends."""
     inside = [name for name in os.listdir(path) if SLASH in name]
     if not inside:
         return path
-    target = os.path.join(os.path.dirname(path), f".unpacked-{os.path.basename(path)}-{os.getpid()}")
-    shutil.rmtree(target, ignore_errors=True)
+    target = tempfile.mkdtemp(prefix="everlit-resume-")
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
     for name in os.listdir(path):
         place = os.path.join(target, *name.split(SLASH))
         os.makedirs(os.path.dirname(place), exist_ok=True)
