@@ -53,8 +53,9 @@ def distributed_context(
     GPUs and Gloo on CPUs.
     """
     import torch
-    import torch.distributed as dist
+    import torch.distributed as torch_distributed
 
+    dist: Any = torch_distributed
     env = Environment.read()
     heartbeat.phase("init")
     if device is None:

@@ -22,7 +22,7 @@ from .errors import CheckpointError, Damage, Failed, Fenced, Refused
 from .fence import doing
 from .manifest import DataPosition, Manifest, ManifestFile
 from .pulse import heartbeat
-from .checks import read_file, read_manifest, verify_file
+from .checks import read_file, read_manifest, verify, verify_file
 
 STATE_NAME = "state.json"
 #: How a slash in a file's path is written in the one flat folder of a checkpoint.
@@ -138,7 +138,7 @@ class CheckpointManager:
         """The folder to resume from, verified, for programs that read it themselves; None for a fresh start."""
         path = self._choose(self._join())
         if path is not None:
-            self.manifest = choose.verify(path)
+            self.manifest = verify(path)
             self.resumed_from = path
         return path
 
@@ -234,7 +234,8 @@ class CheckpointManager:
 
     def _agree(self, step: int, what: str, work: Callable[[], Optional[int]]) -> None:
         """Does this rank's part and hears how the others' went; the same kind of error on all of them."""
-        code, alike, problem = _OK, 0, None
+        code, alike = _OK, 0
+        problem: Optional[Exception] = None
         try:
             alike = work() or 0
         except (Failed, Damage, OSError) as error:

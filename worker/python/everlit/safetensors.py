@@ -202,13 +202,15 @@ def read(content: bytearray | memoryview) -> tuple[dict[str, Buffer], dict[str, 
 
 
 def _entry(name: str, about: Any) -> tuple[str, Tuple[int, ...], tuple[int, int]]:
-    def counts(value: Any) -> bool:
-        return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
+    def counts(value: Any) -> list[int]:
+        if not isinstance(value, list) or not all(type(one) is int and one >= 0 for one in value):
+            raise BadSafetensors(f"tensor `{name}` has no shape or no offsets")
+        return value
 
     if not isinstance(about, dict) or about.get("dtype") not in SIZES:
         raise BadSafetensors(f"tensor `{name}` is of no known kind")
-    shape, offsets = about.get("shape"), about.get("data_offsets")
-    if not counts(shape) or not counts(offsets) or len(offsets) != 2:
+    shape, offsets = counts(about.get("shape")), counts(about.get("data_offsets"))
+    if len(offsets) != 2:
         raise BadSafetensors(f"tensor `{name}` has no shape or no offsets")
     return about["dtype"], tuple(shape), (offsets[0], offsets[1])
 

@@ -21,8 +21,8 @@ def exchange(one: str, other: str) -> None:
     if hasattr(_libc, "renameat2"):
         code = _libc.renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], ctypes.c_uint(RENAME_EXCHANGE))
     elif platform.system() == "Linux" and platform.machine() in _RENAMEAT2:
-        number = ctypes.c_long(_RENAMEAT2[platform.machine()])
-        code = _libc.syscall(number, AT_FDCWD, names[0], AT_FDCWD, names[1], ctypes.c_uint(RENAME_EXCHANGE))
+        call = ctypes.c_long(_RENAMEAT2[platform.machine()])
+        code = _libc.syscall(call, AT_FDCWD, names[0], AT_FDCWD, names[1], ctypes.c_uint(RENAME_EXCHANGE))
     else:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     if code != 0:

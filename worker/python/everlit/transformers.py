@@ -19,7 +19,7 @@ from .manager import SLASH, CheckpointManager
 from .pulse import heartbeat
 
 
-class EverlitCallback(TrainerCallback):  # type: ignore[misc]
+class EverlitCallback(TrainerCallback):
     """Heartbeats, verified saves and the signals of a rank. `folder` is used without the coordinator."""
 
     def __init__(self, folder: str = "everlit-checkpoints", *, keep: int = 3, check_every: int = 1) -> None:

@@ -2,6 +2,7 @@ import json
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -353,6 +354,39 @@ class GangTest(Case):
         stopped = self.gang("stop", 143)
         self.assertEqual(stopped[0], stopped[1])
         checks.verify(self.path("c/step-000000005000"))
+
+
+LOADER = """
+import sys, time
+import torch
+import everlit
+class Data(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        while True:
+            time.sleep(0.005)
+            yield torch.ones(3)
+model = torch.nn.Linear(3, 1)
+manager = everlit.CheckpointManager(sys.argv[1], objects={"model": model}, every_steps=0)
+step = manager.restore()
+for batch in torch.utils.data.DataLoader(Data(), batch_size=4, num_workers=2):
+    step += 1
+    model(batch).sum().backward()
+    if step == 5: print("stepping", flush=True)
+    manager.after_step(step)
+"""
+
+
+@needs_torch
+class LoaderTest(Case):
+    def test_a_data_loader_s_workers_outlive_the_group_s_sigterm_until_the_save_is_done(self):
+        command = [*self.script(LOADER), self.path("c")]
+        running = subprocess.Popen(command, env=clean_environment(), stdout=subprocess.PIPE, text=True, start_new_session=True)
+        self.addCleanup(running.stdout.close)
+        self.assertEqual(running.stdout.readline(), "stepping\n")
+        os.killpg(running.pid, signal.SIGTERM)
+        self.assertEqual(running.wait(60), 143)
+        [name] = [name for name in os.listdir(self.path("c")) if name.startswith("step-")]
+        checks.verify(self.path("c", name))
 
 
 class ProgramTest(Case):
