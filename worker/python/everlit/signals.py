@@ -63,14 +63,30 @@ def exit_terminated(why: str = "") -> NoReturn:
 
 def _on_stop(number: int, frame: Optional[FrameType]) -> None:
     global _stop
-    if os.getpid() != _owner:
-        # A forked child, such as a data loader's worker, gets the group's SIGTERM too: the rank still needs it for the
-        # step it is in. The second one ends it.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return
     _stop = True
 
 
 def _on_save(number: int, frame: Optional[FrameType]) -> None:
     global _save
     _save = True
+
+
+def _after_fork() -> None:
+    """A child of the rank, such as a data loader's worker, ends by its parent's SIGTERM only.
+
+    The group's SIGTERM reaches it too, but the rank needs it for the step it is in. Blocked and waited for by a thread,
+    since torch's loader sets a handler of its own that dies of any but its parent's.
+    """
+    if _owner is not None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_parent, args=(os.getppid(),), name="everlit-sigterm", daemon=True).start()
+
+
+def _await_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    # As torch's own handler: anything else looks like a failure of the loader.
+    os._exit(0)
+
+
+os.register_at_fork(after_in_child=_after_fork)

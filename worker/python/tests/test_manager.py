@@ -356,6 +356,14 @@ class GangTest(Case):
         checks.verify(self.path("c/step-000000005000"))
 
 
+def group_lives(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 LOADER = """
 import sys, time
 import torch
@@ -385,6 +393,7 @@ class LoaderTest(Case):
         self.assertEqual(running.stdout.readline(), "stepping\n")
         os.killpg(running.pid, signal.SIGTERM)
         self.assertEqual(running.wait(60), 143)
+        until("the workers' end", lambda: not group_lives(running.pid))
         [name] = [name for name in os.listdir(self.path("c")) if name.startswith("step-")]
         checks.verify(self.path("c", name))
 
