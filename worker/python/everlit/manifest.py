@@ -7,6 +7,7 @@ as the Rust programs do, so that both accept the same texts.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import re
 import unicodedata
@@ -20,6 +21,9 @@ CHUNK_BYTES = 4 * 1024 * 1024
 MANIFEST_BYTES_MAX = 64 * 1024 * 1024
 QUARANTINE = "quarantine"
 REASON_NAME = "REASON"
+
+#: Stands for the manifest's own checksum while that is computed.
+NO_SHA256 = "0" * 64
 
 U32_MAX, U64_MAX = 2**32 - 1, 2**64 - 1
 
@@ -75,7 +79,11 @@ class Manifest:
     format: int = MANIFEST_FORMAT
 
     def to_json(self) -> bytes:
-        """The file's text."""
+        """The file's text, its own checksum among it."""
+        text = self._to_json(NO_SHA256)
+        return self._to_json(hashlib.sha256(text).hexdigest())
+
+    def _to_json(self, sha256: str) -> bytes:
         document = {
             "format": self.format,
             "job_id": self.job_id,
@@ -91,6 +99,7 @@ class Manifest:
             "model": self.model,
             "created_at": self.created_at,
             "files": [file_to_json(file) for file in self.files],
+            "manifest_sha256": sha256,
         }
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False).encode()
 
@@ -131,8 +140,21 @@ def parse(text: bytes) -> Manifest:
         created_at=_time(value),
         files=[_file(file) for file in files],
     )
+    _check_sum(value.get("manifest_sha256"), manifest, text)
     check_files(manifest.files)
     return manifest
+
+
+def _check_sum(sha256: Any, manifest: Manifest, text: bytes) -> None:
+    """Whether the text is the one that was written. Other programs' manifests, which have no model, need not say."""
+    if sha256 is None:
+        if manifest.model is not None:
+            raise BadManifest("it has no checksum of its own")
+        return
+    if not isinstance(sha256, str) or len(sha256.encode("utf-8", "replace")) != len(NO_SHA256) or sha256.encode("utf-8", "replace") not in text:
+        raise BadManifest("its own checksum can not be read")
+    if hashlib.sha256(text.replace(sha256.encode(), NO_SHA256.encode(), 1)).hexdigest() != sha256:
+        raise BadManifest("it has another sha256 than it says")
 
 
 def check_files(files: list[ManifestFile]) -> None:

@@ -40,7 +40,7 @@ class CommitTest(CheckpointCase):
         written = read_json(os.path.join(path, "MANIFEST.json"))
         self.assertEqual(
             list(written),
-            "format job_id attempt generation step epoch world_size global_batch samples seed data model created_at files".split(),
+            "format job_id attempt generation step epoch world_size global_batch samples seed data model created_at files manifest_sha256".split(),
         )
         big = written["files"][0]
         expected = [hashlib.sha256(BIG[at : at + CHUNK_BYTES]).hexdigest() for at in range(0, len(BIG), CHUNK_BYTES)]
@@ -205,6 +205,18 @@ class DamageTest(CheckpointCase):
             path.write_bytes(content)
             checks.verify(self.place)
 
+    def test_no_bit_of_the_manifest_changes_unseen(self):
+        self.place = self.checkpoint(6, files={"a": b"x"}, samples=7, model={"family": "x", "config": {"a": 1}})
+        path = pathlib.Path(self.place, "MANIFEST.json")
+        content = path.read_bytes()
+        for at in range(len(content)):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+            with self.assertRaises(Damage, msg=str(at)):
+                checks.verify(self.place)
+        path.write_bytes(content.replace(b'"samples": 7', b'"samples": 8'))
+        with self.assertRaisesRegex(Damage, "MANIFEST.json is not valid: it has another sha256 than it says"):
+            checks.verify(self.place)
+
     def test_extra_files_are_ignored(self):
         pathlib.Path(self.place, "extra").write_bytes(b"x")
         checks.verify(self.place)
@@ -212,6 +224,7 @@ class DamageTest(CheckpointCase):
     def test_manifests_that_lie(self):
         path = pathlib.Path(self.place, "MANIFEST.json")
         truth = json.loads(path.read_text())
+        del truth["manifest_sha256"]
 
         def lie(why, files=None, text=None, **fields):
             value = json.loads(json.dumps({**truth, **fields}))
@@ -240,6 +253,10 @@ class DamageTest(CheckpointCase):
         lie("is not valid", created_at="yesterday")
         lie("is not valid", attempt=2**32)
         lie("is not valid", model={"family": 1, "config": {}})
+        lie("it has no checksum of its own", model={"family": "x", "config": {}})
+        lie("its own checksum can not be read", manifest_sha256="x")
+        lie("is not valid", manifest_sha256=7)
+        lie("it has another sha256 than it says", manifest_sha256="1" * 64)
         with open(path, "wb") as file:
             file.truncate(manifest.MANIFEST_BYTES_MAX + 1)
         self.damaged("more than 67108864")
