@@ -15,6 +15,8 @@ python3 scripts/tidy.py || die "a house rule is broken"
 say "tests"
 scripts/build.sh >/dev/null || exit 1
 cargo test --release --locked --workspace --features $FEATURES || die "a test failed"
+say "tests of the Python package"
+EVERLIT_BIN=$BIN python3 -m unittest discover -s worker/python/tests || die "a test of the Python package failed"
 say "docs"
 RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --workspace --no-deps --features $FEATURES || die "the docs have faults"
 say "dependencies"

@@ -19,8 +19,6 @@ use serde::{Deserialize, Serialize};
 use super::commit::{manifest_text, remove_tree};
 use super::{CheckpointError, MANIFEST_NAME, begin, commit, describe_file, fence, io_error, step_folder};
 
-/// Ranks find the folder's path under this name.
-pub const SNAPSHOT_VARIABLE: &str = "EVERLIT_SNAPSHOT_DIR";
 /// A note larger than this is ignored.
 const NOTE_BYTES_MAX: u64 = 1 << 20;
 const RESUME_PREFIX: &str = "resume-a";

@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use everlit_worker::checkpoint::snapshot::SNAPSHOT_VARIABLE;
+use everlit_api::environment::SNAPSHOT_DIR;
 
 use super::TrainError;
 
@@ -72,7 +72,7 @@ impl Environment {
             generation: number("EVERLIT_GENERATION")?.unwrap_or(0),
             heartbeat_file: text("EVERLIT_HEARTBEAT_FILE").map(PathBuf::from),
             checkpoint_dir: text("EVERLIT_CHECKPOINT_DIR").map(PathBuf::from),
-            snapshot_dir: text(SNAPSHOT_VARIABLE).map(PathBuf::from),
+            snapshot_dir: text(SNAPSHOT_DIR).map(PathBuf::from),
             resume_from: variable("EVERLIT_RESUME_FROM").map(|path| (!path.is_empty()).then(|| PathBuf::from(path))),
             rendezvous,
             gloo_host: text("EVERLIT_GLOO_HOST").unwrap_or_else(|| "127.0.0.1".into()),

@@ -34,7 +34,7 @@ pub fn load(path: &Path, manifest: &Manifest, state: &State) -> Result<(), Train
     let failed = |why: String| TrainError::Failed(format!("checkpoint `{}`: {why}", path.display()));
     let mut missing: BTreeMap<String, &Tensor> = state.named().into_iter().collect();
     let mut plans = Vec::new();
-    for file in &manifest.files {
+    for file in manifest.files.iter().filter(|file| is_tensors(file)) {
         // Bytes that are not those that were committed explain everything else.
         let truth = |why: String| failed(checkpoint::verify(path).err().map_or(why, |damage| damage.to_string()));
         plans.push((file, plan(path, file, &mut missing).map_err(truth)?));
@@ -55,6 +55,11 @@ pub fn load(path: &Path, manifest: &Manifest, state: &State) -> Result<(), Train
         }
     }
     Ok(())
+}
+
+/// Programs that are not ours keep more than tensors in a checkpoint.
+fn is_tensors(file: &ManifestFile) -> bool {
+    file.name.ends_with(".safetensors")
 }
 
 /// Reads a file's header and finds each of its tensors in the state, where it is then no longer missing.
@@ -144,6 +149,9 @@ pub fn checksum(path: &Path) -> Result<String, TrainError> {
     let mut digests = BTreeMap::new();
     for file in &manifest.files {
         let content = checkpoint::read_file(path, file).map_err(|damage| failed(damage.to_string()))?;
+        if !is_tensors(file) {
+            continue;
+        }
         let tensors = SafeTensors::deserialize(&content).map_err(|error| failed(format!("{}: {error}", file.name)))?;
         for (name, view) in tensors.iter() {
             let about = format!("{name}\0{:?}\0{:?}\0", view.dtype(), view.shape());
