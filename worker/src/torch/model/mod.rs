@@ -95,18 +95,23 @@ enum Family {
     Mlp(mlp::Mlp),
 }
 
+/// The sizes that a job asks for.
+pub fn sizes(worker: &WorkerSpec) -> Result<ModelSizes, TrainError> {
+    if let ModelSpec::Sizes(sizes) = &worker.model
+        && let Some((field, why)) = sizes.faults().first()
+    {
+        return Err(TrainError::Config(format!("model.{field} {why}")));
+    }
+    ModelSizes::of(&worker.model).ok_or_else(|| {
+        let name = if let ModelSpec::Preset(name) = &worker.model { name } else { "" };
+        TrainError::Config(format!("model `{name}` is not known; there are {}", MODEL_PRESETS.join(", ")))
+    })
+}
+
 impl Model {
     /// As the job says; its parameters are zero.
     pub fn new(worker: &WorkerSpec) -> Result<Self, TrainError> {
-        if let ModelSpec::Sizes(sizes) = &worker.model
-            && let Some((field, why)) = sizes.faults().first()
-        {
-            return Err(TrainError::Config(format!("model.{field} {why}")));
-        }
-        let Some(sizes) = ModelSizes::of(&worker.model) else {
-            let name = if let ModelSpec::Preset(name) = &worker.model { name } else { "" };
-            return Err(TrainError::Config(format!("model `{name}` is not known; there are {}", MODEL_PRESETS.join(", "))));
-        };
+        let sizes = sizes(worker)?;
         let (family, parameters) = match &sizes {
             ModelSizes::Llama(own) => {
                 let llama = llama::Llama::new(own, worker);

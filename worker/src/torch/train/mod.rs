@@ -17,7 +17,7 @@ use super::environment::Environment;
 use super::heartbeat::Pulse;
 use super::loader::{Loader, Plan};
 use super::memory::{self, Memory};
-use super::model::Model;
+use super::model::{self, Model};
 use super::ranks::Ranks;
 use super::rendezvous::Rendezvous;
 use super::save::{Saver, Settings};
@@ -82,9 +82,8 @@ fn run_evaluation(config: &TrainConfig, environment: &Environment) -> Result<(),
     c10d::set_threads(environment.threads)?;
     let rendezvous = rendezvous(environment)?;
     pulse.phase(Phase::Load);
-    let model = Model::new(worker)?;
-    memory::check(model.sizes(), worker, environment)?;
-    let state = State::new(model, 0.0)?;
+    memory::check(&model::sizes(worker)?, worker, environment)?;
+    let state = State::new(Model::new(worker)?, 0.0)?;
     let (path, manifest) = chosen(environment)?
         .ok_or_else(|| TrainError::Config("nothing to evaluate: give the checkpoint (resume_from, or --checkpoint-dir)".into()))?;
     fits(&path, &manifest, &state.model, None)?;
@@ -107,8 +106,7 @@ fn run_evaluation(config: &TrainConfig, environment: &Environment) -> Result<(),
 pub fn dry_run(config: &TrainConfig, environment: &Environment) -> Result<(), TrainError> {
     let worker = &config.worker;
     check(worker, environment)?;
-    let sizes = everlit_api::model::ModelSizes::of(&worker.model)
-        .ok_or_else(|| TrainError::Config(format!("model {} is not known", name(worker))))?;
+    let sizes = model::sizes(worker)?;
     let estimate = MemoryEstimate::of(&sizes, worker, environment.world);
     say(&format!("parameters: {}", sizes.parameters()));
     say(&format!("state per rank: {:.2} GiB", memory::gib(estimate.state_bytes)));
@@ -154,8 +152,8 @@ fn prepare<'a>(
     c10d::set_threads(environment.threads)?;
     let rendezvous = rendezvous(environment)?;
     pulse.phase(Phase::Load);
+    let estimate = memory::check(&model::sizes(worker)?, worker, environment)?;
     let model = Model::new(worker)?;
-    let estimate = memory::check(model.sizes(), worker, environment)?;
     let paths = data::locate(&config.shards, worker.data.as_deref())?;
     let corpus = Corpus::open(&paths, model.window(), worker.seed, evaluate::held_out(worker, false))?;
     let attempt = own_attempt(environment)?;
