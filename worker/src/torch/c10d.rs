@@ -40,7 +40,12 @@ struct StoreCallbacks {
     check: extern "C" fn(*const c_void, *const c_char, usize) -> c_int,
 }
 
-type LayerRun = extern "C" fn(*mut c_void, i64, *const c_void) -> *mut c_void;
+#[repr(C)]
+struct LayerCallbacks {
+    context: *const c_void,
+    run: extern "C" fn(*const c_void, i64, *const c_void) -> *mut c_void,
+    drop: extern "C" fn(*const c_void),
+}
 
 unsafe extern "C" {
     fn everlit_error() -> *const c_char;
@@ -77,7 +82,7 @@ unsafe extern "C" {
     fn everlit_adamw_free(optimizer: *mut c_void);
     fn everlit_adamw_step(optimizer: *mut c_void, step: i64, rate: f64, beta1: f64, beta2: f64, decay: f64, epsilon: f64, scale: f64) -> c_int;
     fn everlit_gradient_norm(tensors: *const *mut c_void, count: usize, norm: *mut f64) -> c_int;
-    fn everlit_recompute(input: *const c_void, run: LayerRun, context: *mut c_void, layer: i64, out: *mut *mut c_void) -> c_int;
+    fn everlit_recompute(input: *const c_void, layer: LayerCallbacks, number: i64, out: *mut *mut c_void) -> c_int;
     fn everlit_drop_gradients(tensors: *const *mut c_void, count: usize) -> c_int;
 }
 
@@ -268,21 +273,25 @@ pub trait Layers {
     fn run(&self, layer: i64, input: &Tensor) -> Tensor;
 }
 
-/// Runs a layer keeping only its input: the backward pass runs it again. `layers` must live until then.
-pub fn recompute<L: Layers>(layers: &L, layer: i64, input: &Tensor) -> Result<Tensor, CollectiveError> {
-    extern "C" fn run<L: Layers>(context: *mut c_void, layer: i64, input: *const c_void) -> *mut c_void {
+/// Runs a layer keeping only its input: the backward pass runs it again. The graph holds `layers` until then.
+pub fn recompute<L: Layers + 'static>(layers: &Arc<L>, number: i64, input: &Tensor) -> Result<Tensor, CollectiveError> {
+    extern "C" fn run<L: Layers>(context: *const c_void, number: i64, input: *const c_void) -> *mut c_void {
         let answer = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            // SAFETY: `context` is the `layers` of `recompute`; the input is a live tensor, of which a reference is taken.
+            // SAFETY: `context` is a reference that the graph holds; the input is a live tensor, of which a reference is taken.
             let (layers, input) = unsafe { (&*context.cast::<L>(), Tensor::clone_from_ptr(input.cast_mut().cast())) };
-            std::mem::ManuallyDrop::new(layers.run(layer, &input)).as_ptr()
+            std::mem::ManuallyDrop::new(layers.run(number, &input)).as_ptr()
         }));
         answer.map_or(std::ptr::null_mut(), |tensor| tensor.cast_mut().cast())
     }
+    extern "C" fn drop_one<L>(context: *const c_void) {
+        // SAFETY: the reference that `recompute` gave away, taken back once.
+        drop(unsafe { Arc::from_raw(context.cast::<L>()) });
+    }
+    let layer = LayerCallbacks { context: Arc::into_raw(layers.clone()).cast(), run: run::<L>, drop: drop_one::<L> };
     let mut raw = std::ptr::null_mut();
-    let context = std::ptr::from_ref(layers).cast_mut().cast();
-    // SAFETY: as `run` says; the answer is a tensor of our own.
+    // SAFETY: the callee owns the reference from here on; the answer is a tensor of our own.
     unsafe {
-        check(everlit_recompute(input.as_ptr().cast(), run::<L>, context, layer, &mut raw))?;
+        check(everlit_recompute(input.as_ptr().cast(), layer, number, &mut raw))?;
         Ok(Tensor::from_ptr(raw.cast()))
     }
 }

@@ -10,6 +10,7 @@
 #include <ATen/ops/linalg_vector_norm.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/custom_class.h>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
@@ -178,39 +179,52 @@ class FixedReducer : public c10d::Reducer {
   void fix_buckets() { has_rebuilt_bucket_ = true; }
 };
 
-// Activation checkpointing: forward keeps the input alone, backward runs the layer again. The layer is Rust's; it answers
-// a new tensor that is ours, or null after a panic.
-using Layer = void* (*)(void* context, int64_t layer, const void* input);
+// A layer of Rust's: run answers a new tensor that is ours, or null after a panic. The graph owns it until it is freed.
+extern "C" {
+struct EverlitLayer {
+  void* context;
+  void* (*run)(void* context, int64_t layer, const void* input);
+  void (*drop)(void* context);
+};
+}
 
-struct Recompute : public torch::autograd::Function<Recompute> {
-  static at::Tensor run(int64_t run, int64_t context, int64_t layer, const at::Tensor& input) {
-    auto* raw = reinterpret_cast<Layer>(run)(reinterpret_cast<void*>(context), layer, &input);
-    std::unique_ptr<at::Tensor> output(static_cast<at::Tensor*>(raw));
-    TORCH_CHECK(output != nullptr, "layer ", layer, " failed");
+struct OwnedLayer : public torch::CustomClassHolder {
+  OwnedLayer(EverlitLayer own, int64_t number) : layer(own), number(number) {}
+  OwnedLayer(const OwnedLayer&) = delete;
+  OwnedLayer& operator=(const OwnedLayer&) = delete;
+  ~OwnedLayer() override { layer.drop(layer.context); }
+
+  at::Tensor run(const at::Tensor& input) const {
+    std::unique_ptr<at::Tensor> output(static_cast<at::Tensor*>(layer.run(layer.context, number, &input)));
+    TORCH_CHECK(output != nullptr, "layer ", number, " failed");
     return *output;
   }
 
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& input, int64_t run_raw,
-                            int64_t context_raw, int64_t layer) {
+  EverlitLayer layer;
+  int64_t number;
+};
+
+// Activation checkpointing: forward keeps the input alone, backward runs the layer again.
+struct Recompute : public torch::autograd::Function<Recompute> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& input,
+                            const c10::intrusive_ptr<OwnedLayer>& layer) {
     context->save_for_backward({input});
-    context->saved_data["run"] = run_raw;
-    context->saved_data["context"] = context_raw;
-    context->saved_data["layer"] = layer;
-    return run(run_raw, context_raw, layer, input);
+    context->saved_data["layer"] = c10::IValue::make_capsule(layer);
+    return layer->run(input);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list gradients) {
     auto input = context->get_saved_variables()[0].detach();
     input.set_requires_grad(true);
+    const auto layer = c10::static_intrusive_pointer_cast<OwnedLayer>(context->saved_data["layer"].toCapsule());
     at::Tensor output;
     {
       c10::AutoGradMode enabled(true);
-      output = run(context->saved_data["run"].toInt(), context->saved_data["context"].toInt(),
-                   context->saved_data["layer"].toInt(), input);
+      output = layer->run(input);
     }
     torch::autograd::backward({output}, {gradients[0]});
-    return {input.grad(), at::Tensor(), at::Tensor(), at::Tensor()};
+    return {input.grad(), at::Tensor()};
   }
 };
 
@@ -309,12 +323,11 @@ int everlit_reducer_prepare(void* reducer) {
   });
 }
 
-// `context` lives until the backward pass is over.
-int everlit_recompute(const void* input, void* (*layer_run)(void*, int64_t, const void*), void* context, int64_t layer,
-                      void** out) {
+// Owns the layer's context from the call on, whatever the answer.
+int everlit_recompute(const void* input, EverlitLayer layer, int64_t number, void** out) {
   return guarded([&] {
-    *out = new at::Tensor(Recompute::apply(*static_cast<const at::Tensor*>(input), reinterpret_cast<int64_t>(layer_run),
-                                           reinterpret_cast<int64_t>(context), layer));
+    const auto own = c10::make_intrusive<OwnedLayer>(layer, number);
+    *out = new at::Tensor(Recompute::apply(tensor(input), own));
   });
 }
 

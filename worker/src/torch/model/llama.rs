@@ -4,6 +4,8 @@
 //! products, which is what a small model on a CPU is short of. The residual stream stays float32; with bfloat16 only the
 //! products and what lies between them are rounded.
 
+use std::sync::Arc;
+
 use everlit_api::job::Precision;
 use everlit_api::model::{LlamaSizes, VOCABULARY};
 use tch::{Device, Kind, Tensor};
@@ -79,12 +81,13 @@ impl Llama {
         list
     }
 
-    pub(super) fn forward(&self, parameters: &[Parameter], samples: &Tensor, pass: Pass) -> (Tensor, Tensor) {
+    pub(super) fn forward(self: &Arc<Self>, parameters: &[Parameter], samples: &Tensor, pass: Pass) -> (Tensor, Tensor) {
         let inputs = samples.narrow(1, 0, self.length);
         let targets = samples.narrow(1, 1, self.length).reshape([-1]);
         let (first, rest) = parameters.split_first().expect("the embedding");
         let (layers, last) = rest.split_at(PER_LAYER * self.layers as usize);
-        let layers = Stack { llama: self, parameters: layers, pass };
+        let own = layers.iter().map(|parameter| parameter.tensor.shallow_clone()).collect();
+        let layers = Arc::new(Stack { llama: self.clone(), parameters: own, pass });
         let mut x = Tensor::embedding(&first.tensor, &inputs, -1, false, false);
         for layer in 0..self.layers {
             x = match self.recompute && pass.is_training() {
@@ -93,20 +96,20 @@ impl Llama {
             };
         }
         let [norm, output] = last else { unreachable!("norm and output close the list") };
-        let logits = self.product(&self.norm(&x, norm), output);
+        let logits = self.product(&self.norm(&x, &norm.tensor), &output.tensor);
         (logits.view([-1, VOCABULARY as i64]).to_kind(Kind::Float), targets)
     }
 
-    fn norm(&self, x: &Tensor, weight: &Parameter) -> Tensor {
-        let normed = sound(kernels::rms_norm(x, &weight.tensor, EPSILON));
+    fn norm(&self, x: &Tensor, weight: &Tensor) -> Tensor {
+        let normed = sound(kernels::rms_norm(x, weight, EPSILON));
         if self.precision == Precision::Bfloat16 { normed.to_kind(Kind::BFloat16) } else { normed }
     }
 
     /// `x` times a matrix, in the precision asked for; `x` has it already.
-    fn product(&self, x: &Tensor, weight: &Parameter) -> Tensor {
+    fn product(&self, x: &Tensor, weight: &Tensor) -> Tensor {
         match self.precision {
-            Precision::Float32 => x.linear::<Tensor>(&weight.tensor, None),
-            Precision::Bfloat16 => x.linear::<Tensor>(&weight.tensor.to_kind(Kind::BFloat16), None),
+            Precision::Float32 => x.linear(weight, None::<&Tensor>),
+            Precision::Bfloat16 => x.linear(&weight.to_kind(Kind::BFloat16), None::<&Tensor>),
         }
     }
 
@@ -115,7 +118,7 @@ impl Llama {
         if self.dropout > 0.0 && pass.is_training() { x.dropout(self.dropout, true) } else { x }
     }
 
-    fn attention(&self, x: &Tensor, qkv: &Parameter) -> Tensor {
+    fn attention(&self, x: &Tensor, qkv: &Tensor) -> Tensor {
         let (samples, length, _) = x.size3().expect("samples, positions, features");
         let joined = self.product(x, qkv);
         let [q, k, v] = match self.precision {
@@ -148,18 +151,18 @@ fn sound<T>(result: Result<T, c10d::CollectiveError>) -> T {
     result.unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// The layers of one pass.
-struct Stack<'a> {
-    llama: &'a Llama,
-    parameters: &'a [Parameter],
+/// The layers of one pass; the graph may hold it until its backward pass.
+struct Stack {
+    llama: Arc<Llama>,
+    parameters: Vec<Tensor>,
     pass: Pass,
 }
 
-impl Layers for Stack<'_> {
+impl Layers for Stack {
     fn run(&self, layer: i64, x: &Tensor) -> Tensor {
         let own = &self.parameters[PER_LAYER * layer as usize..][..PER_LAYER];
         let [attention_norm, qkv, attention_output, feed_norm, gate_up, down] = own else { unreachable!("a slice of {PER_LAYER}") };
-        let llama = self.llama;
+        let llama = &self.llama;
         if llama.dropout > 0.0 {
             self.pass.seed_layer(layer);
         }

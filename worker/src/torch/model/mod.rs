@@ -91,7 +91,7 @@ pub struct Model {
 }
 
 enum Family {
-    Llama(llama::Llama),
+    Llama(std::sync::Arc<llama::Llama>),
     Mlp(mlp::Mlp),
 }
 
@@ -116,7 +116,7 @@ impl Model {
             ModelSizes::Llama(own) => {
                 let llama = llama::Llama::new(own, worker);
                 let parameters = llama.parameters();
-                (Family::Llama(llama), parameters)
+                (Family::Llama(llama.into()), parameters)
             }
             ModelSizes::Mlp(own) => {
                 let mlp = mlp::Mlp::new(own, worker.dropout);
