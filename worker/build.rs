@@ -22,7 +22,7 @@ fn torch() -> Result<(), String> {
     cc::Build::new()
         .cpp(true)
         .std("c++17")
-        .files(["c10d", "kernels", "memory"].map(|name| format!("src/torch/cpp/{name}.cpp")))
+        .files(["attention", "c10d", "kernels", "memory"].map(|name| format!("src/torch/cpp/{name}.cpp")))
         .include("src/torch/cpp")
         .flag("-isystem")
         .flag(format!("{libtorch}/include"))
@@ -35,6 +35,8 @@ fn torch() -> Result<(), String> {
         .opt_level(3)
         .flag("-fno-math-errno")
         .flag("-fno-trapping-math")
+        // Vectors are only passed inside of a file.
+        .flag("-Wno-psabi")
         .debug(false)
         .try_compile("everlit_c10d")
         .map_err(|error| format!("the C++ part did not compile: {error}"))?;

@@ -9,7 +9,9 @@ use std::path::Path;
 
 use checkpoint_support::{checkpoint, flip, names};
 use everlit_api::manifest::ModelDescription;
-use everlit_worker::checkpoint::{Damage, commit, list, newest_verified, prune, quarantine, read_manifest, step_folder, sweep_drafts, verify};
+use everlit_worker::checkpoint::{
+    Damage, commit, list, newest_verified, prune, quarantine, read_manifest, step_folder, sweep_drafts, verify,
+};
 use serde_json::{Value, json};
 
 fn edit(place: &Path, change: impl FnOnce(&mut Value)) {
@@ -107,7 +109,11 @@ fn no_bit_of_a_manifest_can_change_unseen() {
         let mut bad = good.clone();
         bad[at] ^= 1 << (at % 7);
         fs::write(&path, &bad).unwrap();
-        assert!(read_manifest(&place).is_err(), "byte {at}: {}", String::from_utf8_lossy(&bad[at.saturating_sub(20)..(at + 20).min(bad.len())]));
+        assert!(
+            read_manifest(&place).is_err(),
+            "byte {at}: {}",
+            String::from_utf8_lossy(&bad[at.saturating_sub(20)..(at + 20).min(bad.len())])
+        );
     }
     for length in [0, 1, good.len() / 2, good.len() - 1] {
         fs::write(&path, &good[..length]).unwrap();

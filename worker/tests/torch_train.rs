@@ -61,7 +61,10 @@ fn a_checkpoint_is_shared_out_and_says_where_the_data_stands() {
     job.finish(4, 3, None);
     let steps: Vec<u64> = checkpoint::list(&job.checkpoints()).unwrap().iter().map(|found| found.step).collect();
     assert_eq!(steps.first(), Some(&25), "the last step always");
-    assert!(steps.len() > 1 && steps[1..].iter().all(|step| [10, 20].contains(step)), "every ten steps, if the disk is that fast: {steps:?}");
+    assert!(
+        steps.len() > 1 && steps[1..].iter().all(|step| [10, 20].contains(step)),
+        "every ten steps, if the disk is that fast: {steps:?}"
+    );
     let manifest = checkpoint::verify(&job.newest()).unwrap();
     assert_eq!((manifest.attempt, manifest.step, manifest.samples, manifest.world_size), (4, 25, 175, 3));
     assert_eq!((manifest.seed, manifest.global_batch, manifest.data.cursor, manifest.epoch), (11, 7, 175, 0));

@@ -322,6 +322,9 @@ mod tests {
         let whole = newest_whole(dir.path()).unwrap().unwrap();
         assert!(matches!(whole.persist(checkpoints.path(), 2), Err(CheckpointError::Fenced { .. })));
         let path = whole.persist(checkpoints.path(), 3).unwrap();
-        assert_eq!(verify(&path).map(|manifest| (manifest.step, manifest.attempt)).map_err(|damage: Damage| damage.to_string()), Ok((10, 3)));
+        assert_eq!(
+            verify(&path).map(|manifest| (manifest.step, manifest.attempt)).map_err(|damage: Damage| damage.to_string()),
+            Ok((10, 3))
+        );
     }
 }

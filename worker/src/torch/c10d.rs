@@ -4,6 +4,7 @@
 //! timeout passes, or another thread calls [`Group::abort`]; after any error the group is unusable and must be dropped.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -80,7 +81,16 @@ unsafe extern "C" {
         out: *mut *mut c_void,
     ) -> c_int;
     fn everlit_adamw_free(optimizer: *mut c_void);
-    fn everlit_adamw_step(optimizer: *mut c_void, step: i64, rate: f64, beta1: f64, beta2: f64, decay: f64, epsilon: f64, scale: f64) -> c_int;
+    fn everlit_adamw_step(
+        optimizer: *mut c_void,
+        step: i64,
+        rate: f64,
+        beta1: f64,
+        beta2: f64,
+        decay: f64,
+        epsilon: f64,
+        scale: f64,
+    ) -> c_int;
     fn everlit_gradient_norm(tensors: *const *mut c_void, count: usize, norm: *mut f64) -> c_int;
     fn everlit_recompute(input: *const c_void, layer: LayerCallbacks, number: i64, out: *mut *mut c_void) -> c_int;
     fn everlit_drop_gradients(tensors: *const *mut c_void, count: usize) -> c_int;
@@ -273,8 +283,9 @@ pub trait Layers {
     fn run(&self, layer: i64, input: &Tensor) -> Tensor;
 }
 
-/// Runs a layer keeping only its input: the backward pass runs it again. The graph holds `layers` until then.
-pub fn recompute<L: Layers + 'static>(layers: &Arc<L>, number: i64, input: &Tensor) -> Result<Tensor, CollectiveError> {
+/// Runs a layer keeping only its input: the backward pass runs it again. The graph holds `layers` until then;
+/// on a CPU that is this thread too.
+pub fn recompute<L: Layers + 'static>(layers: &Rc<L>, number: i64, input: &Tensor) -> Result<Tensor, CollectiveError> {
     extern "C" fn run<L: Layers>(context: *const c_void, number: i64, input: *const c_void) -> *mut c_void {
         let answer = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             // SAFETY: `context` is a reference that the graph holds; the input is a live tensor, of which a reference is taken.
@@ -285,9 +296,9 @@ pub fn recompute<L: Layers + 'static>(layers: &Arc<L>, number: i64, input: &Tens
     }
     extern "C" fn drop_one<L>(context: *const c_void) {
         // SAFETY: the reference that `recompute` gave away, taken back once.
-        drop(unsafe { Arc::from_raw(context.cast::<L>()) });
+        drop(unsafe { Rc::from_raw(context.cast::<L>()) });
     }
-    let layer = LayerCallbacks { context: Arc::into_raw(layers.clone()).cast(), run: run::<L>, drop: drop_one::<L> };
+    let layer = LayerCallbacks { context: Rc::into_raw(layers.clone()).cast(), run: run::<L>, drop: drop_one::<L> };
     let mut raw = std::ptr::null_mut();
     // SAFETY: the callee owns the reference from here on; the answer is a tensor of our own.
     unsafe {

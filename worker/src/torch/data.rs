@@ -254,7 +254,8 @@ mod tests {
         let (dir, mut corpus) = corpus(&["abcdefg", "hijkl"], 3, 1);
         let path = dir.path().join("1.txt");
         std::fs::write(&path, "hijklm").unwrap();
-        let mut read = |window| corpus.read_window(window, &mut Vec::new(), &mut Vec::new()).err().map(|error| (error.exit_code(), error.to_string()));
+        let mut read =
+            |window| corpus.read_window(window, &mut Vec::new(), &mut Vec::new()).err().map(|error| (error.exit_code(), error.to_string()));
         assert!(read(3).is_some_and(|(code, why)| code == 78 && why.contains("1.txt` changed while it was trained on")));
         assert_eq!(read(0), None);
         std::fs::write(dir.path().join("0.txt"), "a").unwrap();

@@ -35,10 +35,7 @@ impl Memory {
             ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
         ];
         Some(groups.iter().fold(machine, |least, (limit, used)| match number(limit) {
-            Some(limit) => Self {
-                total: least.total.min(limit),
-                free: least.free.min(limit.saturating_sub(number(used).unwrap_or(0))),
-            },
+            Some(limit) => Self { total: least.total.min(limit), free: least.free.min(limit.saturating_sub(number(used).unwrap_or(0))) },
             None => least,
         }))
     }

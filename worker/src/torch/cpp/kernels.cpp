@@ -13,13 +13,7 @@
 #include <vector>
 
 #include "shared.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define EVERLIT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define EVERLIT_CLONES
-#endif
-#define EVERLIT_INLINE inline __attribute__((always_inline))
+#include "vectors.h"
 
 namespace {
 
@@ -29,27 +23,6 @@ using torch::autograd::variable_list;
 
 // Rows per task, and per partial sum of a weight's gradient: fixed, so that the order of summing is.
 constexpr int64_t kRows = 64;
-
-// e^x to 1.5 units in the last place, written so that a compiler makes vectors of it (Cephes' polynomial).
-EVERLIT_INLINE float exponential(float x) {
-  x = x > 88.0f ? 88.0f : (x < -87.0f ? -87.0f : x);
-  const float shifted = x * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + (127 - 0x4B400000)) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
-}
 
 EVERLIT_CLONES void norm_rows(const float* __restrict x, const float* __restrict w, float* __restrict y, float* __restrict scales, int64_t rows, int64_t dim, float epsilon) {
   for (int64_t row = 0; row < rows; ++row) {
@@ -139,21 +112,6 @@ EVERLIT_CLONES void swiglu_rows_back(const float* __restrict g, const float* __r
       dup[j] = gradient[j] * gate[j] * share;
       dgate[j] = gradient[j] * up[j] * share * (1.0f + gate[j] * (1.0f - share));
     }
-  }
-}
-
-// One position's head turned: features i and i + half by the angle of the position.
-EVERLIT_CLONES void turn(const float* __restrict in, float* __restrict out, const float* __restrict cos, const float* __restrict sin, int64_t half) {
-  for (int64_t i = 0; i < half; ++i) {
-    out[i] = in[i] * cos[i] - in[i + half] * sin[i];
-    out[i + half] = in[i + half] * cos[i] + in[i] * sin[i];
-  }
-}
-
-EVERLIT_CLONES void turn_back(const float* __restrict in, float* __restrict out, const float* __restrict cos, const float* __restrict sin, int64_t half) {
-  for (int64_t i = 0; i < half; ++i) {
-    out[i] = in[i] * cos[i] + in[i + half] * sin[i];
-    out[i + half] = in[i + half] * cos[i] - in[i] * sin[i];
   }
 }
 

@@ -4,7 +4,7 @@
 //! products, which is what a small model on a CPU is short of. The residual stream stays float32; with bfloat16 only the
 //! products and what lies between them are rounded.
 
-use std::sync::Arc;
+use std::rc::Rc;
 
 use everlit_api::job::Precision;
 use everlit_api::model::{LlamaSizes, VOCABULARY};
@@ -81,13 +81,13 @@ impl Llama {
         list
     }
 
-    pub(super) fn forward(self: &Arc<Self>, parameters: &[Parameter], samples: &Tensor, pass: Pass) -> (Tensor, Tensor) {
+    pub(super) fn forward(self: &Rc<Self>, parameters: &[Parameter], samples: &Tensor, pass: Pass) -> (Tensor, Tensor) {
         let inputs = samples.narrow(1, 0, self.length);
         let targets = samples.narrow(1, 1, self.length).reshape([-1]);
         let (first, rest) = parameters.split_first().expect("the embedding");
         let (layers, last) = rest.split_at(PER_LAYER * self.layers as usize);
         let own = layers.iter().map(|parameter| parameter.tensor.shallow_clone()).collect();
-        let layers = Arc::new(Stack { llama: self.clone(), parameters: own, pass });
+        let layers = Rc::new(Stack { llama: self.clone(), parameters: own, pass });
         let mut x = Tensor::embedding(&first.tensor, &inputs, -1, false, false);
         for layer in 0..self.layers {
             x = match self.recompute && pass.is_training() {
@@ -121,8 +121,12 @@ impl Llama {
     fn attention(&self, x: &Tensor, qkv: &Tensor) -> Tensor {
         let (samples, length, _) = x.size3().expect("samples, positions, features");
         let joined = self.product(x, qkv);
+        let Rotation { cos, sin } = &self.rotation;
         let [q, k, v] = match self.precision {
-            Precision::Float32 => sound(kernels::heads(&joined, &self.rotation.cos, &self.rotation.sin, self.heads, self.kv_heads)),
+            Precision::Float32 if self.head() % 32 == 0 => {
+                return sound(kernels::attention(&joined, cos, sin, self.heads, self.kv_heads));
+            }
+            Precision::Float32 => sound(kernels::heads(&joined, cos, sin, self.heads, self.kv_heads)),
             Precision::Bfloat16 => self.split(&joined, samples, length),
         };
         let mixed = Tensor::scaled_dot_product_attention::<Tensor>(&q, &k, &v, None, 0.0, true, None, self.kv_heads != self.heads);
@@ -153,7 +157,7 @@ fn sound<T>(result: Result<T, c10d::CollectiveError>) -> T {
 
 /// The layers of one pass; the graph may hold it until its backward pass.
 struct Stack {
-    llama: Arc<Llama>,
+    llama: Rc<Llama>,
     parameters: Vec<Tensor>,
     pass: Pass,
 }

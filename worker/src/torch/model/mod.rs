@@ -91,7 +91,7 @@ pub struct Model {
 }
 
 enum Family {
-    Llama(std::sync::Arc<llama::Llama>),
+    Llama(std::rc::Rc<llama::Llama>),
     Mlp(mlp::Mlp),
 }
 

@@ -51,8 +51,7 @@ impl Evaluation {
     /// The mean loss over all samples. Every rank must ask.
     pub fn run(&mut self, model: &Model, environment: &Environment, ranks: &Ranks, pulse: &Pulse) -> Result<f64, TrainError> {
         pulse.phase(Phase::Evaluate);
-        let own: Vec<u64> =
-            self.windows.clone().skip(environment.rank as usize).step_by(environment.world as usize).collect();
+        let own: Vec<u64> = self.windows.clone().skip(environment.rank as usize).step_by(environment.world as usize).collect();
         let (mut sum, mut scratch) = (0.0, Vec::new());
         for windows in own.chunks(usize::try_from(self.micro.max(1)).unwrap_or(usize::MAX)) {
             let mut bytes = Vec::new();

@@ -73,7 +73,11 @@ impl Figures {
 
     /// Samples per second in the newest window, or so far in the first.
     pub fn samples_per_second(&self) -> f64 {
-        if self.samples_per_second > 0.0 { self.samples_per_second } else { self.samples as f64 / self.since.elapsed().as_secs_f64().max(1e-9) }
+        if self.samples_per_second > 0.0 {
+            self.samples_per_second
+        } else {
+            self.samples as f64 / self.since.elapsed().as_secs_f64().max(1e-9)
+        }
     }
 
     /// Time that was no training (an evaluation, say) is in no rate.

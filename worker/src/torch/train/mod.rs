@@ -23,9 +23,9 @@ use super::rendezvous::Rendezvous;
 use super::save::{Saver, Settings};
 use super::state::State;
 use super::{TrainError, kernels, load, sharing, signals};
+use evaluate::Evaluation;
 use everlit_worker::checkpoint;
 use everlit_worker::train_config::TrainConfig;
-use evaluate::Evaluation;
 use figures::Figures;
 use interval::Clock;
 use run::{CONTROL, Data, Trainer};
@@ -357,14 +357,7 @@ fn name(worker: &WorkerSpec) -> String {
     }
 }
 
-fn announce(
-    worker: &WorkerSpec,
-    environment: &Environment,
-    state: &State,
-    batch: u64,
-    resumed: Option<&PathBuf>,
-    position: Position,
-) {
+fn announce(worker: &WorkerSpec, environment: &Environment, state: &State, batch: u64, resumed: Option<&PathBuf>, position: Position) {
     let from = match resumed {
         Some(path) => format!("resuming at step {} from {}", position.step, path.display()),
         None => "starting from the seed".into(),

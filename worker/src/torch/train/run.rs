@@ -261,7 +261,9 @@ impl Trainer<'_> {
         }
         if due {
             self.begin_save(heard.busy);
-        } else if !heard.busy && let Some(saver) = &mut self.saver {
+        } else if !heard.busy
+            && let Some(saver) = &mut self.saver
+        {
             saver.persist_newest();
         }
         if last || heard.stop { self.settle() } else { Ok(()) }
