@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Measures what README states, on the built programs and loopback: a table, and the same as JSON in target/bench/results.json.
-# `scripts/bench.sh [AREA…]` with areas: control, logs, train, recovery, idle (all by default).
+# `scripts/bench.sh [AREA…]` with areas: control, logs, train, recovery, idle, steps, checkpoint (all by default). The area
+# steps runs PyTorch beside us and fetches it once (scripts/fetch-python-torch.sh, about 4 GB).
 . "$(dirname "$0")/common.sh"
 need python3
 scripts/build.sh >/dev/null || exit 1
@@ -11,5 +12,9 @@ for line in sys.stdin:
     if message.get("executable") and message.get("target", {}).get("name") == "load":
         print(message["executable"])') || die "the load program could not be built"
 [ -n "$LOAD" ] || die "the load program could not be built"
+PYTHON_TORCH=
+case " ${*:-steps} " in
+  *" steps "*) PYTHON_TORCH=$(scripts/fetch-python-torch.sh | tail -n 1) || die "PyTorch could not be fetched" ;;
+esac
 mkdir -p "$TARGET/bench"
-EVERLIT_BIN=$BIN EVERLIT_LOAD=$LOAD EVERLIT_RESULTS=$TARGET/bench/results.json PYTHONPATH=scripts/e2e python3 scripts/bench/main.py "$@"
+EVERLIT_PYTHON=$PYTHON_TORCH EVERLIT_BIN=$BIN EVERLIT_LOAD=$LOAD EVERLIT_RESULTS=$TARGET/bench/results.json PYTHONPATH=scripts/e2e python3 scripts/bench/main.py "$@"

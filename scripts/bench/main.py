@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import training
 from lib import Everlit, is_alive, parent, until
 
 LOAD = os.environ["EVERLIT_LOAD"]
@@ -151,7 +152,15 @@ def idle():
         row("coordinator's growth over 10,000 more past jobs", [rss_mb(everlit.process.pid) - before], "MB", 10)
 
 
-AREAS = {"control": control, "logs": logs, "train": train, "recovery": recovery, "idle": idle}
+AREAS = {
+    "control": control,
+    "logs": logs,
+    "train": train,
+    "recovery": recovery,
+    "idle": idle,
+    "steps": lambda: training.steps(row),
+    "checkpoint": lambda: training.checkpoint(row),
+}
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or list(AREAS)

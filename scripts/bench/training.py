@@ -5,9 +5,7 @@ import os
 import pathlib
 import re
 import shutil
-import statistics
 import subprocess
-import sys
 import tempfile
 import time
 
@@ -125,11 +123,10 @@ def checkpoint(row):
                     into.append((times[end] - times[3]) / (end - 3))
                     if every:
                         stalls += [stall * 1000 for stall in seen]
-            state = sum(f.stat().st_size for f in max((folder / "c").glob("step-*"), default=None).iterdir()) if False else newest_bytes(temp)
+            state = newest_bytes(temp)
             row("state of the save figures", [state / 1e6], "MB", 450, "more")
             row("a step held up by a save, with a core to spare", stalls, "ms", 5)
-            row("step time with a save every 4 steps, over none", [(a / b - 1) * 100 for a, b in zip(with_saves, without)], "%", 1 * 4)
-            copies(row, state)
+            row("step time with a save in every 4th step, over none", [(a / b - 1) * 100 for a, b in zip(with_saves, without)], "%", 1)
             disk(row, temp)
         finally:
             shutil.rmtree(shared)
@@ -144,7 +141,7 @@ def disk(row, temp):
     """Write rate against `dd conv=fsync`, read rate with verification against a cold read, by everlit-worker's own helper."""
     writes, reads = [], []
     for run in range(max(RUNS, 5)):
-        answer = json.loads(subprocess.check_output([BIN / "everlit-worker", "disk", "--bytes", "500000000", temp / f"disk-{run}"], text=True))
+        answer = json.loads(subprocess.check_output([BIN / "everlit-worker", "disk", temp / f"disk-{run}"], text=True))
         target = temp / "dd"
         started = time.perf_counter()
         subprocess.run(["dd", "if=/dev/zero", f"of={target}", "bs=1M", "count=477", "conv=fsync"], check=True, stderr=subprocess.DEVNULL)

@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use everlit_api::job::{Auto, BatchSize, CheckpointPolicy, MODEL_PRESETS, ModelSpec, Precision, WorkerSpec};
 use everlit_worker::train_config::TrainConfig;
 use torch::environment::Environment;
-use torch::{EXIT_CONFIG, TrainError, load, signals, train};
+use torch::{EXIT_CONFIG, TrainError, disk, load, signals, train};
 
 // Not in the library: agent and shim link the library, and would then load libtorch with it.
 #[allow(unreachable_pub)]
@@ -33,6 +33,14 @@ enum Verb {
     Checksum {
         /// A folder step-…
         checkpoint: PathBuf,
+    },
+    /// Measure how fast a disk takes and gives checkpoints; prints one line of JSON, in megabytes per second.
+    Disk {
+        /// A folder on that disk.
+        folder: PathBuf,
+        /// How much to write.
+        #[arg(long, default_value_t = 500_000_000, value_parser = clap::value_parser!(u64).range(1..))]
+        bytes: u64,
     },
 }
 
@@ -124,20 +132,29 @@ fn main() {
     let code = match cli.verb {
         Verb::Train(flags) => run(|| train(&flags, false)),
         Verb::Evaluate(flags) => run(|| train(&flags, true)),
-        Verb::Checksum { checkpoint } => match load::checksum(&checkpoint) {
-            Ok(sum) => {
-                println!("{sum}");
-                0
-            }
-            Err(error) => {
-                eprintln!("everlit-worker: {error}");
-                error.exit_code()
-            }
-        },
+        Verb::Checksum { checkpoint } => print(load::checksum(&checkpoint)),
+        Verb::Disk { folder, bytes } => {
+            let rates = disk::measure(&folder, usize::try_from(bytes).unwrap_or(usize::MAX));
+            print(rates.and_then(|rates| serde_json::to_string(&rates).map_err(|error| TrainError::Failed(error.to_string()))))
+        }
     };
     // Not `exit`: libtorch's threads and destructors have nothing left to do, and waiting for them costs time.
     // SAFETY: ends the process; stdout and stderr were flushed by line.
     unsafe { nix::libc::_exit(code) }
+}
+
+/// Prints an answer, or why there is none; the exit code.
+fn print(answer: Result<String, TrainError>) -> i32 {
+    match answer {
+        Ok(text) => {
+            println!("{text}");
+            0
+        }
+        Err(error) => {
+            eprintln!("everlit-worker: {error}");
+            error.exit_code()
+        }
+    }
 }
 
 fn run(work: impl FnOnce() -> Result<(), TrainError>) -> i32 {

@@ -7,6 +7,7 @@
 
 pub mod c10d;
 pub mod data;
+pub mod disk;
 pub mod environment;
 pub mod heartbeat;
 pub mod kernels;
