@@ -1,8 +1,8 @@
 //! Sizes of the built-in models, and what they need: parameters, memory, arithmetic. No libtorch.
 //!
 //! The program that trains, the agent that starts it and the coordinator that places it share these numbers. Memory figures are
-//! estimates of one rank's resident bytes: counted where they can be counted (state, gradients, snapshots), measured factors where
-//! libtorch decides (activations; a test of the worker compares them with a real run).
+//! estimates of one rank's own resident bytes, on the safe side: gradients and activations are counted as if all were there at once. A
+//! test of the worker compares them with a real run.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -15,8 +15,8 @@ pub const VOCABULARY: u64 = 256;
 pub const MODEL_PRESETS: [&str; 8] = ["llama-1m", "llama-10m", "llama-30m", "llama-124m", "llama-350m", "llama-1b", "mlp-10k", "mlp-500k"];
 /// Bytes per parameter of what a checkpoint holds: the weight and AdamW's two moments, all float32.
 pub const STATE_BYTES: u64 = 12;
-/// A worker before it has a model: libtorch itself, threads, buffers.
-const BASE_BYTES: u64 = 220 << 20;
+/// A worker before it has a model, without the pages of libtorch that all ranks share.
+const BASE_BYTES: u64 = 96 << 20;
 
 /// A decoder transformer over bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -158,10 +158,13 @@ impl ModelSizes {
 
     /// Bytes that one sample's activations hold until the backward pass, and that its largest moment adds.
     fn activation_bytes(&self, sequence_length: u32, precision: Precision, recomputed: bool) -> u64 {
-        let number = if precision == Precision::Bfloat16 { 2 } else { 4 };
         match self {
             Self::Llama(sizes) => {
-                let per_token = (9 * sizes.dim + 6 * sizes.kv_dim() + 5 * sizes.hidden) * number;
+                let per_token = match precision {
+                    // What the fused parts keep: both norms' inputs and answers, projection, mixed values, gate and up, their product.
+                    Precision::Float32 => (6 * sizes.dim + 2 * sizes.kv_dim() + 3 * sizes.hidden) * 4,
+                    Precision::Bfloat16 => (11 * sizes.dim + 6 * sizes.kv_dim() + 5 * sizes.hidden) * 2,
+                };
                 let (kept, once) = if recomputed { (4 * sizes.dim, per_token) } else { (per_token, 0) };
                 // Logits, their softmax and its gradient stay float32; so does the embedded input.
                 u64::from(sequence_length) * (sizes.layers * kept + once + (3 * VOCABULARY + 4 * sizes.dim) * 4)

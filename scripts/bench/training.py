@@ -107,7 +107,7 @@ def checkpoint(row):
                     folder = temp / f"run-{run}-{every}"
                     folder.mkdir()
                     end = 3 + 16
-                    arguments = [*command, "--batch-size", "16", "--steps", str(end + 1), "--checkpoint-dir", folder / "c", "--every-steps", str(every or 1_000_000)]
+                    arguments = [*command, "--batch-size", "2", "--steps", str(end + 1), "--checkpoint-dir", folder / "c", "--every-steps", str(every or 1_000_000)]
                     env = environment(0, 1, "/nowhere", EVERLIT_SNAPSHOT_DIR=str(shared), EVERLIT_HEARTBEAT_FILE=str(folder / "HEARTBEAT-0"), EVERLIT_ATTEMPT="1", EVERLIT_RESUME_FROM="")
                     # One thread computes, one core is left for copying and writing, as where an accelerator computes.
                     process = subprocess.Popen([str(a) for a in arguments], env=env, stdout=subprocess.DEVNULL)

@@ -138,6 +138,25 @@ fn what_can_never_work_ends_with_78_and_says_why() {
 }
 
 #[test]
+fn the_memory_estimate_is_near_what_a_run_takes() {
+    use everlit_api::job::{BatchSize, WorkerSpec};
+    use everlit_api::model::{MemoryEstimate, ModelSizes};
+    let mut job = Job::new("llama-10m", 1, 1_000);
+    job.config.worker = WorkerSpec { batch_size: BatchSize::Samples(8), sequence_length: 128, ..job.config.worker.clone() };
+    let mut gang = job.start(1, 1, None);
+    gang.wait_step(12);
+    let status = fs::read_to_string(format!("/proc/{}/smaps_rollup", gang.children[0].id())).unwrap();
+    let kib = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().next().unwrap().parse::<u64>().unwrap() << 10
+    };
+    let own = (kib("Private_Dirty:") + kib("Shared_Dirty:")) as f64;
+    let sizes = ModelSizes::of(&job.config.worker.model).unwrap();
+    let estimate = MemoryEstimate::of(&sizes, &job.config.worker, 1).total(8) as f64;
+    assert!((0.9..2.0).contains(&(estimate / own)), "estimated {estimate}, taken {own}");
+}
+
+#[test]
 fn only_the_training_program_loads_libtorch() {
     let names_it = |program: &str| fs::read(program).unwrap().windows(11).any(|bytes| bytes == b"libtorch_cp");
     assert!(names_it(PROGRAM));
