@@ -310,7 +310,7 @@ mod tests {
         assert!(matches!(plan_gang(&nodes, &Need::of(&spec)), Placement::Now(_)));
         spec.worker.as_mut().expect("built in").model = ModelSpec::Preset("llama-1b".into());
         let Placement::Never(why) = plan_gang(&nodes, &Need::of(&spec)) else { panic!("1B does not fit in 8 GiB") };
-        expect!["no node can ever hold it: a can never hold it: needs 26.6 GiB for each of 2 ranks (estimated from the model; resources.memory says otherwise), has 8.0 GiB of memory"].assert_eq(&why);
+        expect!["no node can ever hold it: a can never hold it: needs 26.3 GiB for each of 2 ranks (estimated from the model; resources.memory says otherwise), has 8.0 GiB of memory"].assert_eq(&why);
         spec.resources.memory = 4 << 30;
         assert!(matches!(plan_gang(&nodes, &Need::of(&spec)), Placement::Now(_)));
         assert_eq!(memory_estimate(&JobSpec { worker: None, ..spec }), None);
@@ -326,7 +326,7 @@ mod tests {
         one.capacity.gpus[1].memory = 8 << 30;
         let why = one.fit(&Need::of(&spec), true).expect_err("one GPU is too small");
         expect![
-            "needs 15.5 GiB of GPU memory for each rank (estimated from the model; resources.memory says otherwise), GPU 1 has 8.0 GiB"
+            "needs 15.2 GiB of GPU memory for each rank (estimated from the model; resources.memory says otherwise), GPU 1 has 8.0 GiB"
         ]
         .assert_eq(&why);
     }
