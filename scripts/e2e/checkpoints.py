@@ -285,8 +285,9 @@ def what_does_not_fit_is_refused_with_numbers():
         assert "GiB" in reason and everlit.state(job) == "queued", reason
         answer = subprocess.run([BIN / "everlit-worker", "train", "--model", json.dumps(sizes)], capture_output=True, text=True)
         assert answer.returncode == 78 and "does not fit" in answer.stderr, answer
-        dry = subprocess.check_output([BIN / "everlit-worker", "train", "--dry-run", "--model", "llama-1b"], text=True)
-        assert "parameters: 99" in dry and "largest batch that fits" in dry, dry
+        # A machine with less than 40 GiB is told so, after the figures.
+        dry = subprocess.run([BIN / "everlit-worker", "train", "--dry-run", "--model", "llama-1b"], capture_output=True, text=True)
+        assert dry.returncode in (0, 78) and "parameters: 99" in dry.stdout and "largest batch that fits" in dry.stdout, dry
 
 
 def too_little_shared_memory_is_said_and_costs_only_the_snapshots():
