@@ -1,4 +1,4 @@
-//! Compiles the C++ face of c10d when the feature `torch` is on, and does nothing otherwise.
+//! Compiles the C++ face of libtorch when the feature `torch` is on (with CUDA and NCCL under `nccl`), and does nothing otherwise.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -19,10 +19,18 @@ fn torch() -> Result<(), String> {
             "the feature `torch` needs libtorch: run scripts/build.sh, or set LIBTORCH to what scripts/fetch-libtorch.sh prints".into()
         );
     }
-    cc::Build::new()
+    let cuda = cuda()?;
+    let mut build = cc::Build::new();
+    if let Some(cuda) = &cuda {
+        build.define("USE_C10D_NCCL", None);
+        for headers in ["cuda", "nccl", "more", "cuda/cccl", "more/cccl"] {
+            build.flag("-isystem").flag(format!("{cuda}/{headers}"));
+        }
+    }
+    build
         .cpp(true)
         .std("c++17")
-        .files(["attention", "c10d", "kernels", "memory"].map(|name| format!("src/torch/cpp/{name}.cpp")))
+        .files(["attention", "c10d", "cuda", "kernels", "memory"].map(|name| format!("src/torch/cpp/{name}.cpp")))
         .include("src/torch/cpp")
         .flag("-isystem")
         .flag(format!("{libtorch}/include"))
@@ -43,7 +51,35 @@ fn torch() -> Result<(), String> {
     println!("cargo::rustc-link-search=native={libtorch}/lib");
     println!("cargo::rustc-link-lib=dylib=torch_cpu");
     println!("cargo::rustc-link-lib=dylib=c10");
+    if let Some(cuda) = &cuda {
+        println!("cargo::rustc-link-search=native={cuda}/lib");
+        println!("cargo::rustc-link-lib=dylib=torch_cuda");
+        println!("cargo::rustc-link-lib=dylib=c10_cuda");
+        println!("cargo::rustc-link-lib=dylib:+verbatim=libcudart.so.13");
+        // What those need is found by them when the program starts.
+        println!("cargo::rustc-link-arg-bin=everlit-worker=-Wl,--allow-shlib-undefined");
+        // First, so that every part of libtorch comes from one place.
+        println!("cargo::rustc-link-arg-bin=everlit-worker=-Wl,-rpath,{cuda}/lib");
+    }
     // torch-sys gives executables no path to libtorch. Agent and shim need none: nothing of libtorch is in them.
     println!("cargo::rustc-link-arg-bin=everlit-worker=-Wl,-rpath,{libtorch}/lib");
     Ok(())
+}
+
+/// The CUDA build of the same libtorch, when the feature `nccl` is on.
+#[cfg(feature = "torch")]
+fn cuda() -> Result<Option<String>, String> {
+    println!("cargo::rerun-if-env-changed=EVERLIT_LIBTORCH_CUDA");
+    if std::env::var_os("CARGO_FEATURE_NCCL").is_none() {
+        return Ok(None);
+    }
+    let place = std::env::var("EVERLIT_LIBTORCH_CUDA").unwrap_or_default();
+    let needed = ["lib/libtorch_cuda.so", "cuda/cuda_runtime_api.h", "nccl/nccl.h"];
+    if place.is_empty() || needed.iter().any(|path| !std::path::Path::new(&place).join(path).exists()) {
+        return Err(
+            "the feature `nccl` needs the CUDA build of libtorch: run scripts/build.sh --cuda, or set EVERLIT_LIBTORCH_CUDA to what scripts/fetch-libtorch-cuda.sh prints"
+                .into(),
+        );
+    }
+    Ok(Some(place))
 }

@@ -2,7 +2,8 @@
 
 Same mathematics, weights, data order, learning rates and optimizer as the Rust program, written as an expert would
 without torch.compile: fused kernels, gradients as views of the buckets, one static graph. One process per rank, with
-torchrun's variables. Rank 0 prints a line of JSON per step: the loss is the mean over the whole batch.
+torchrun's variables. Rank 0 prints a line of JSON per step: the loss is the mean over the whole batch. On a GPU nothing waits for it
+before the end: the lines come then, and one with the rate of the steps after `--warm`.
 """
 
 import argparse
@@ -186,6 +187,9 @@ def main():
     parser.add_argument("--data", required=True, help="a text file, or a folder of *.txt")
     parser.add_argument("--init", help="a checkpoint of everlit-worker to take weights, moments, step and samples from")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--warm", type=int, default=0, help="steps that the rate leaves out")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -193,9 +197,12 @@ def main():
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo")
+    on_gpu = args.device == "cuda"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = Llama(args.model, args.sequence_length)
+    model = Llama(args.model, args.sequence_length).to(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
     groups = [
         {"params": [one for one in model.parameters() if one.dim() > 1], "weight_decay": DECAY},
         {"params": [one for one in model.parameters() if one.dim() == 1], "weight_decay": 0.0},
@@ -212,9 +219,14 @@ def main():
     own = np.arange(rank, args.batch_size, world)
     # The mean over ranks of this is the mean over samples, however they are dealt.
     weight = len(own) * world / args.batch_size
+    warmed, kept = None, []
     while step < end:
+        if step == end - args.steps + args.warm:
+            finish(device)
+            warmed = time.perf_counter()
         started = time.perf_counter()
-        loss = ddp(corpus.read(samples + own))
+        with autocast:
+            loss = ddp(corpus.read(samples + own).to(device, non_blocking=True))
         (loss * weight if weight != 1 else loss).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         for group in optimizer.param_groups:
@@ -226,13 +238,29 @@ def main():
         seconds = time.perf_counter() - started
         # Outside the time: the peer shows its loss without another reduction.
         shown = (loss.detach() * weight / world).double()
+        if on_gpu:
+            kept.append((step, shown))
+            continue
         dist.reduce(shown, 0)
         if rank == 0:
             print(json.dumps({"step": step, "loss": shown.item(), "seconds": seconds}), flush=True)
-    digest = hashlib.sha256(b"".join(one.detach().numpy().tobytes() for one in parameters)).hexdigest()
+    finish(device)
+    rate = (args.steps - args.warm) / (time.perf_counter() - warmed)
+    for number, shown in kept:
+        dist.reduce(shown, 0)
+        if rank == 0:
+            print(json.dumps({"step": number, "loss": shown.item()}), flush=True)
+    digest = hashlib.sha256(b"".join(one.detach().cpu().numpy().tobytes() for one in parameters)).hexdigest()
     if rank == 0:
+        print(json.dumps({"steps_per_second": rate}), flush=True)
         print(json.dumps({"parameters": sum(one.numel() for one in parameters), "weights_sha256": digest}), flush=True)
     dist.destroy_process_group()
+
+
+def finish(device):
+    """Waits for what is queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def take(path, model, optimizer):
@@ -243,8 +271,8 @@ def take(path, model, optimizer):
         for name, parameter in model.named_parameters():
             parameter.copy_(state[f"model.{name}"])
             if manifest.step:
-                moments = {"exp_avg": state[f"adamw.m.{name}"].clone(), "exp_avg_sq": state[f"adamw.v.{name}"].clone()}
-                optimizer.state[parameter] = {"step": torch.tensor(float(manifest.step)), **moments}
+                moments = {"exp_avg": state[f"adamw.m.{name}"].clone().to(parameter.device), "exp_avg_sq": state[f"adamw.v.{name}"].clone().to(parameter.device)}
+                optimizer.state[parameter] = {"step": torch.tensor(float(manifest.step), device=parameter.device), **moments}
     return manifest.step, manifest.samples
 
 

@@ -1,14 +1,14 @@
 //! `everlit-worker`: the built-in training program. One process is one rank; it runs alone too.
 //!
-//! Exit codes: 0 done, 1 failed (start again), 2 usage, 78 bad configuration or data (do not), 143 ended by SIGTERM.
+//! Exit codes: 0 done, 1 failed (start again), 2 usage, 77 nothing to check, 78 bad configuration or data (do not), 143 ended by SIGTERM.
 
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
-use everlit_api::job::{Auto, BatchSize, CheckpointPolicy, MODEL_PRESETS, ModelSpec, Precision, WorkerSpec};
+use everlit_api::job::{Auto, BatchSize, CheckpointPolicy, Device, MODEL_PRESETS, ModelSpec, Precision, WorkerSpec};
 use everlit_worker::train_config::TrainConfig;
 use torch::environment::Environment;
-use torch::{EXIT_CONFIG, TrainError, disk, load, signals, train};
+use torch::{EXIT_CONFIG, TrainError, check, device, disk, load, signals, train};
 
 // Not in the library: agent and shim link the library, and would then load libtorch with it.
 #[allow(unreachable_pub)]
@@ -33,6 +33,11 @@ enum Verb {
     Checksum {
         /// A folder step-…
         checkpoint: PathBuf,
+    },
+    /// Try everything that a GPU is needed for, in one process; one line each. Exit code 77 when there is no GPU to try it on.
+    GpuCheck {
+        /// A new folder for the rendezvous.
+        folder: PathBuf,
     },
     /// Measure how fast a disk takes and gives checkpoints; prints one line of JSON, in megabytes per second.
     Disk {
@@ -73,6 +78,12 @@ struct TrainFlags {
     /// What matrices are multiplied in: float32 or bfloat16.
     #[arg(long, value_parser = precision)]
     precision: Option<Precision>,
+    /// Where tensors live: auto (a GPU when this build and the machine have one), cpu or cuda.
+    #[arg(long, value_parser = device_name)]
+    device: Option<Device>,
+    /// The same bits on every run; always so on a processor.
+    #[arg(long)]
+    deterministic: bool,
     /// Compute each layer again in the backward pass: less memory, more time.
     #[arg(long)]
     activation_checkpointing: bool,
@@ -127,12 +138,22 @@ fn precision(text: &str) -> Result<Precision, String> {
     }
 }
 
+fn device_name(text: &str) -> Result<Device, String> {
+    match text {
+        "auto" => Ok(Device::Auto),
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => Ok(Device::Cuda),
+        _ => Err("there are auto, cpu and cuda".into()),
+    }
+}
+
 fn main() {
     let cli = Cli::parse();
     let code = match cli.verb {
         Verb::Train(flags) => run(|| train(&flags, false)),
         Verb::Evaluate(flags) => run(|| train(&flags, true)),
         Verb::Checksum { checkpoint } => print(load::checksum(&checkpoint)),
+        Verb::GpuCheck { folder } => gpu_check(&folder),
         Verb::Disk { folder, bytes } => {
             let rates = disk::measure(&folder, usize::try_from(bytes).unwrap_or(usize::MAX));
             print(rates.and_then(|rates| serde_json::to_string(&rates).map_err(|error| TrainError::Failed(error.to_string()))))
@@ -171,6 +192,24 @@ fn run(work: impl FnOnce() -> Result<(), TrainError>) -> i32 {
     error.exit_code()
 }
 
+fn gpu_check(folder: &Path) -> i32 {
+    device::prepare_environment(true);
+    if device::count() == 0 {
+        println!(
+            "SKIPPED: {}",
+            if device::HAS_CUDA { "no GPU can be used here" } else { "this build has no CUDA: scripts/build.sh --cuda" }
+        );
+        return EXIT_SKIPPED;
+    }
+    let mut passed = false;
+    let code = run(|| {
+        let environment = Environment::read(|_| None)?;
+        passed = check::gpu(&environment, folder)?;
+        Ok(())
+    });
+    if code == 0 && !passed { 1 } else { code }
+}
+
 fn train(flags: &TrainFlags, evaluate: bool) -> Result<(), TrainError> {
     signals::install().map_err(|error| TrainError::Failed(format!("could not install signal handlers: {error}")))?;
     let mut environment = Environment::read(|name| std::env::var(name).ok())?;
@@ -178,6 +217,7 @@ fn train(flags: &TrainFlags, evaluate: bool) -> Result<(), TrainError> {
         environment.checkpoint_dir.clone_from(&flags.checkpoint_dir);
     }
     let config = configuration(flags, environment.world)?;
+    device::prepare_environment(config.worker.deterministic);
     match (flags.dry_run, evaluate) {
         (true, _) => train::dry_run(&config, &environment),
         (false, true) => train::evaluate(&config, &environment),
@@ -212,6 +252,8 @@ fn configuration(flags: &TrainFlags, world: u32) -> Result<TrainConfig, TrainErr
     put(&flags.learning_rate, &mut worker.learning_rate);
     put(&flags.dropout, &mut worker.dropout);
     put(&flags.precision, &mut worker.precision);
+    put(&flags.device, &mut worker.device);
+    worker.deterministic |= flags.deterministic;
     put(&flags.evaluation_every, &mut worker.evaluation.every_steps);
     worker.activation_checkpointing |= flags.activation_checkpointing;
     worker.micro_batch_size = flags.micro_batch_size.or(worker.micro_batch_size);
@@ -232,5 +274,8 @@ fn write_error_file(path: &Path, message: &str) {
         eprintln!("everlit-worker: could not write `{}`: {error}", path.display());
     }
 }
+
+/// A script's word for: not tried.
+const EXIT_SKIPPED: i32 = 77;
 
 const _: () = assert!(EXIT_CONFIG == 78);

@@ -4,7 +4,6 @@
 //! timeout passes, or another thread calls [`Group::abort`]; after any error the group is unusable and must be dropped.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,10 +23,10 @@ impl CollectiveError {
         Self(line.chars().take(300).collect())
     }
 
-    /// Whether a rank of the group is gone or does not answer, as far as Gloo's words tell.
+    /// Whether a rank of the group is gone or does not answer, as far as their words tell.
     pub fn is_peer_lost(&self) -> bool {
         let text = self.0.to_lowercase();
-        ["gloo", "connection", "closed by peer", "timed out", "timeout", "aborted", "broken pipe", "socket"]
+        ["gloo", "nccl", "connection", "closed by peer", "timed out", "timeout", "aborted", "broken pipe", "socket"]
             .iter()
             .any(|word| text.contains(word))
     }
@@ -56,12 +55,14 @@ unsafe extern "C" {
         rank: c_int,
         size: c_int,
         host: *const c_char,
+        nccl: c_int,
         setup_ms: i64,
         timeout_ms: i64,
         out: *mut *mut c_void,
     ) -> c_int;
     fn everlit_group_free(group: *mut c_void);
     fn everlit_group_abort(group: *mut c_void) -> c_int;
+    fn everlit_group_check(group: *mut c_void) -> c_int;
     fn everlit_group_all_reduce(group: *mut c_void, tensor: *mut c_void) -> c_int;
     fn everlit_reducer_new(
         group: *mut c_void,
@@ -157,10 +158,19 @@ unsafe fn key_text(start: *const c_char, bytes: usize) -> String {
     String::from_utf8_lossy(unsafe { bytes_of(start.cast(), bytes) }).into_owned()
 }
 
-/// One membership of ranks, connected by Gloo over TCP.
+/// What moves the tensors of a GPU; those of the processor are always Gloo's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// Through the machine's memory and TCP. Several ranks may share a GPU.
+    Gloo,
+    /// From GPU to GPU. Each rank has one of its own.
+    Nccl,
+}
+
+/// One membership of ranks, connected by Gloo over TCP and, for GPUs, by NCCL.
 pub struct Group {
     raw: *mut c_void,
-    // Gloo may ask it until the group is gone.
+    // Both may ask it until the group is gone.
     _store: Arc<Rendezvous>,
 }
 
@@ -171,15 +181,22 @@ unsafe impl Sync for Group {}
 
 impl Group {
     /// Connects to all ranks; every one of them must have announced itself already, since this can not be aborted.
-    pub fn connect(store: Arc<Rendezvous>, host: &str, setup: Duration, timeout: Duration) -> Result<Self, CollectiveError> {
+    pub fn connect(
+        store: Arc<Rendezvous>,
+        host: &str,
+        backend: Backend,
+        setup: Duration,
+        timeout: Duration,
+    ) -> Result<Self, CollectiveError> {
         let host = CString::new(host).map_err(|_| CollectiveError("the host's name has a NUL".into()))?;
         let callbacks = StoreCallbacks { context: Arc::as_ptr(&store).cast(), set: store_set, get: store_get, check: store_check };
         let mut raw = std::ptr::null_mut();
         let number = |n: u32| c_int::try_from(n).map_err(|_| CollectiveError("too many ranks".into()));
         let (rank, size) = (number(store.rank())?, number(store.world())?);
         let ms = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
+        let nccl = c_int::from(backend == Backend::Nccl);
         // SAFETY: the store outlives the group, which holds it.
-        check(unsafe { everlit_group_new(callbacks, rank, size, host.as_ptr(), ms(setup), ms(timeout), &mut raw) })?;
+        check(unsafe { everlit_group_new(callbacks, rank, size, host.as_ptr(), nccl, ms(setup), ms(timeout), &mut raw) })?;
         Ok(Self { raw, _store: store })
     }
 
@@ -189,7 +206,14 @@ impl Group {
         check(unsafe { everlit_group_abort(self.raw) })
     }
 
-    /// Sums `tensor` over all ranks, in place.
+    /// Whether the group still stands. NCCL's failures show only here, once a collective's result was waited for; without this
+    /// question what it left in the tensors would be taken for sums.
+    pub fn check(&self) -> Result<(), CollectiveError> {
+        // SAFETY: `raw` is valid while `self` is.
+        check(unsafe { everlit_group_check(self.raw) })
+    }
+
+    /// Sums `tensor` over all ranks, in place. On a GPU the sum is only queued.
     pub fn all_reduce(&self, tensor: &Tensor) -> Result<(), CollectiveError> {
         // SAFETY: `raw` and the tensor are valid; libtorch keeps its own reference.
         check(unsafe { everlit_group_all_reduce(self.raw, tensor.as_ptr().cast_mut().cast()) })
@@ -283,9 +307,10 @@ pub trait Layers {
     fn run(&self, layer: i64, input: &Tensor) -> Tensor;
 }
 
-/// Runs a layer keeping only its input: the backward pass runs it again. The graph holds `layers` until then;
-/// on a CPU that is this thread too.
-pub fn recompute<L: Layers + 'static>(layers: &Rc<L>, number: i64, input: &Tensor) -> Result<Tensor, CollectiveError> {
+/// Runs a layer keeping only its input: the backward pass runs it again. The graph holds `layers` until then.
+///
+/// On a GPU that is another thread of libtorch's, while this one waits for it.
+pub fn recompute<L: Layers + 'static>(layers: &Arc<L>, number: i64, input: &Tensor) -> Result<Tensor, CollectiveError> {
     extern "C" fn run<L: Layers>(context: *const c_void, number: i64, input: *const c_void) -> *mut c_void {
         let answer = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             // SAFETY: `context` is a reference that the graph holds; the input is a live tensor, of which a reference is taken.
@@ -296,9 +321,9 @@ pub fn recompute<L: Layers + 'static>(layers: &Rc<L>, number: i64, input: &Tenso
     }
     extern "C" fn drop_one<L>(context: *const c_void) {
         // SAFETY: the reference that `recompute` gave away, taken back once.
-        drop(unsafe { Rc::from_raw(context.cast::<L>()) });
+        drop(unsafe { Arc::from_raw(context.cast::<L>()) });
     }
-    let layer = LayerCallbacks { context: Rc::into_raw(layers.clone()).cast(), run: run::<L>, drop: drop_one::<L> };
+    let layer = LayerCallbacks { context: Arc::into_raw(layers.clone()).cast(), run: run::<L>, drop: drop_one::<L> };
     let mut raw = std::ptr::null_mut();
     // SAFETY: the callee owns the reference from here on; the answer is a tensor of our own.
     unsafe {

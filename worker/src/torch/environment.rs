@@ -17,6 +17,8 @@ pub struct Environment {
     pub world: u32,
     /// Ranks on this node.
     pub local_world: u32,
+    /// From 0, among them.
+    pub local_rank: u32,
     /// Empty when running alone.
     pub job_id: String,
     /// From 1; `None` when running alone.
@@ -67,6 +69,7 @@ impl Environment {
             rank,
             world,
             local_world,
+            local_rank: number("LOCAL_RANK")?.unwrap_or(rank % local_world),
             job_id: text("EVERLIT_JOB_ID").unwrap_or_default(),
             attempt: number("EVERLIT_ATTEMPT")?,
             generation: number("EVERLIT_GENERATION")?.unwrap_or(0),

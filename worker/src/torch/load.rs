@@ -16,7 +16,7 @@ use tch::Tensor;
 
 use super::TrainError;
 use super::state::State;
-use super::tensors::bytes_mut;
+use super::tensors::{assign, beside, bytes_mut};
 
 /// A header larger than this is refused unread.
 const HEADER_BYTES_MAX: u64 = 100 << 20;
@@ -32,7 +32,10 @@ struct Plan {
 /// Fills the state from a checkpoint, verifying each byte. On an error the state is not to be used.
 pub fn load(path: &Path, manifest: &Manifest, state: &State) -> Result<(), TrainError> {
     let failed = |why: String| TrainError::Failed(format!("checkpoint `{}`: {why}", path.display()));
-    let mut missing: BTreeMap<String, &Tensor> = state.named().into_iter().collect();
+    let named = state.named();
+    // A GPU's tensors are read into the machine's memory first.
+    let host: Vec<Tensor> = named.iter().map(|(_, tensor)| beside(tensor)).collect();
+    let mut missing: BTreeMap<String, &Tensor> = named.iter().map(|(name, _)| name.clone()).zip(&host).collect();
     let mut plans = Vec::new();
     for file in manifest.files.iter().filter(|file| is_tensors(file)) {
         // Bytes that are not those that were committed explain everything else.
@@ -53,6 +56,9 @@ pub fn load(path: &Path, manifest: &Manifest, state: &State) -> Result<(), Train
         if changed.load(Ordering::Relaxed) {
             return Err(failed(format!("{} changed while it was read", file.name)));
         }
+    }
+    for ((_, tensor), host) in named.iter().zip(&host).filter(|((_, tensor), _)| tensor.device().is_cuda()) {
+        assign(tensor, host);
     }
     Ok(())
 }

@@ -6,7 +6,9 @@
 //! an undisturbed one.
 
 pub mod c10d;
+pub mod check;
 pub mod data;
+pub mod device;
 pub mod disk;
 pub mod environment;
 pub mod heartbeat;

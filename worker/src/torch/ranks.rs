@@ -15,6 +15,11 @@ pub struct Ranks {
 }
 
 impl Ranks {
+    /// Whether the group still stands, after a step's reductions were waited for.
+    pub fn check(&self) -> Result<(), TrainError> {
+        self.group.as_ref().map_or(Ok(()), |group| Ok(group.check()?))
+    }
+
     /// The sum of each number over all ranks. All of them must ask, and none may be in a step.
     pub fn sum(&self, numbers: &[f64]) -> Result<Vec<f64>, TrainError> {
         let Some(group) = &self.group else { return Ok(numbers.to_vec()) };

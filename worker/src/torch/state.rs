@@ -9,7 +9,7 @@ use super::TrainError;
 use super::c10d::AdamW;
 use super::model::Model;
 use super::random::Stream;
-use super::tensors::bytes;
+use super::tensors::{bytes, on_cpu};
 
 /// A model in training.
 pub struct State {
@@ -24,7 +24,7 @@ impl State {
     /// With moments of zero; parameters as they are. Matrices decay by `decay`; vectors (norms, biases) do not.
     pub fn new(model: Model, decay: f64) -> Result<Self, TrainError> {
         let zeros = || -> Vec<Tensor> {
-            let like = |parameter: &super::model::Parameter| Tensor::zeros(parameter.tensor.size(), tch::kind::FLOAT_CPU);
+            let like = |parameter: &super::model::Parameter| parameter.tensor.zeros_like();
             model.parameters().iter().map(like).collect()
         };
         let (first, second) = (zeros(), zeros());
@@ -72,7 +72,7 @@ impl State {
                 let words = block.chunks(8).map(|word| word.iter().fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte)));
                 keys.bits(words.fold(number as u64, |sum, word| (sum.rotate_left(5) ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15)))
             };
-            bytes(tensor).par_chunks(1 << 18).enumerate().map(block).reduce(|| 0, u64::wrapping_add)
+            bytes(&on_cpu(tensor)).par_chunks(1 << 18).enumerate().map(block).reduce(|| 0, u64::wrapping_add)
         };
         self.named().into_iter().map(of).fold(0, u64::wrapping_add)
     }

@@ -1,4 +1,4 @@
-//! Plain memory of CPU tensors, for reading and writing their numbers without copies.
+//! Plain memory of CPU tensors, for reading and writing their numbers without copies; and tensors of a GPU brought there.
 
 use tch::{Device, Kind, Tensor};
 
@@ -20,6 +20,24 @@ pub fn floats_mut(tensor: &Tensor) -> &mut [f32] {
     // SAFETY: libtorch's own memory of `count` floats, alive as long as the tensor; training has one main thread, and
     // this is only called between steps.
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), count) }
+}
+
+/// The tensor itself when it is on the CPU, else a copy there; apart from any graph.
+pub fn on_cpu(tensor: &Tensor) -> Tensor {
+    tensor.detach().to_device(Device::Cpu).contiguous()
+}
+
+/// The tensor itself when it is on the CPU, else one of its shape there, to be filled and [`assign`]ed.
+pub fn beside(tensor: &Tensor) -> Tensor {
+    match tensor.device() {
+        Device::Cpu => tensor.detach(),
+        _ => Tensor::empty(tensor.size(), (Kind::Float, Device::Cpu)),
+    }
+}
+
+/// Overwrites a tensor, wherever it is, with one of the same shape.
+pub fn assign(tensor: &Tensor, from: &Tensor) {
+    tch::no_grad(|| tensor.shallow_clone().copy_(from));
 }
 
 /// The same as little-endian bytes.

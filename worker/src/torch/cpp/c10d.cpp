@@ -1,13 +1,16 @@
-// The C face of libtorch's c10d: a store of callbacks, a Gloo group that can be aborted, the DDP reducer; and AdamW,
-// the gradients' norm and activation checkpointing, which tch does not have.
+// The C face of libtorch's c10d: a store of callbacks, a group over Gloo (and NCCL) that can be aborted, the DDP reducer; and
+// AdamW, the gradients' norm and activation checkpointing, which tch does not have.
 //
 // Every function answers 0, or 1 with a message in everlit_error(); no C++ exception passes to Rust. Tensors come in as
 // the at::Tensor* that tch holds: they are copied (one reference each), never freed. Only c10d.rs calls this file.
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/stack.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
@@ -17,12 +20,14 @@
 #include <torch/csrc/distributed/c10d/comm.hpp>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "cuda.h"
 #include "shared.h"
 
 std::string& everlit_last_error() {
@@ -56,7 +61,7 @@ struct EverlitStore {
 
 namespace {
 
-// Gloo asks for set, get and wait; whatever else c10d knows is refused aloud.
+// Gloo and NCCL ask for set, get, check and wait; whatever else c10d knows is refused aloud.
 class CallbackStore : public c10d::Store {
  public:
   CallbackStore(EverlitStore callbacks, std::chrono::milliseconds timeout) : Store(timeout), callbacks_(callbacks) {}
@@ -133,10 +138,21 @@ class AbortableGloo : public c10d::ProcessGroupGloo {
   }
 };
 
+// Gloo moves what is in the machine's memory; NCCL, when it is there, what is in a GPU's, else Gloo does that too.
 struct Group {
   c10::intrusive_ptr<CallbackStore> store;
   c10::intrusive_ptr<AbortableGloo> gloo;
+  c10::intrusive_ptr<c10d::Backend> nccl;
   c10::intrusive_ptr<c10d::ProcessGroup> group;
+  std::atomic<bool> aborted{false};
+
+  c10d::Backend& backend(const at::Tensor& tensor) { return tensor.is_cuda() && nccl ? *nccl : *gloo; }
+
+  // A collective of NCCL's only queues work on the GPU: what went wrong shows here, once that work was waited for.
+  void check() const {
+    TORCH_CHECK(!aborted, "the group was aborted");
+    TORCH_CHECK(!nccl || nccl->getError() == c10d::ErrorType::SUCCESS, "NCCL: connection to a peer failed or timed out");
+  }
 };
 
 // Bytes over all ranks up to which a bucket is gathered instead of reduced around the ring.
@@ -247,8 +263,20 @@ int everlit_set_threads(int intra, int inter) {
   });
 }
 
-int everlit_group_new(EverlitStore callbacks, int rank, int size, const char* host, int64_t setup_ms, int64_t timeout_ms,
-                      void** out) {
+// The same bits on every run, also on a GPU. A fast way that can not promise that is left, or is an error.
+int everlit_deterministic() {
+  return guarded([&] {
+    auto& context = at::globalContext();
+    context.setDeterministicAlgorithms(true, /*warn_only=*/false);
+    context.setDeterministicFillUninitializedMemory(false);
+    context.setBenchmarkCuDNN(false);
+    context.setSDPUseMemEfficient(false);
+    context.setSDPUseCuDNN(false);
+  });
+}
+
+int everlit_group_new(EverlitStore callbacks, int rank, int size, const char* host, int nccl, int64_t setup_ms,
+                      int64_t timeout_ms, void** out) {
   return guarded([&] {
     auto own = std::make_unique<Group>();
     own->store = c10::make_intrusive<CallbackStore>(callbacks, std::chrono::milliseconds(setup_ms));
@@ -260,6 +288,12 @@ int everlit_group_new(EverlitStore callbacks, int rank, int size, const char* ho
     own->group = c10::make_intrusive<c10d::ProcessGroup>(own->store, rank, size);
     own->group->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::GLOO, own->gloo);
     own->group->setDefaultBackend(c10d::ProcessGroup::BackendType::GLOO);
+    if (nccl != 0) {
+      own->nccl = everlit_nccl(own->store, rank, size, std::chrono::milliseconds(timeout_ms));
+      own->group->setBackend(c10::DeviceType::CUDA, c10d::ProcessGroup::BackendType::NCCL, own->nccl);
+    } else {
+      own->group->setBackend(c10::DeviceType::CUDA, c10d::ProcessGroup::BackendType::GLOO, own->gloo);
+    }
     *out = own.release();
   });
 }
@@ -268,18 +302,30 @@ void everlit_group_free(void* group) {
   guarded([&] {
     std::unique_ptr<Group> own(static_cast<Group*>(group));
     own->group.reset();
+    own->nccl.reset();
     own->gloo.reset();
   });
 }
 
 int everlit_group_abort(void* group) {
-  return guarded([&] { static_cast<Group*>(group)->gloo->abort(); });
+  return guarded([&] {
+    auto* own = static_cast<Group*>(group);
+    own->aborted = true;
+    own->gloo->abort();
+    if (own->nccl) {
+      own->nccl->abort();
+    }
+  });
+}
+
+int everlit_group_check(void* group) {
+  return guarded([&] { static_cast<Group*>(group)->check(); });
 }
 
 int everlit_group_all_reduce(void* group, void* tensor) {
   return guarded([&] {
     std::vector<at::Tensor> list = tensors(&tensor, 1);
-    static_cast<Group*>(group)->gloo->allreduce(list)->wait();
+    static_cast<Group*>(group)->backend(list[0]).allreduce(list)->wait();
   });
 }
 
@@ -305,7 +351,9 @@ int everlit_reducer_new(void* group, void* const* list, size_t count, const size
       bytes += static_cast<int64_t>(tensor.nbytes());
     }
     const auto& ranks = static_cast<Group*>(group)->group;
-    if (bytes * ranks->getSize() <= kGatherBytesMax) {
+    // A GPU's step is not made of messages.
+    const bool on_cpu = count > 0 && tensor(list[0]).is_cpu();
+    if (on_cpu && bytes * ranks->getSize() <= kGatherBytesMax) {
       reducer->register_comm_hook(std::make_unique<GatherHook>(ranks));
     }
     *out = reducer.release();
@@ -337,7 +385,8 @@ int everlit_adamw_new(void* const* parameters, void* const* first, void* const* 
     own->parameters = tensors(parameters, count);
     own->first_moments = tensors(first, count);
     own->second_moments = tensors(second, count);
-    own->step = at::zeros({}, at::kFloat);
+    const auto device = count > 0 ? own->parameters[0].device() : c10::Device(c10::kCPU);
+    own->step = at::zeros({}, at::TensorOptions().dtype(at::kFloat).device(device));
     own->steps.assign(count, own->step);
     own->gradients.resize(count);
     *out = own.release();
@@ -361,7 +410,7 @@ int everlit_adamw_step(void* optimizer, int64_t step, double rate, double beta1,
     own->step.fill_(step);
     std::optional<at::Tensor> divisor;
     if (scale != 1.0) {
-      divisor = at::full({}, scale, at::kFloat);
+      divisor = at::full({}, scale, own->step.options());
     }
     at::_fused_adamw_(own->parameters, own->gradients, own->first_moments, own->second_moments, {}, own->steps, rate,
                       beta1, beta2, decay, epsilon, /*amsgrad=*/false, /*maximize=*/false, divisor);
@@ -376,10 +425,20 @@ int everlit_adamw_step(void* optimizer, int64_t step, double rate, double beta1,
 int everlit_gradient_norm(void* const* list, size_t count, double* norm) {
   return guarded([&] {
     at::NoGradGuard no_grad;
-    double squares = 0;
+    std::vector<at::Tensor> gradients;
+    gradients.reserve(count);
     for (size_t i = 0; i < count; ++i) {
-      const at::Tensor& gradient = static_cast<at::Tensor*>(list[i])->grad();
-      TORCH_CHECK(gradient.defined(), "parameter ", i, " has no gradient");
+      gradients.push_back(tensor(list[i]).grad());
+      TORCH_CHECK(gradients[i].defined(), "parameter ", i, " has no gradient");
+    }
+    if (count > 0 && gradients[0].is_cuda()) {
+      // One wait for the GPU, not one for each parameter.
+      const at::Tensor norms = at::stack(at::_foreach_norm(gradients)).to(at::kDouble);
+      *norm = at::linalg_vector_norm(norms).item<double>();
+      return;
+    }
+    double squares = 0;
+    for (const auto& gradient : gradients) {
       const double own = at::linalg_vector_norm(gradient).item<double>();
       squares += own * own;
     }

@@ -8,6 +8,7 @@
 #include <c10/core/impl/alloc_cpu.h>
 #include <sys/mman.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <unordered_map>
@@ -32,14 +33,15 @@ class KeepingAllocator final : public c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes < kLargeBytes) {
       void* small = c10::alloc_cpu(bytes);
-      return {small, small, &c10::free_cpu, c10::Device(c10::DeviceType::CPU)};
+      return {small, small, &release, c10::Device(c10::DeviceType::CPU)};
     }
     const size_t size = rounded(bytes);
     void* block = take(size);
-    return {block, block, &give, c10::Device(c10::DeviceType::CPU)};
+    return {block, block, &release, c10::Device(c10::DeviceType::CPU)};
   }
 
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  // oneDNN's scratch memory (bfloat16 products) comes and goes without a DataPtr, and so with one deleter for all sizes.
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
 
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
@@ -74,9 +76,23 @@ class KeepingAllocator final : public c10::Allocator {
     return block;
   }
 
-  static void give(void* block) {
+  static void release(void* block) {
+    // Every large block begins a huge page, and hardly ever a small one does.
+    if (reinterpret_cast<uintptr_t>(block) % kHugePage == 0 && give(block)) {
+      return;
+    }
+    c10::free_cpu(block);
+  }
+
+  // Whether it is a large block.
+  static bool give(void* block) {
     std::lock_guard<std::mutex> lock(pool().mutex);
-    pool().free[pool().sizes[block]].push_back(block);
+    const auto size = pool().sizes.find(block);
+    if (size == pool().sizes.end()) {
+      return false;
+    }
+    pool().free[size->second].push_back(block);
+    return true;
   }
 };
 

@@ -4,7 +4,7 @@
 //! products, which is what a small model on a CPU is short of. The residual stream stays float32; with bfloat16 only the
 //! products and what lies between them are rounded.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 use everlit_api::job::Precision;
 use everlit_api::model::{LlamaSizes, VOCABULARY};
@@ -29,13 +29,15 @@ pub(super) struct Llama {
     /// Bytes of text per sample, without the last target.
     length: i64,
     precision: Precision,
+    /// Our own kernels are for the processor.
+    on_cpu: bool,
     recompute: bool,
     dropout: f64,
     rotation: Rotation,
 }
 
 impl Llama {
-    pub(super) fn new(sizes: &LlamaSizes, worker: &everlit_api::job::WorkerSpec) -> Self {
+    pub(super) fn new(sizes: &LlamaSizes, worker: &everlit_api::job::WorkerSpec, device: Device) -> Self {
         let signed = |size: u64| i64::try_from(size).unwrap_or(i64::MAX);
         let length = i64::from(worker.sequence_length);
         let kind = if worker.precision == Precision::Bfloat16 { Kind::BFloat16 } else { Kind::Float };
@@ -47,9 +49,10 @@ impl Llama {
             hidden: signed(sizes.hidden),
             length,
             precision: worker.precision,
+            on_cpu: device == Device::Cpu,
             recompute: worker.activation_checkpointing,
             dropout: worker.dropout,
-            rotation: Rotation::new(length, signed(sizes.head()), kind),
+            rotation: Rotation::new(length, signed(sizes.head()), kind, device),
         }
     }
 
@@ -81,13 +84,13 @@ impl Llama {
         list
     }
 
-    pub(super) fn forward(self: &Rc<Self>, parameters: &[Parameter], samples: &Tensor, pass: Pass) -> (Tensor, Tensor) {
+    pub(super) fn forward(self: &Arc<Self>, parameters: &[Parameter], samples: &Tensor, pass: Pass) -> (Tensor, Tensor) {
         let inputs = samples.narrow(1, 0, self.length);
         let targets = samples.narrow(1, 1, self.length).reshape([-1]);
         let (first, rest) = parameters.split_first().expect("the embedding");
         let (layers, last) = rest.split_at(PER_LAYER * self.layers as usize);
         let own = layers.iter().map(|parameter| parameter.tensor.shallow_clone()).collect();
-        let layers = Rc::new(Stack { llama: self.clone(), parameters: own, pass });
+        let layers = Arc::new(Stack { llama: self.clone(), parameters: own, pass });
         let mut x = Tensor::embedding(&first.tensor, &inputs, -1, false, false);
         for layer in 0..self.layers {
             x = match self.recompute && pass.is_training() {
@@ -101,7 +104,10 @@ impl Llama {
     }
 
     fn norm(&self, x: &Tensor, weight: &Tensor) -> Tensor {
-        let normed = sound(kernels::rms_norm(x, weight, EPSILON));
+        let normed = match self.on_cpu {
+            true => sound(kernels::rms_norm(x, weight, EPSILON)),
+            false => x.rms_norm(self.dim, Some(weight), EPSILON),
+        };
         if self.precision == Precision::Bfloat16 { normed.to_kind(Kind::BFloat16) } else { normed }
     }
 
@@ -123,6 +129,7 @@ impl Llama {
         let joined = self.product(x, qkv);
         let Rotation { cos, sin } = &self.rotation;
         let [q, k, v] = match self.precision {
+            _ if !self.on_cpu => self.split(&joined, samples, length),
             Precision::Float32 if self.head() % 32 == 0 => {
                 return sound(kernels::attention(&joined, cos, sin, self.heads, self.kv_heads));
             }
@@ -144,8 +151,8 @@ impl Llama {
 
     fn gated(&self, both: &Tensor) -> Tensor {
         match self.precision {
-            Precision::Float32 => sound(kernels::swiglu(both)),
-            Precision::Bfloat16 => both.narrow(-1, 0, self.hidden).silu() * both.narrow(-1, self.hidden, self.hidden),
+            Precision::Float32 if self.on_cpu => sound(kernels::swiglu(both)),
+            _ => both.narrow(-1, 0, self.hidden).silu() * both.narrow(-1, self.hidden, self.hidden),
         }
     }
 }
@@ -157,7 +164,7 @@ fn sound<T>(result: Result<T, c10d::CollectiveError>) -> T {
 
 /// The layers of one pass; the graph may hold it until its backward pass.
 struct Stack {
-    llama: Rc<Llama>,
+    llama: Arc<Llama>,
     parameters: Vec<Tensor>,
     pass: Pass,
 }
@@ -184,14 +191,15 @@ struct Rotation {
 }
 
 impl Rotation {
-    fn new(length: i64, head: i64, kind: Kind) -> Self {
+    fn new(length: i64, head: i64, kind: Kind, device: Device) -> Self {
         let half = head / 2;
         let rates = (Tensor::arange(half, (Kind::Double, Device::Cpu)) * (-2.0 * ROPE_BASE.ln() / head as f64)).exp();
         let angles = Tensor::arange(length, (Kind::Double, Device::Cpu)).unsqueeze(1) * rates.unsqueeze(0);
         let twice = Tensor::cat(&[&angles, &angles], 1);
         // The lower half takes minus the upper one's sine.
         let sign = Tensor::cat(&[-Tensor::ones(half, (Kind::Double, Device::Cpu)), Tensor::ones(half, (Kind::Double, Device::Cpu))], 0);
-        Self { cos: twice.cos().to_kind(kind), sin: (twice.sin() * sign).to_kind(kind) }
+        let put = |table: Tensor| table.to_kind(kind).to_device(device);
+        Self { cos: put(twice.cos()), sin: put(twice.sin() * sign) }
     }
 
     fn turn(&self, heads: &Tensor) -> Tensor {

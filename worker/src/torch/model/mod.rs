@@ -3,6 +3,8 @@
 //! A model is data: parameters in one fixed order (the order of use, so that gradients come in reverse), each filled as
 //! a pure function of the seed and its name. Nobody here knows ranks, optimizers or files.
 
+use std::sync::Arc;
+
 use everlit_api::job::{MODEL_PRESETS, ModelSpec, WorkerSpec};
 use everlit_api::model::ModelSizes;
 use rayon::prelude::*;
@@ -10,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::TrainError;
 use super::random::Stream;
-use super::tensors::floats_mut;
+use super::tensors::{assign, beside, floats_mut};
 
 mod llama;
 mod mlp;
@@ -42,7 +44,7 @@ impl Pass {
 pub struct Parameter {
     /// Unique in the model; names the tensor in checkpoints.
     pub name: String,
-    /// Float32, on the CPU, with gradient.
+    /// Float32, with gradient.
     pub tensor: Tensor,
     init: Init,
 }
@@ -70,7 +72,8 @@ impl Parameter {
     fn initialize(&self, seed: u64) {
         const BLOCK: usize = 1 << 16;
         let stream = Stream::new(seed, &self.name);
-        let numbers = floats_mut(&self.tensor);
+        let host = beside(&self.tensor);
+        let numbers = floats_mut(&host);
         match self.init {
             Init::Constant(value) => numbers.fill(value),
             Init::Normal(deviation) => numbers.par_chunks_mut(BLOCK).enumerate().for_each(|(block, part)| {
@@ -79,11 +82,19 @@ impl Parameter {
                 }
             }),
         }
+        if self.tensor.device() != Device::Cpu {
+            assign(&self.tensor, &host);
+        }
+    }
+
+    fn on(self, device: Device) -> Self {
+        Self { tensor: self.tensor.detach().to_device(device).set_requires_grad(true), ..self }
     }
 }
 
 /// A model with its parameters.
 pub struct Model {
+    device: Device,
     parameters: Vec<Parameter>,
     family: Family,
     sizes: ModelSizes,
@@ -91,7 +102,7 @@ pub struct Model {
 }
 
 enum Family {
-    Llama(std::rc::Rc<llama::Llama>),
+    Llama(Arc<llama::Llama>),
     Mlp(mlp::Mlp),
 }
 
@@ -109,12 +120,12 @@ pub fn sizes(worker: &WorkerSpec) -> Result<ModelSizes, TrainError> {
 }
 
 impl Model {
-    /// As the job says; its parameters are zero.
-    pub fn new(worker: &WorkerSpec) -> Result<Self, TrainError> {
+    /// As the job says, on a device; its parameters are zero.
+    pub fn new(worker: &WorkerSpec, device: Device) -> Result<Self, TrainError> {
         let sizes = sizes(worker)?;
         let (family, parameters) = match &sizes {
             ModelSizes::Llama(own) => {
-                let llama = llama::Llama::new(own, worker);
+                let llama = llama::Llama::new(own, worker, device);
                 let parameters = llama.parameters();
                 (Family::Llama(llama.into()), parameters)
             }
@@ -124,7 +135,8 @@ impl Model {
                 (Family::Mlp(mlp), parameters)
             }
         };
-        Ok(Self { parameters, family, sizes, sequence_length: worker.sequence_length })
+        let parameters = parameters.into_iter().map(|parameter| parameter.on(device)).collect();
+        Ok(Self { device, parameters, family, sizes, sequence_length: worker.sequence_length })
     }
 
     /// Fills every parameter from the seed.
@@ -137,6 +149,11 @@ impl Model {
     /// All parameters, in the order of use.
     pub fn parameters(&self) -> &[Parameter] {
         &self.parameters
+    }
+
+    /// Where its parameters are.
+    pub fn device(&self) -> Device {
+        self.device
     }
 
     /// Its sizes.
@@ -176,6 +193,7 @@ impl Model {
 
     /// Mean cross entropy, in nats per predicted byte, of `[samples, window]` bytes.
     pub fn loss(&self, samples: &Tensor, pass: Pass) -> Tensor {
+        let samples = &samples.to_device(self.device);
         let (logits, targets) = match &self.family {
             Family::Llama(llama) => llama.forward(&self.parameters, samples, pass),
             Family::Mlp(mlp) => mlp.forward(&self.parameters, samples, pass),
@@ -211,20 +229,20 @@ mod tests {
     #[test]
     fn models_have_the_parameters_that_their_sizes_say_and_a_finite_first_loss() {
         for preset in ["llama-1m", "mlp-10k", "mlp-500k"] {
-            let model = Model::new(&worker(preset)).unwrap();
+            let model = Model::new(&worker(preset), Device::Cpu).unwrap();
             let numbers: usize = model.parameters().iter().map(|parameter| parameter.tensor.numel()).sum();
             assert_eq!(numbers as u64, model.sizes().parameters(), "{preset}");
             model.initialize(1);
             let loss = model.loss(&samples(&model), Pass::Evaluate).double_value(&[]);
             assert!((loss - 256_f64.ln()).abs() < 0.5, "{preset} begins at {loss}");
         }
-        assert_eq!(Model::new(&worker("gpt-9")).err().unwrap().exit_code(), 78);
+        assert_eq!(Model::new(&worker("gpt-9"), Device::Cpu).err().unwrap().exit_code(), 78);
     }
 
     #[test]
     fn initial_weights_are_a_function_of_the_seed() {
         let weights = |seed| {
-            let model = Model::new(&worker("mlp-10k")).unwrap();
+            let model = Model::new(&worker("mlp-10k"), Device::Cpu).unwrap();
             model.initialize(seed);
             model.parameters().iter().flat_map(|p| floats_mut(&p.tensor).to_vec()).collect::<Vec<f32>>()
         };
@@ -236,7 +254,7 @@ mod tests {
     fn layers_that_are_run_again_give_the_same_bits_dropout_included() {
         let train = Pass::Train(Stream::new(3, "dropout"));
         let run = |activation_checkpointing, dropout, pass| {
-            let model = Model::new(&WorkerSpec { activation_checkpointing, dropout, ..worker("llama-1m") }).unwrap();
+            let model = Model::new(&WorkerSpec { activation_checkpointing, dropout, ..worker("llama-1m") }, Device::Cpu).unwrap();
             model.initialize(1);
             gradients(&model, pass)
         };
@@ -250,7 +268,7 @@ mod tests {
     #[test]
     fn bfloat16_is_near_float32_and_its_gradients_are_float32() {
         let run = |precision| {
-            let model = Model::new(&WorkerSpec { precision, ..worker("llama-1m") }).unwrap();
+            let model = Model::new(&WorkerSpec { precision, ..worker("llama-1m") }, Device::Cpu).unwrap();
             model.initialize(1);
             gradients(&model, Pass::Evaluate)
         };

@@ -75,6 +75,8 @@ enum Order {
 
 struct Progress {
     copying: Option<(usize, Manifest)>,
+    /// The copy still reads the state. On a GPU it ends before the checksum does.
+    reading: bool,
     /// What is whole in each buffer.
     whole: [Option<Manifest>; 2],
     order: Order,
@@ -118,6 +120,7 @@ impl Saver {
         }
         let progress = Progress {
             copying: None,
+            reading: false,
             whole: [None, None],
             order: Order::Idle,
             persisting: false,
@@ -157,20 +160,26 @@ impl Saver {
     }
 
     /// Begins to copy the state as of `manifest`. `any_busy`: some rank's writer is at work, so its buffer is left alone.
-    pub fn snapshot(&mut self, manifest: Manifest, any_busy: bool) {
+    pub fn snapshot(&mut self, manifest: Manifest, any_busy: bool) -> Result<(), TrainError> {
         let begun = Instant::now();
+        self.shared.part.mark()?;
         let slot = match self.told {
             Some((_, persisting)) if any_busy => 1 - persisting,
             _ => 1 - self.newest,
         };
         let mut progress = self.shared.lock();
-        assert!(progress.copying.is_none(), "the copy before was waited for");
+        assert!(!progress.reading, "the copy before was waited for");
+        while progress.copying.is_some() {
+            progress = self.shared.wait(progress);
+        }
         progress.whole[slot] = None;
         (self.newest, self.newest_step) = (slot, Some(manifest.step));
         progress.copying = Some((slot, manifest));
+        progress.reading = true;
         drop(progress);
         self.shared.changed.notify_all();
         self.stall = begun.elapsed();
+        Ok(())
     }
 
     /// Tells the writer to persist the newest snapshot, unless it was told before. No rank's writer is at work.
@@ -189,10 +198,10 @@ impl Saver {
     pub fn wait_copied(&mut self) -> Duration {
         let begun = Instant::now();
         let mut progress = self.shared.lock();
-        if progress.copying.is_none() {
+        if !progress.reading {
             return std::mem::take(&mut self.stall);
         }
-        while progress.copying.is_some() {
+        while progress.reading {
             progress = self.shared.wait(progress);
         }
         drop(progress);
@@ -235,10 +244,14 @@ impl Shared {
 
     fn populate(&self) {
         lower_priority(19);
-        self.slots.iter().for_each(Slot::populate);
+        // For a GPU they are pinned, and so present, before the first copy.
+        if !self.part.is_on_gpu() {
+            self.slots.iter().for_each(Slot::populate);
+        }
     }
 
     fn copy(&self) {
+        let _pinned = self.part.pin(&self.slots);
         let mut progress = self.lock();
         loop {
             let Some((slot, manifest)) = progress.copying.clone() else {
@@ -255,6 +268,7 @@ impl Shared {
             progress = self.lock();
             progress.copy_time = processor_time().saturating_sub(begun);
             progress.copying = None;
+            progress.reading = false;
             match copied {
                 Ok(()) => progress.whole[slot] = Some(manifest),
                 Err(error) => {
@@ -268,9 +282,13 @@ impl Shared {
     fn copy_into(&self, slot: usize, manifest: &Manifest) -> std::io::Result<()> {
         let target = &self.slots[slot];
         target.unseal()?;
-        // SAFETY: the training loop does not change the state before the copy is done, and the writer has another buffer: the order for
-        // this one comes after the copy.
-        let crc32 = unsafe { self.part.copy(target.bytes_mut()) };
+        let read = || {
+            self.lock().reading = false;
+            self.changed.notify_all();
+        };
+        // SAFETY: the training loop does not change the state while `reading`, and the writer has another buffer: the order for this one
+        // comes after the copy.
+        let crc32 = unsafe { self.part.copy(target.bytes_mut(), read) }.map_err(std::io::Error::other)?;
         let bytes = self.part.bytes() as u64;
         target.seal(&Note { rank: self.settings.rank, name: self.part.name().map(Into::into), bytes, crc32, manifest: manifest.clone() })
     }

@@ -3,10 +3,11 @@
 use std::time::{Duration, Instant};
 
 use everlit_api::job::{Precision, WorkerSpec};
-use everlit_api::model::ModelSizes;
 use tch::{Device, Kind, Tensor};
 
+use super::super::device::finish;
 use super::super::heartbeat::Pulse;
+use super::super::model::Model;
 
 /// Rates are over at least this long.
 const WINDOW: Duration = Duration::from_millis(500);
@@ -18,6 +19,7 @@ pub struct Figures {
     tokens_per_sample: f64,
     flops_per_sample: f64,
     precision: Precision,
+    device: Device,
     world: f64,
     since: Instant,
     samples: u64,
@@ -30,11 +32,13 @@ pub struct Figures {
 
 impl Figures {
     /// For the job's model.
-    pub fn new(sizes: &ModelSizes, worker: &WorkerSpec, world: u32) -> Self {
+    pub fn new(model: &Model, worker: &WorkerSpec, world: u32) -> Self {
+        let sizes = model.sizes();
         Self {
             tokens_per_sample: sizes.tokens(worker.sequence_length) as f64,
             flops_per_sample: sizes.flops_per_sample(worker.sequence_length),
             precision: worker.precision,
+            device: model.device(),
             world: world.into(),
             since: Instant::now(),
             samples: 0,
@@ -53,7 +57,7 @@ impl Figures {
         self.samples += samples;
         self.data_wait += data_wait;
         if self.steps_in_all == PEAK_AFTER_STEPS {
-            self.peak = Some(measure_peak(self.precision));
+            self.peak = Some(measure_peak(self.precision, self.device));
             return self.restart();
         }
         let seconds = self.since.elapsed();
@@ -86,21 +90,23 @@ impl Figures {
     }
 }
 
-/// Floating-point operations per second of this rank's threads in a product of matrices that fit in a cache: the best of a few, since
-/// whatever disturbs makes it slower.
-fn measure_peak(precision: Precision) -> f64 {
-    const SIZE: i64 = 384;
+/// Floating-point operations per second of this rank's threads in a product of matrices that fit in a cache, or of its GPU in one that
+/// fills it: the best of a few, since whatever disturbs makes it slower.
+fn measure_peak(precision: Precision, device: Device) -> f64 {
+    let size = if device.is_cuda() { 4096 } else { 384 };
     let kind = if precision == Precision::Bfloat16 { Kind::BFloat16 } else { Kind::Float };
     tch::no_grad(|| {
-        let (a, b) = (Tensor::ones([SIZE, SIZE], (kind, Device::Cpu)), Tensor::ones([SIZE, SIZE], (kind, Device::Cpu)));
+        let (a, b) = (Tensor::ones([size, size], (kind, device)), Tensor::ones([size, size], (kind, device)));
         let once = || {
+            finish(device);
             let begun = Instant::now();
             let product = a.matmul(&b);
+            finish(device);
             let seconds = begun.elapsed().as_secs_f64();
             drop(product);
             seconds
         };
         let best = (0..4).map(|_| once()).fold(f64::INFINITY, f64::min);
-        2.0 * (SIZE as f64).powi(3) / best.max(1e-9)
+        2.0 * (size as f64).powi(3) / best.max(1e-9)
     })
 }

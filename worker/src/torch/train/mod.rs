@@ -6,23 +6,22 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use everlit_api::job::{BatchSize, Device, WorkerSpec};
+use everlit_api::job::{BatchSize, WorkerSpec};
 use everlit_api::manifest::{Manifest, ModelDescription, Phase};
-use everlit_api::model::MemoryEstimate;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
-use super::c10d::{self, Group, Reducer};
+use super::c10d::{self, Backend, Group, Reducer};
 use super::data::{self, Corpus};
 use super::environment::Environment;
 use super::heartbeat::Pulse;
 use super::loader::{Loader, Plan};
-use super::memory::{self, Memory};
+use super::memory::{self, Room};
 use super::model::{self, Model};
 use super::ranks::Ranks;
 use super::rendezvous::Rendezvous;
 use super::save::{Saver, Settings};
 use super::state::State;
-use super::{TrainError, kernels, load, sharing, signals};
+use super::{TrainError, device, kernels, load, sharing, signals};
 use evaluate::Evaluation;
 use everlit_worker::checkpoint;
 use everlit_worker::train_config::TrainConfig;
@@ -74,16 +73,33 @@ pub fn evaluate(config: &TrainConfig, environment: &Environment) -> Result<(), T
     guard(run_evaluation(config, environment))
 }
 
-fn run_evaluation(config: &TrainConfig, environment: &Environment) -> Result<(), TrainError> {
-    let worker = &config.worker;
-    let pulse = Pulse::start(environment, worker.steps);
+/// What every run begins with.
+struct Start {
+    /// `None` for a single rank.
+    rendezvous: Option<Arc<Rendezvous>>,
+    /// On its device.
+    model: Model,
+    room: Room,
+}
+
+/// Refuses what can not work, and makes device and model ready.
+fn start(worker: &WorkerSpec, environment: &Environment, pulse: &Pulse) -> Result<Start, TrainError> {
     check(worker, environment)?;
     kernels::keep_memory();
     c10d::set_threads(environment.threads)?;
     let rendezvous = rendezvous(environment)?;
     pulse.phase(Phase::Load);
-    memory::check(&model::sizes(worker)?, worker, environment)?;
-    let state = State::new(Model::new(worker)?, 0.0)?;
+    let device = device::choose(worker.device, worker.deterministic, environment)?;
+    let room = Room::of(&model::sizes(worker)?, worker, environment, device)?;
+    room.check()?;
+    Ok(Start { rendezvous, model: Model::new(worker, device)?, room })
+}
+
+fn run_evaluation(config: &TrainConfig, environment: &Environment) -> Result<(), TrainError> {
+    let worker = &config.worker;
+    let pulse = Pulse::start(environment, worker.steps);
+    let Start { rendezvous, model, .. } = start(worker, environment, &pulse)?;
+    let state = State::new(model, 0.0)?;
     let (path, manifest) = chosen(environment)?
         .ok_or_else(|| TrainError::Config("nothing to evaluate: give the checkpoint (resume_from, or --checkpoint-dir)".into()))?;
     fits(&path, &manifest, &state.model, None)?;
@@ -91,7 +107,8 @@ fn run_evaluation(config: &TrainConfig, environment: &Environment) -> Result<(),
     let micro = worker.micro_batch_size.unwrap_or(EVALUATION_MICRO);
     let paths = data::locate(&config.shards, worker.data.as_deref())?;
     let mut evaluation = Evaluation::open(worker, state.model.window(), &paths, micro)?;
-    let group = rendezvous.map(|rendezvous| meet(rendezvous, environment, &format!("step {}", manifest.step))).transpose()?;
+    let group =
+        rendezvous.map(|rendezvous| meet(rendezvous, environment, state.model.device(), &format!("step {}", manifest.step))).transpose()?;
     let ranks = Ranks { group };
     let loss = evaluation.run(&state.model, environment, &ranks, &pulse)?;
     pulse.metric("evaluation_loss", loss);
@@ -107,7 +124,10 @@ pub fn dry_run(config: &TrainConfig, environment: &Environment) -> Result<(), Tr
     let worker = &config.worker;
     check(worker, environment)?;
     let sizes = model::sizes(worker)?;
-    let estimate = MemoryEstimate::of(&sizes, worker, environment.world);
+    let device = device::choose(worker.device, worker.deterministic, environment)?;
+    let room = Room::of(&sizes, worker, environment, device)?;
+    let Room { estimate, .. } = &room;
+    let place = if device.is_cuda() { "GPU" } else { "machine" };
     say(&format!("parameters: {}", sizes.parameters()));
     say(&format!("state per rank: {:.2} GiB", memory::gib(estimate.state_bytes)));
     say(&format!("snapshots per rank: {:.2} GiB of shared memory", memory::gib(estimate.snapshot_bytes)));
@@ -117,17 +137,16 @@ pub fn dry_run(config: &TrainConfig, environment: &Environment) -> Result<(), Tr
         let once = worker.micro_batch_size.unwrap_or(own).min(own);
         say(&format!("a rank with {once} samples at once: {:.2} GiB", memory::gib(estimate.total(once))));
     }
-    if let Some(free) = Memory::read() {
-        let fit = memory::samples_that_fit(&estimate, free, environment.local_world);
+    if let (Some(fit), Some(memory)) = (room.samples(), room.memory) {
         say(&format!(
-            "largest batch that fits: {} samples ({fit} per rank and forward pass, {} ranks, {:.1} GiB free)",
+            "largest batch that fits: {} samples ({fit} per rank and forward pass, {} ranks, {:.1} GiB free on this {place})",
             fit * u64::from(environment.world),
             environment.world,
-            memory::gib(free.free)
+            memory::gib(memory.free)
         ));
     }
     say(&format!("arithmetic per sample: {:.3e} operations", sizes.flops_per_sample(worker.sequence_length)));
-    memory::check(&sizes, worker, environment).map(drop)
+    room.check()
 }
 
 fn rendezvous(environment: &Environment) -> Result<Option<Arc<Rendezvous>>, TrainError> {
@@ -147,20 +166,14 @@ fn prepare<'a>(
 ) -> Result<Option<Trainer<'a>>, TrainError> {
     let worker = &config.worker;
     let pulse = Pulse::start(environment, worker.steps);
-    check(worker, environment)?;
-    kernels::keep_memory();
-    c10d::set_threads(environment.threads)?;
-    let rendezvous = rendezvous(environment)?;
-    pulse.phase(Phase::Load);
-    let estimate = memory::check(&model::sizes(worker)?, worker, environment)?;
-    let model = Model::new(worker)?;
+    let Start { rendezvous, model, room } = start(worker, environment, &pulse)?;
     let paths = data::locate(&config.shards, worker.data.as_deref())?;
     let corpus = Corpus::open(&paths, model.window(), worker.seed, evaluate::held_out(worker, false))?;
     let attempt = own_attempt(environment)?;
     let state = State::new(model, worker.weight_decay)?;
     let resumed = resume(worker, environment, &corpus, &state)?;
     let position = resumed.as_ref().map_or(Position::default(), |(_, old)| Position { step: old.step, samples: old.samples });
-    let batch = batch_size(worker, environment, &estimate, resumed.as_ref().map(|(_, old)| old), rendezvous.as_deref())?;
+    let batch = batch_size(worker, environment, &room, resumed.as_ref().map(|(_, old)| old), rendezvous.as_deref())?;
     announce(worker, environment, &state, batch, resumed.as_ref().map(|(path, _)| path), position);
     if position.step >= worker.steps {
         pulse.step(position.step, position.samples, None, 0.0);
@@ -174,7 +187,7 @@ fn prepare<'a>(
         _ => Some(Evaluation::open(worker, state.model.window(), &paths, micro.min(EVALUATION_MICRO))?),
     };
     let data = Data::of(&corpus);
-    let control = Tensor::zeros(CONTROL, tch::kind::FLOAT_CPU).set_requires_grad(true);
+    let control = Tensor::zeros(CONTROL, (tch::Kind::Float, state.model.device())).set_requires_grad(true);
     let (group, reducer) = match rendezvous {
         Some(rendezvous) => join(rendezvous, environment, &state, &control, &data, batch, position)?,
         None => (None, None),
@@ -194,7 +207,7 @@ fn prepare<'a>(
         saver,
         reducer,
         control,
-        figures: Figures::new(state.model.sizes(), worker, world),
+        figures: Figures::new(&state.model, worker, world),
         clock: Clock::new(config.checkpoint.every, config.mean_seconds_between_failures),
         schedule: Schedule::of(worker),
         ranks: Ranks { group },
@@ -230,9 +243,6 @@ fn saver_settings(config: &TrainConfig, environment: &Environment, dir: &Path, a
 /// Everything that can be refused before any work.
 fn check(worker: &WorkerSpec, environment: &Environment) -> Result<(), TrainError> {
     let refuse = |why: String| Err(TrainError::Config(why));
-    if worker.device == Device::Cuda {
-        return refuse("device is cuda, but this build of everlit-worker has no CUDA: use cpu or auto".into());
-    }
     if let BatchSize::Samples(batch) = worker.batch_size
         && (batch < u64::from(environment.world) || batch > 1 << 24)
     {
@@ -332,7 +342,7 @@ fn describe(model: &Model) -> ModelDescription {
 fn batch_size(
     worker: &WorkerSpec,
     environment: &Environment,
-    estimate: &MemoryEstimate,
+    room: &Room,
     resumed: Option<&Manifest>,
     rendezvous: Option<&Rendezvous>,
 ) -> Result<u64, TrainError> {
@@ -343,7 +353,7 @@ fn batch_size(
     if let Some(old) = resumed.filter(|old| old.global_batch >= u64::from(environment.world)) {
         return Ok(old.global_batch);
     }
-    let own = Memory::read().map_or(1, |memory| memory::samples_that_fit(estimate, memory, environment.local_world)).clamp(1, 4096);
+    let own = room.samples().unwrap_or(1).clamp(1, 4096);
     let Some(rendezvous) = rendezvous else { return Ok(own) };
     let all = rendezvous.gather("batch", &own.to_string(), READY_TIMEOUT)?;
     let least = all.iter().filter_map(|text| text.parse::<u64>().ok()).min().unwrap_or(1);
@@ -386,7 +396,7 @@ fn join(
     position: Position,
 ) -> Result<Joined, TrainError> {
     let own = format!("step {}, data {}, batch {batch}, weights {:016x}", position.step, data.listing_sha256, state.fingerprint());
-    let group = meet(rendezvous, environment, &own)?;
+    let group = meet(rendezvous, environment, state.model.device(), &own)?;
     let mut tensors = state.trained();
     let mut sizes: Vec<u64> = state.model.parameters().iter().map(|parameter| parameter.bytes()).collect();
     tensors.push(control);
@@ -396,7 +406,9 @@ fn join(
 }
 
 /// Waits for all ranks to say the same, and connects.
-fn meet(rendezvous: Arc<Rendezvous>, environment: &Environment, own: &str) -> Result<Arc<Group>, TrainError> {
+fn meet(rendezvous: Arc<Rendezvous>, environment: &Environment, device: Device, own: &str) -> Result<Arc<Group>, TrainError> {
+    let backend = backend(device, environment);
+    let own = &format!("{own}, {} over {backend:?}", if device.is_cuda() { "cuda" } else { "cpu" });
     rendezvous.gather("hello", "", HELLO_TIMEOUT)?;
     let all = rendezvous.gather("ready", own, READY_TIMEOUT)?;
     if let Some((rank, other)) = all.iter().enumerate().find(|(_, other)| *other != own) {
@@ -405,7 +417,12 @@ fn meet(rendezvous: Arc<Rendezvous>, environment: &Environment, own: &str) -> Re
             environment.rank
         )));
     }
-    Ok(Arc::new(Group::connect(rendezvous, &environment.gloo_host, HELLO_TIMEOUT, COLLECTIVE_TIMEOUT)?))
+    Ok(Arc::new(Group::connect(rendezvous, &environment.gloo_host, backend, HELLO_TIMEOUT, COLLECTIVE_TIMEOUT)?))
+}
+
+/// NCCL where each rank has a GPU of its own: it takes no two of them on one.
+fn backend(device: Device, environment: &Environment) -> Backend {
+    if device.is_cuda() && environment.local_world <= device::count() { Backend::Nccl } else { Backend::Gloo }
 }
 
 /// A line on stdout. Whoever reads it may be gone: training goes on.

@@ -11,7 +11,7 @@ use everlit_api::job::OnNan;
 use everlit_api::manifest::{DataPosition, MANIFEST_FORMAT, Manifest, Phase};
 use everlit_api::time::Timestamp;
 use everlit_worker::train_config::TrainConfig;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::super::c10d::{self, Reducer};
 use super::super::data::Corpus;
@@ -23,7 +23,7 @@ use super::super::random::Stream;
 use super::super::ranks::Ranks;
 use super::super::save::{Saver, write};
 use super::super::state::State;
-use super::super::tensors::bytes;
+use super::super::tensors::{bytes, on_cpu};
 use super::super::{TrainError, signals};
 use super::evaluate::Evaluation;
 use super::figures::Figures;
@@ -105,7 +105,7 @@ impl Trainer<'_> {
         let mut printed = Instant::now();
         self.pulse.phase(Phase::Train);
         if self.from_memory && self.environment.checkpoint_dir.is_some() {
-            self.begin_save(false);
+            self.begin_save(false)?;
         }
         while self.position.step < total {
             let rate = self.schedule.rate(self.position.step);
@@ -136,6 +136,7 @@ impl Trainer<'_> {
         let told = self.flags(wait, *stall);
         let heard = self.backward(&batch, told)?;
         let norm = c10d::gradient_norm(&self.state.trained())?;
+        self.ranks.check()?;
         if self.gradient_out.is_some() {
             self.write_gradient()?;
         }
@@ -155,7 +156,7 @@ impl Trainer<'_> {
     }
 
     /// What this rank says to all.
-    fn flags(&self, wait: Duration, stall: Duration) -> [f32; 8] {
+    fn flags(&self, wait: Duration, stall: Duration) -> [f32; 6] {
         let rank_zero = self.environment.rank == 0;
         let yes = |truth: bool| f32::from(u8::from(truth));
         let saver = self.saver.as_ref();
@@ -164,18 +165,16 @@ impl Trainer<'_> {
             yes(signals::save_requested() || (rank_zero && self.clock.is_due())),
             yes(saver.is_some_and(Saver::is_busy)),
             yes(saver.is_some_and(Saver::has_failed)),
-            0.0,
-            0.0,
             wait.as_secs_f32(),
             stall.as_secs_f32(),
         ]
     }
 
     /// Forward and backward over this rank's samples; the gradients are then the mean over the whole batch, on every rank.
-    fn backward(&self, batch: &Batch, mut told: [f32; 8]) -> Result<Heard, TrainError> {
+    fn backward(&self, batch: &Batch, told: [f32; 6]) -> Result<Heard, TrainError> {
         let (rank, world) = (self.environment.rank, f64::from(self.environment.world));
         let stream = Stream::new(self.config.worker.seed, "dropout").child(self.position.step).child(rank.into());
-        let mut sum = 0.0;
+        let mut sum = Tensor::zeros(1, (Kind::Float, self.state.model.device()));
         for (index, samples) in batch.iter().enumerate() {
             let last = index + 1 == batch.len();
             if last && let Some(reducer) = &self.reducer {
@@ -184,25 +183,28 @@ impl Trainer<'_> {
             let loss = self.state.model.loss(samples, Pass::Train(stream.child(index as u64)));
             // The reduction takes the mean over ranks: weighted so, it is the mean over samples, however they are dealt.
             let weighted = loss * (samples.size()[0] as f64 * world / self.batch as f64);
-            sum += weighted.f_double_value(&[])?;
-            if !(last && self.reducer.is_some()) {
+            sum += weighted.detach();
+            if last && self.reducer.is_some() {
+                (weighted + (&self.control * self.news(&sum, told)?).f_sum(Kind::Float)?).f_backward()?;
+            } else {
                 weighted.f_backward()?;
-                continue;
             }
-            if !sum.is_finite() {
-                (told[4], told[5]) = (1.0, rank as f32);
-            }
-            let news: Vec<f32> = std::iter::once(sum as f32).chain(told).collect();
-            (weighted + (&self.control * Tensor::f_from_slice(&news)?).f_sum(tch::Kind::Float)?).f_backward()?;
-        }
-        if self.reducer.is_none() {
-            told[4] = f32::from(u8::from(!sum.is_finite()));
-            return Ok(Heard::new(sum, &told, 1.0));
         }
         let mut heard = [0.0_f32; CONTROL as usize];
-        self.control.grad().f_copy_data(&mut heard, CONTROL as usize)?;
-        c10d::drop_gradients(&[&self.control])?;
-        Ok(Heard::new(heard[0].into(), &heard[1..], world))
+        if self.reducer.is_some() {
+            self.control.grad().f_copy_data(&mut heard, CONTROL as usize)?;
+            c10d::drop_gradients(&[&self.control])?;
+        } else {
+            self.news(&sum, told)?.f_copy_data(&mut heard, CONTROL as usize)?;
+        }
+        Ok(Heard::new(&heard, world))
+    }
+
+    /// All that this rank says, as one tensor beside the loss: that is not waited for.
+    fn news(&self, loss: &Tensor, told: [f32; 6]) -> Result<Tensor, TrainError> {
+        let bad = loss.isfinite().logical_not().to_kind(Kind::Float);
+        let told = Tensor::f_from_slice(&told)?.to_device(loss.device());
+        Ok(Tensor::f_cat(&[loss, &bad, &(&bad * f64::from(self.environment.rank)), &told], 0)?)
     }
 
     /// A number is not finite: the update is left out, or the job ends. All ranks come here together.
@@ -260,7 +262,7 @@ impl Trainer<'_> {
             self.pulse.saved(costs.write);
         }
         if due {
-            self.begin_save(heard.busy);
+            self.begin_save(heard.busy)?;
         } else if !heard.busy
             && let Some(saver) = &mut self.saver
         {
@@ -269,16 +271,17 @@ impl Trainer<'_> {
         if last || heard.stop { self.settle() } else { Ok(()) }
     }
 
-    fn begin_save(&mut self, any_busy: bool) {
+    fn begin_save(&mut self, any_busy: bool) -> Result<(), TrainError> {
         let manifest = self.manifest();
-        let Some(saver) = &mut self.saver else { return };
+        let Some(saver) = &mut self.saver else { return Ok(()) };
         if saver.newest_step() != Some(manifest.step) {
-            saver.snapshot(manifest, any_busy);
+            saver.snapshot(manifest, any_busy)?;
         }
         if !any_busy {
             saver.persist_newest();
         }
         self.clock.restart();
+        Ok(())
     }
 
     /// Waits until the newest snapshot of every rank is committed. Here a failure counts: nothing can make up for it later.
@@ -352,7 +355,7 @@ impl Trainer<'_> {
         let mut header = serde_json::Map::new();
         let mut content = Vec::new();
         for parameter in self.state.model.parameters() {
-            let gradient = parameter.tensor.grad().contiguous();
+            let gradient = on_cpu(&parameter.tensor.grad());
             let from = content.len();
             content.extend_from_slice(bytes(&gradient));
             let place = serde_json::json!({"dtype": "F32", "shape": gradient.size(), "data_offsets": [from, content.len()]});
@@ -367,18 +370,19 @@ impl Trainer<'_> {
 }
 
 impl Heard {
-    /// From means over `world` ranks.
-    fn new(loss: f64, means: &[f32], world: f64) -> Self {
+    /// From means over `world` ranks, in the order of `Trainer::news`.
+    fn new(means: &[f32; CONTROL as usize], world: f64) -> Self {
+        let [loss, bad, bad_ranks, stop, save, busy, failed, data_wait, stall] = *means;
         let count = |mean: f32| (f64::from(mean) * world).round() as u32;
         Self {
-            loss,
-            stop: means[0] > 0.0,
-            save: means[1] > 0.0,
-            busy: means[2] > 0.0,
-            failed: means[3] > 0.0,
-            bad: (count(means[4]), count(means[5])),
-            data_wait: means[6].into(),
-            stall: means[7].into(),
+            loss: loss.into(),
+            stop: stop > 0.0,
+            save: save > 0.0,
+            busy: busy > 0.0,
+            failed: failed > 0.0,
+            bad: (count(bad), count(bad_ranks)),
+            data_wait: data_wait.into(),
+            stall: stall.into(),
         }
     }
 }
