@@ -12,6 +12,9 @@ import time
 BIN = pathlib.Path(os.environ["EVERLIT_BIN"])
 PYTHON = os.environ.get("EVERLIT_PYTHON")
 RUNS = int(os.environ.get("EVERLIT_STEP_RUNS", "3"))
+# A multiple of eight, and how often eight steps are held against each other.
+WARM_STEPS = 8
+SAVE_BLOCKS = int(os.environ.get("EVERLIT_SAVE_BLOCKS", "24"))
 HERE = pathlib.Path(__file__).resolve().parent
 # Model, samples per update, bytes per sample, steps to warm up and to measure, least ratio to the peer.
 MODELS = [("llama-1m", 16, 128, 20, 80, 1.3), ("llama-30m", 8, 128, 4, 16, 1.05), ("llama-124m", 4, 128, 2, 6, 1.0)]
@@ -44,9 +47,20 @@ def first_checkpoint(model, batch, length, folder):
 def ours(model, batch, length, start, end):
     with tempfile.TemporaryDirectory() as folder:
         command = [BIN / "everlit-worker", "train", "--model", model, "--batch-size", str(batch), "--sequence-length", str(length), "--steps", str(end)]
-        ranks = [([*command], environment(rank, 2, folder, EVERLIT_RESUME_FROM=str(start))) for rank in (0, 1)]
+        beats = [pathlib.Path(folder) / f"HEARTBEAT-{rank}" for rank in (0, 1)]
+        ranks = [([*command], environment(rank, 2, folder, EVERLIT_RESUME_FROM=str(start), EVERLIT_HEARTBEAT_FILE=str(beats[rank]))) for rank in (0, 1)]
         lines = lines_of(ranks)
-    return [(at, int(m[1]), float(m[2])) for at, line in lines if (m := LINE.match(line))]
+        wait = beat(beats[0].parent).get("metrics", {}).get("data_wait", 0.0)
+    return [(at, int(m[1]), float(m[2])) for at, line in lines if (m := LINE.match(line))], wait
+
+
+def first_step():
+    """Seconds from the start of two ranks to their first step's end."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(BIN / "everlit-worker"), "train", "--model", "llama-1m", "--steps", "1"]
+        begun = time.perf_counter()
+        lines = lines_of([(command, environment(rank, 2, folder)) for rank in (0, 1)])
+        return next(at for at, line in lines if LINE.match(line)) - begun
 
 
 def theirs(model, batch, length, start, end, port):
@@ -63,13 +77,15 @@ def steps(row):
         raise SystemExit("SKIPPED: the peer needs PyTorch (scripts/fetch-python-torch.sh)")
     from lib import free_port
 
+    row("start of two ranks to the end of their first step, llama-1m", [first_step() for _ in range(7)], "s", 0.7)
     for model, batch, length, warm, measured, least in MODELS:
         with tempfile.TemporaryDirectory() as temp:
             end = 1 + warm + measured
             start = first_checkpoint(model, batch, length, pathlib.Path(temp))
-            ratios, own, peer, apart = [], [], [], []
+            ratios, own, peer, apart, waits = [], [], [], [], []
             for _ in range(RUNS):
-                seen = ours(model, batch, length, start, end)
+                seen, wait = ours(model, batch, length, start, end)
+                waits.append(wait * 100)
                 first = next(one for one in seen if one[1] > warm)
                 rate = (seen[-1][1] - first[1]) / (seen[-1][0] - first[0])
                 they = theirs(model, batch, length, start, end, free_port())
@@ -83,6 +99,7 @@ def steps(row):
             row(f"{model}: steps of PyTorch DDP, 2 ranks", peer, "per s", 0, "more")
             row(f"{model}: ours over PyTorch DDP", ratios, "x", least, "more")
             row(f"{model}: losses apart at the most, relative", apart, "", 0.01)
+            row(f"{model}: time that steps waited for data", waits, "%", 1)
 
 
 def beat(folder, rank=0):
@@ -101,39 +118,40 @@ def checkpoint(row):
         command = [BIN / "everlit-worker", "train", "--model", sizes, "--sequence-length", "128"]
         shared = pathlib.Path(tempfile.mkdtemp(dir="/dev/shm", prefix="everlit-bench-"))
         try:
-            stalls, with_saves, without = [], [], []
-            for run in range(RUNS):
-                for every, into in ((4, with_saves), (0, without)):
-                    folder = temp / f"run-{run}-{every}"
-                    folder.mkdir()
-                    end = 3 + 16
-                    arguments = [*command, "--batch-size", "2", "--steps", str(end + 1), "--checkpoint-dir", folder / "c", "--every-steps", str(every or 1_000_000)]
-                    env = environment(0, 1, "/nowhere", EVERLIT_SNAPSHOT_DIR=str(shared), EVERLIT_HEARTBEAT_FILE=str(folder / "HEARTBEAT-0"), EVERLIT_ATTEMPT="1", EVERLIT_RESUME_FROM="")
-                    # One thread computes, one core is left for copying and writing, as where an accelerator computes.
-                    process = subprocess.Popen([str(a) for a in arguments], env=env, stdout=subprocess.DEVNULL)
-                    times, seen = {}, {}
-                    while process.poll() is None:
-                        now = beat(folder)
-                        if now.get("step") and now["step"] not in times:
-                            times[now["step"]] = time.perf_counter()
-                        if now.get("metrics", {}).get("save_stall_seconds"):
-                            seen[now["metrics"]["save_stall_seconds"]] = True
-                        time.sleep(0.005)
-                    assert process.returncode == 0
-                    into.append((times[end] - times[3]) / (end - 3))
-                    if every:
-                        stalls += [stall * 1000 for stall in seen]
+            folder = temp / "run"
+            folder.mkdir()
+            end = WARM_STEPS + 8 * SAVE_BLOCKS
+            arguments = [*command, "--batch-size", "2", "--steps", str(end + 1), "--checkpoint-dir", folder / "c", "--every-steps", "8"]
+            env = environment(0, 1, "/nowhere", EVERLIT_SNAPSHOT_DIR=str(shared), EVERLIT_HEARTBEAT_FILE=str(folder / "HEARTBEAT-0"), EVERLIT_ATTEMPT="1", EVERLIT_RESUME_FROM="")
+            # One thread computes, one core is left for copying and writing, as where an accelerator computes.
+            process = subprocess.Popen([str(a) for a in arguments], env=env, stdout=subprocess.DEVNULL)
+            times, seen = {}, {}
+            while process.poll() is None:
+                now = beat(folder)
+                if now.get("step") and now["step"] not in times:
+                    times[now["step"]] = time.perf_counter()
+                if now.get("metrics", {}).get("save_stall_seconds"):
+                    seen[now["metrics"]["save_stall_seconds"]] = True
+                time.sleep(0.005)
+            assert process.returncode == 0
+            stalls = [stall * 1000 for stall in seen]
+            # Of eight steps the first four have the copy and the write of a save beside them, the others nothing: the same run, seconds
+            # apart, since whole runs differ by more than a save costs.
+            blocks = range(WARM_STEPS, end, 8)
+            assert all(step in times for block in blocks for step in (block, block + 4, block + 8)), "a step was not seen"
+            added = [((times[k + 4] - times[k]) / (times[k + 8] - times[k + 4]) - 1) * 100 for k in blocks]
+            row("a step, mean of the run", [(times[end] - times[WARM_STEPS]) / (end - WARM_STEPS) * 1000], "ms", 0, "more")
             state = newest_bytes(temp)
             row("state of the save figures", [state / 1e6], "MB", 450, "more")
             row("a step held up by a save, with a core to spare", stalls, "ms", 5)
-            row("step time with a save in every 4th step, over none", [(a / b - 1) * 100 for a, b in zip(with_saves, without)], "%", 1)
+            row("four steps with a save behind them, over four without", added, "%", 1)
             disk(row, temp)
         finally:
             shutil.rmtree(shared)
 
 
 def newest_bytes(temp):
-    folder = max(temp.glob("run-*/c/step-*"), key=lambda f: f.stat().st_mtime)
+    folder = max(temp.glob("run/c/step-*"), key=lambda f: f.stat().st_mtime)
     return sum(f.stat().st_size for f in folder.iterdir())
 
 

@@ -119,9 +119,14 @@ def replace_file(folder: str, name: str, content: bytes) -> None:
     draft = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     target = os.path.join(folder, name)
     with doing("write", target):
-        with open(draft, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(draft, content)
         os.replace(draft, target)
     sync_dir(folder)
+
+
+def write_synced(path: str, content: bytes) -> None:
+    """Writes a new file and brings its bytes to the disk; its name is the folder's business."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

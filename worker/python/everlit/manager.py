@@ -19,7 +19,7 @@ from . import manifest as layout
 from .commit import begin, commit, describe_file, sweep_drafts
 from .environment import Environment
 from .errors import CheckpointError, Damage, Failed, Fenced, Refused
-from .fence import doing
+from .fence import doing, write_synced
 from .manifest import DataPosition, Manifest, ManifestFile
 from .pulse import heartbeat
 from .checks import read_file, read_manifest, verify, verify_file
@@ -444,10 +444,7 @@ def _write_tensors(draft: str, name: str, leaves: Mapping[str, safetensors.Leaf]
 def _write_bytes(draft: str, name: str, content: bytes) -> ManifestFile:
     path = os.path.join(draft, name)
     with doing("write", path):
-        with open(path, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(path, content)
     return describe_file(path)
 
 
