@@ -267,7 +267,7 @@ impl Driver {
         self.metrics.note_record(&record);
         let mut seq = self.event_seq;
 
-        self.pending.batch.add(record, || {
+        self.pending.batch.add(now, record, || {
             seq += 1;
             seq
         });

@@ -169,14 +169,17 @@ impl Store {
         Ok(rows.iter().filter_map(|row| read(row).transpose()).collect::<Result<_, _>>()?)
     }
 
-    /// Where the sequences go on: the last event's number and time, the last job's id.
+    /// Where the sequences go on: the last event's number, the newest time of any transaction, the last job's id.
     pub async fn last(&self) -> Result<(u64, Timestamp, Option<JobId>), StoreError> {
         let event = sqlx::query("SELECT seq, time FROM events ORDER BY seq DESC LIMIT 1").fetch_optional(&self.readers).await?;
         let job = sqlx::query("SELECT job_id FROM jobs ORDER BY job_id DESC LIMIT 1").fetch_optional(&self.readers).await?;
         let (seq, time): (i64, i64) =
             event.map(|row| Ok::<_, sqlx::Error>((row.try_get(0)?, row.try_get(1)?))).transpose()?.unwrap_or_default();
         let job = job.map(|row| job_id(&row.try_get::<String, _>(0)?)).transpose()?;
-        Ok((seq as u64, Timestamp(time as u64), job))
+        // Of a data folder from before the table `clock`, the last event is what there is.
+        let clock = sqlx::query("SELECT time FROM clock").fetch_optional(&self.readers).await?;
+        let clock: i64 = clock.map(|row| row.try_get(0)).transpose()?.unwrap_or_default();
+        Ok((seq as u64, Timestamp(time.max(clock) as u64), job))
     }
 
     /// Answers when the database does.

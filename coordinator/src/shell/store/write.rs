@@ -6,6 +6,7 @@ use everlit_api::ids::{JobId, NodeId};
 use everlit_api::status::AttemptView;
 use everlit_api::time::Timestamp;
 use serde_json::json;
+use sqlx::SqliteConnection;
 
 use super::{Store, StoreError};
 use crate::engine::{EventRow, JobRow, Record};
@@ -26,6 +27,8 @@ pub struct Idempotency {
 /// Many steps' records as one transaction. Of each job only the newest row is kept.
 #[derive(Debug, Default)]
 pub struct Batch {
+    /// The engine's time at its newest step.
+    at: Timestamp,
     jobs: BTreeMap<JobId, JobRow>,
     /// With their numbers.
     pub events: Vec<(u64, EventRow)>,
@@ -50,8 +53,9 @@ impl Batch {
             && self.cleared.is_empty()
     }
 
-    /// Adds a step's record; events are numbered by the caller.
-    pub fn add(&mut self, record: Record, mut number: impl FnMut() -> u64) {
+    /// Adds the record of a step at `now`; events are numbered by the caller.
+    pub fn add(&mut self, now: Timestamp, record: Record, mut number: impl FnMut() -> u64) {
+        self.at = self.at.max(now);
         for mut row in record.jobs {
             let before = self.jobs.remove(&row.id);
             if let Some(before) = before {
@@ -76,80 +80,13 @@ impl Batch {
 impl Store {
     pub(super) async fn try_commit(&self, batch: &Batch) -> Result<(), StoreError> {
         let mut tx = self.writer.begin().await?;
-        let (fresh, known): (Vec<_>, Vec<_>) = batch.jobs.values().partition(|row| row.spec.is_some());
-        if !fresh.is_empty() {
-            let rows: Vec<_> = fresh.iter().map(|row| job_json(row)).collect();
-            sqlx::query(
-                "INSERT INTO jobs (job_id, state, finished_at, body, ranks, series, spec, name)
-                 SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5, value->>6, value->>7 FROM json_each(?)",
-            )
-            .bind(text(&rows)?)
+        write_jobs(&mut tx, batch).await?;
+        write_history(&mut tx, batch).await?;
+        write_rest(&mut tx, batch).await?;
+        sqlx::query("INSERT INTO clock (id, time) VALUES (0, ?) ON CONFLICT (id) DO UPDATE SET time = max(time, excluded.time)")
+            .bind(batch.at.0 as i64)
             .execute(&mut *tx)
             .await?;
-        }
-        if !known.is_empty() {
-            let rows: Vec<_> = known.iter().map(|row| job_json(row)).collect();
-            sqlx::query(
-                "UPDATE jobs SET state = v.value->>1, finished_at = v.value->>2, body = v.value->>3, ranks = v.value->>4,
-                 series = coalesce(v.value->>5, series)
-                 FROM json_each(?) AS v WHERE jobs.job_id = v.value->>0",
-            )
-            .bind(text(&rows)?)
-            .execute(&mut *tx)
-            .await?;
-        }
-        if !batch.events.is_empty() {
-            let row = |(seq, e): &(u64, EventRow)| {
-                json!([seq, e.job.filter(|job| !batch.removed.contains_key(job)), e.time.0, e.event, e.reason, e.data.to_string()])
-            };
-            let rows: Vec<_> = batch.events.iter().map(row).collect();
-            sqlx::query(
-                "INSERT INTO events (seq, job_id, time, event, reason, data)
-                 SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5 FROM json_each(?)",
-            )
-            .bind(text(&rows)?)
-            .execute(&mut *tx)
-            .await?;
-        }
-        if !batch.attempts.is_empty() {
-            let row = |((job, attempt), view): (&(JobId, u32), &AttemptView)| Ok(json!([job, attempt, text(view)?]));
-            let rows = batch.attempts.iter().map(row).collect::<Result<Vec<_>, StoreError>>()?;
-            sqlx::query("INSERT OR REPLACE INTO attempts (job_id, attempt, body) SELECT value->>0, value->>1, value->>2 FROM json_each(?)")
-                .bind(text(&rows)?)
-                .execute(&mut *tx)
-                .await?;
-        }
-        for (node, cordoned) in &batch.cordons {
-            sqlx::query("INSERT OR REPLACE INTO nodes (node, cordoned) VALUES (?, ?)")
-                .bind(&node.0)
-                .bind(cordoned)
-                .execute(&mut *tx)
-                .await?;
-        }
-        for used in &batch.idempotency {
-            sqlx::query("INSERT OR IGNORE INTO idempotency (key, body_hash, job_id, created_at) VALUES (?, ?, ?, ?)")
-                .bind(&used.key)
-                .bind(&used.body_hash[..])
-                .bind(used.job.to_string())
-                .bind(used.at.0 as i64)
-                .execute(&mut *tx)
-                .await?;
-        }
-        if !batch.removed.is_empty() {
-            let ids = text(&batch.removed.keys().collect::<Vec<_>>())?;
-            let pairs: Vec<_> = batch.removed.iter().flat_map(|(job, nodes)| nodes.iter().map(move |node| json!([job, node]))).collect();
-            sqlx::query("DELETE FROM jobs WHERE job_id IN (SELECT value FROM json_each(?))").bind(&ids).execute(&mut *tx).await?;
-            sqlx::query("DELETE FROM attempts WHERE job_id IN (SELECT value FROM json_each(?))").bind(&ids).execute(&mut *tx).await?;
-            sqlx::query("DELETE FROM idempotency WHERE job_id IN (SELECT value FROM json_each(?))").bind(&ids).execute(&mut *tx).await?;
-            sqlx::query("DELETE FROM events WHERE job_id IN (SELECT value FROM json_each(?))").bind(&ids).execute(&mut *tx).await?;
-            sqlx::query("INSERT OR IGNORE INTO removals (job_id, node) SELECT value->>0, value->>1 FROM json_each(?)")
-                .bind(text(&pairs)?)
-                .execute(&mut *tx)
-                .await?;
-        }
-        for (job, node) in &batch.cleared {
-            sqlx::query("DELETE FROM removals WHERE job_id = ? AND node = ?").bind(job.to_string()).bind(&node.0).execute(&mut *tx).await?;
-        }
         tx.commit().await?;
         Ok(())
     }
@@ -160,6 +97,90 @@ impl Store {
         sqlx::query("DELETE FROM idempotency WHERE created_at < ?").bind(now.0.saturating_sub(day) as i64).execute(&self.writer).await?;
         Ok(())
     }
+}
+
+async fn write_jobs(tx: &mut SqliteConnection, batch: &Batch) -> Result<(), StoreError> {
+    let (fresh, known): (Vec<_>, Vec<_>) = batch.jobs.values().partition(|row| row.spec.is_some());
+    if !fresh.is_empty() {
+        let rows: Vec<_> = fresh.iter().map(|row| job_json(row)).collect();
+        sqlx::query(
+            "INSERT INTO jobs (job_id, state, finished_at, body, ranks, series, spec, name)
+             SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5, value->>6, value->>7 FROM json_each(?)",
+        )
+        .bind(text(&rows)?)
+        .execute(&mut *tx)
+        .await?;
+    }
+    if !known.is_empty() {
+        let rows: Vec<_> = known.iter().map(|row| job_json(row)).collect();
+        sqlx::query(
+            "UPDATE jobs SET state = v.value->>1, finished_at = v.value->>2, body = v.value->>3, ranks = v.value->>4,
+             series = coalesce(v.value->>5, series)
+             FROM json_each(?) AS v WHERE jobs.job_id = v.value->>0",
+        )
+        .bind(text(&rows)?)
+        .execute(&mut *tx)
+        .await?;
+    }
+    Ok(())
+}
+
+/// Events and attempts.
+async fn write_history(tx: &mut SqliteConnection, batch: &Batch) -> Result<(), StoreError> {
+    if !batch.events.is_empty() {
+        let row = |(seq, e): &(u64, EventRow)| {
+            json!([seq, e.job.filter(|job| !batch.removed.contains_key(job)), e.time.0, e.event, e.reason, e.data.to_string()])
+        };
+        let rows: Vec<_> = batch.events.iter().map(row).collect();
+        sqlx::query(
+            "INSERT INTO events (seq, job_id, time, event, reason, data)
+             SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5 FROM json_each(?)",
+        )
+        .bind(text(&rows)?)
+        .execute(&mut *tx)
+        .await?;
+    }
+    if !batch.attempts.is_empty() {
+        let row = |((job, attempt), view): (&(JobId, u32), &AttemptView)| Ok(json!([job, attempt, text(view)?]));
+        let rows = batch.attempts.iter().map(row).collect::<Result<Vec<_>, StoreError>>()?;
+        sqlx::query("INSERT OR REPLACE INTO attempts (job_id, attempt, body) SELECT value->>0, value->>1, value->>2 FROM json_each(?)")
+            .bind(text(&rows)?)
+            .execute(&mut *tx)
+            .await?;
+    }
+    Ok(())
+}
+
+/// Nodes, keys, and what is removed.
+async fn write_rest(tx: &mut SqliteConnection, batch: &Batch) -> Result<(), StoreError> {
+    for (node, cordoned) in &batch.cordons {
+        sqlx::query("INSERT OR REPLACE INTO nodes (node, cordoned) VALUES (?, ?)").bind(&node.0).bind(cordoned).execute(&mut *tx).await?;
+    }
+    for used in &batch.idempotency {
+        sqlx::query("INSERT OR IGNORE INTO idempotency (key, body_hash, job_id, created_at) VALUES (?, ?, ?, ?)")
+            .bind(&used.key)
+            .bind(&used.body_hash[..])
+            .bind(used.job.to_string())
+            .bind(used.at.0 as i64)
+            .execute(&mut *tx)
+            .await?;
+    }
+    if !batch.removed.is_empty() {
+        let ids = text(&batch.removed.keys().collect::<Vec<_>>())?;
+        let pairs: Vec<_> = batch.removed.iter().flat_map(|(job, nodes)| nodes.iter().map(move |node| json!([job, node]))).collect();
+        sqlx::query("DELETE FROM jobs WHERE job_id IN (SELECT value FROM json_each(?))").bind(&ids).execute(&mut *tx).await?;
+        sqlx::query("DELETE FROM attempts WHERE job_id IN (SELECT value FROM json_each(?))").bind(&ids).execute(&mut *tx).await?;
+        sqlx::query("DELETE FROM idempotency WHERE job_id IN (SELECT value FROM json_each(?))").bind(&ids).execute(&mut *tx).await?;
+        sqlx::query("DELETE FROM events WHERE job_id IN (SELECT value FROM json_each(?))").bind(&ids).execute(&mut *tx).await?;
+        sqlx::query("INSERT OR IGNORE INTO removals (job_id, node) SELECT value->>0, value->>1 FROM json_each(?)")
+            .bind(text(&pairs)?)
+            .execute(&mut *tx)
+            .await?;
+    }
+    for (job, node) in &batch.cleared {
+        sqlx::query("DELETE FROM removals WHERE job_id = ? AND node = ?").bind(job.to_string()).bind(&node.0).execute(&mut *tx).await?;
+    }
+    Ok(())
 }
 
 fn job_json(row: &JobRow) -> serde_json::Value {
@@ -201,10 +222,14 @@ mod tests {
             (vec![row(false, Some("[2]"))], Some("[2]")),
         ] {
             let mut batch = Batch::default();
-            rows.into_iter().for_each(|record| batch.add(record, || 0));
+            rows.into_iter().for_each(|record| batch.add(Timestamp(7), record, || 0));
             store.commit(&batch).await.unwrap();
             assert_eq!(store.active_jobs().await.unwrap()[0].series.as_deref(), kept);
         }
+        let mut older = Batch::default();
+        older.add(Timestamp(5), row(false, None), || 0);
+        store.commit(&older).await.unwrap();
+        assert_eq!(store.last().await.unwrap().1, Timestamp(7), "rows without an event count too, and time never goes back");
         store.close().await;
     }
 }

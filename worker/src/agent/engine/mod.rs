@@ -87,6 +87,8 @@ pub struct Engine {
     /// The newest attempt ever ordered of a job that is not final.
     newest: BTreeMap<JobId, u32>,
     checkpoints: BTreeMap<JobId, CheckpointNews>,
+    /// Jobs that are to go once none of their ranks lives; `true`: with their files.
+    leaving: BTreeMap<JobId, bool>,
     /// Damaged checkpoints that no coordinator was told of.
     quarantined: Vec<(JobId, u64, String)>,
     linked: bool,
@@ -107,6 +109,7 @@ impl Engine {
             gangs: BTreeMap::new(),
             newest: BTreeMap::new(),
             checkpoints: BTreeMap::new(),
+            leaving: BTreeMap::new(),
             quarantined: Vec::new(),
             linked: false,
             ending: None,
@@ -158,8 +161,8 @@ impl Engine {
             Event::GangOrdered(spec) => self.on_gang_ordered(*spec, &mut out),
             Event::StopOrdered { job, attempt, grace } => self.on_stop_ordered(now, job, attempt, grace, &mut out),
             Event::ForgetOrdered(incarnations) => self.on_forget_ordered(&incarnations, &mut out),
-            Event::RemoveOrdered(job) => self.on_remove_ordered(job, &mut out),
-            Event::JobEnded(job) => self.on_job_ended(job, &mut out),
+            Event::RemoveOrdered(job) => drop(self.leaving.insert(job, true)),
+            Event::JobEnded(job) => drop(self.leaving.entry(job).or_insert(false)),
             Event::ShutdownOrdered => {
                 self.ending.get_or_insert(Ending { since: now, draining: false, stopped: false });
             }
@@ -201,6 +204,7 @@ impl Engine {
             Event::EndAsked => self.on_end_asked(now, &mut out),
             Event::DeadlinePassed => {}
         }
+        self.let_go(&mut out);
         self.on_time(now, &mut out);
         out
     }
@@ -335,21 +339,17 @@ impl Engine {
         }
     }
 
-    /// Files of a job are removed only when none of its ranks lives; the coordinator stops them first.
-    fn on_remove_ordered(&mut self, job: JobId, out: &mut Vec<Action>) {
-        if self.has_living(job) {
+    /// Jobs leave when none of their ranks lives: the coordinator has those stopped, and says only once that the job is over.
+    fn let_go(&mut self, out: &mut Vec<Action>) {
+        if self.leaving.is_empty() {
             return;
         }
-        self.drop_job(job);
-        out.push(Action::RemoveJob(job));
-    }
-
-    fn on_job_ended(&mut self, job: JobId, out: &mut Vec<Action>) {
-        if self.has_living(job) {
-            return;
+        let quiet: Vec<JobId> = self.leaving.keys().filter(|job| !self.has_living(**job)).copied().collect();
+        for job in quiet {
+            let with_files = self.leaving.remove(&job).unwrap_or(false);
+            self.drop_job(job);
+            out.push(if with_files { Action::RemoveJob(job) } else { Action::RetireJob(job) });
         }
-        self.drop_job(job);
-        out.push(Action::RetireJob(job));
     }
 
     fn has_living(&self, job: JobId) -> bool {

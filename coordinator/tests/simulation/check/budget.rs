@@ -1,0 +1,39 @@
+//! INV-7: counted restarts never exceed the budget, over any number of coordinator restarts. Counted again here from the durable events.
+
+use std::collections::BTreeMap;
+
+use everlit_api::ids::JobId;
+use everlit_api::rank::Cause;
+
+use super::Seen;
+use crate::world::World;
+
+#[derive(Debug, Default)]
+pub struct Budget {
+    counted: BTreeMap<JobId, u32>,
+    restarts: BTreeMap<JobId, u32>,
+}
+
+impl Budget {
+    pub fn saw(&mut self, world: &World, seen: &Seen<'_>) -> Result<(), String> {
+        let Seen::Written(record) = seen else { return Ok(()) };
+        for event in record.events.iter().filter(|event| event.event == "restart_scheduled") {
+            let Some(id) = event.job else { continue };
+            let cause: Cause = serde_json::from_value(event.data["cause"].clone()).map_err(|error| error.to_string())?;
+            let counted = self.counted.entry(id).or_default();
+            *counted += u32::from(!cause.is_free());
+            let most = world.coordinator.store.read(id).map_or(u32::MAX, |job| job.spec.restart.max_restarts);
+            if *counted > most {
+                return Err(format!("INV-7: restart {counted} of job {}, whose budget is {most}", id.as_u128()));
+            }
+        }
+        for row in &record.jobs {
+            let Some(job) = world.coordinator.store.read(row.id) else { continue };
+            let before = self.restarts.insert(row.id, job.budget.restarts).unwrap_or(0);
+            if job.budget.restarts < before {
+                return Err(format!("INV-7: job {} forgot restarts: {before}, then {}", row.id.as_u128(), job.budget.restarts));
+            }
+        }
+        Ok(())
+    }
+}

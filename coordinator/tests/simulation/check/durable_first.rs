@@ -1,0 +1,38 @@
+//! INV-3: nothing is acted on before it is durable.
+
+use everlit_api::agent::ToAgent;
+
+use super::Seen;
+use crate::world::World;
+
+pub fn saw(world: &World, seen: &Seen<'_>) -> Result<(), String> {
+    let store = &world.coordinator.store;
+    match seen {
+        Seen::Told { frame: ToAgent::StartGang(spec), .. } => {
+            let known = store.read(spec.job).map_or(0, |job| job.attempt);
+            if known < spec.attempt && !store.deleted.contains(&spec.job) {
+                return Err(format!(
+                    "INV-3: attempt {} of job {} is ordered and not on the disk ({known})",
+                    spec.attempt,
+                    spec.job.as_u128()
+                ));
+            }
+        }
+        Seen::Told { frame: ToAgent::Forget { incarnations }, .. } => {
+            for own in incarnations {
+                let Some(job) = store.active.get(&own.job).and_then(|_| store.read(own.job)) else { continue };
+                let over = job.attempt > own.attempt || job.gang.is_none() || job.retry_at.is_some();
+                if !over {
+                    return Err(format!("INV-3: the end of {own} is to be forgotten and its attempt's end is not on the disk"));
+                }
+            }
+        }
+        Seen::Final { job, state } => {
+            if !store.deleted.contains(job) && store.final_state(*job) != Some(*state) {
+                return Err(format!("INV-3: job {} is said to be {state}, which is not on the disk", job.as_u128()));
+            }
+        }
+        _ => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,116 @@
+//! What must always be true, one property per file. A checker sees what the world did; it never looks inside an engine.
+//!
+//! Simulated are INV-1 to INV-4, INV-7 to INV-9 and INV-11, and of INV-6 that nobody's files are removed unasked. Bytes of checkpoints (INV-5,
+//! INV-6, INV-12), logs (INV-10) and secrets (INV-13) are not in this world: the tests with real files and the end-to-end scripts hold them.
+
+use everlit_api::agent::ToAgent;
+use everlit_api::ids::{Incarnation, JobId, NodeId};
+use everlit_api::status::JobState;
+use everlit_coordinator::engine::Record;
+
+use crate::world::World;
+
+mod accepted;
+mod budget;
+mod durable_first;
+mod ledger;
+mod one_lives;
+mod placement;
+mod quiet;
+pub mod retention;
+pub mod signals;
+
+/// Something that happened.
+#[derive(Debug)]
+pub enum Seen<'a> {
+    CoordinatorStarted,
+    /// A transaction is on the disk.
+    Written(&'a Record),
+    /// The coordinator says something, its record being durable.
+    Told {
+        node: &'a NodeId,
+        frame: &'a ToAgent,
+    },
+    Final {
+        job: JobId,
+        state: JobState,
+    },
+    /// A user, or the job's own limit, asked to stop an attempt.
+    Reason {
+        job: JobId,
+        attempt: u32,
+    },
+    Signal {
+        node: usize,
+        incarnation: Incarnation,
+        signal: i32,
+    },
+    RankUp {
+        incarnation: Incarnation,
+    },
+    /// A checkpoint was committed.
+    Committed {
+        node: usize,
+        job: JobId,
+        attempt: u32,
+    },
+    /// A node marks a job as final.
+    Retired {
+        job: JobId,
+    },
+    /// A node removes a job's files.
+    Removed {
+        job: JobId,
+    },
+}
+
+impl Seen<'_> {
+    /// For a reader.
+    pub fn text(&self) -> String {
+        match self {
+            Self::Written(record) => {
+                let rows: Vec<String> = record.jobs.iter().map(|row| format!("{} {}", row.id.as_u128(), row.state)).collect();
+                let events: Vec<String> =
+                    record.events.iter().map(|e| format!("{} {}: {}", e.job.map_or(0, |job| job.as_u128()), e.event, e.reason)).collect();
+                format!("written [{}] {}", rows.join(", "), events.join(" | "))
+            }
+            Self::Told { node, frame: ToAgent::StartGang(spec) } => {
+                format!("told {node}: start attempt {} of {}", spec.attempt, spec.job.as_u128())
+            }
+            other => format!("{other:?}"),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct Checkers {
+    one_lives: one_lives::OneLives,
+    accepted: accepted::Accepted,
+    pub signals: signals::Signals,
+    pub retention: retention::Retention,
+    budget: budget::Budget,
+}
+
+impl Checkers {
+    pub fn saw(&mut self, world: &World, seen: &Seen<'_>) -> Result<(), String> {
+        self.one_lives.saw(world, seen)?;
+        self.accepted.saw(world, seen)?;
+        durable_first::saw(world, seen)?;
+        self.signals.saw(world, seen)?;
+        self.retention.saw(world, seen)?;
+        self.budget.saw(world, seen)?;
+        quiet::saw(world, seen)?;
+        placement::saw(world, seen)?;
+        ledger::saw(world, seen)
+    }
+
+    pub fn at_the_end(&self, world: &World) -> Result<(), String> {
+        self.accepted.at_the_end(world)?;
+        quiet::at_the_end(world)
+    }
+
+    /// Jobs that were accepted.
+    pub fn jobs(&self) -> usize {
+        self.accepted.count()
+    }
+}

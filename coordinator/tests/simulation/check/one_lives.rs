@@ -1,0 +1,45 @@
+//! INV-1: at most one incarnation of a rank can commit, and on nodes that can be reached at most one lives.
+
+use std::collections::BTreeMap;
+
+use everlit_api::ids::JobId;
+
+use super::Seen;
+use crate::world::World;
+
+/// A node that has been linked for so long has been told what is not wanted there, and has acted on it.
+const TOLD_MS: u64 = 30_000;
+
+#[derive(Debug, Default)]
+pub struct OneLives {
+    committed: BTreeMap<(usize, JobId), u32>,
+}
+
+impl OneLives {
+    pub fn saw(&mut self, world: &World, seen: &Seen<'_>) -> Result<(), String> {
+        match seen {
+            Seen::Committed { node, job, attempt } => {
+                let newest = self.committed.entry((*node, *job)).or_default();
+                if attempt < newest {
+                    return Err(format!("INV-1: attempt {attempt} of job {} commits after attempt {newest} did", job.as_u128()));
+                }
+                *newest = *attempt;
+            }
+            Seen::RankUp { incarnation } => {
+                for (number, node) in world.nodes.iter().enumerate() {
+                    let told = world.links.all.values().any(|link| {
+                        link.node == number && link.coordinator_up && !link.agent_seen_end && world.now >= link.since + TOLD_MS
+                    });
+                    let other = node
+                        .living()
+                        .find(|own| own.job == incarnation.job && own.rank == incarnation.rank && own.attempt != incarnation.attempt);
+                    if let Some(other) = other.filter(|_| told) {
+                        return Err(format!("INV-1: {incarnation} starts while {other} lives on {}", node.id));
+                    }
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,64 @@
+//! What users submit: jobs that would end well by themselves, and some that never would.
+
+use everlit_api::job::{JobSpec, Resources};
+use everlit_api::time::Millis;
+
+use crate::node::SimNode;
+use crate::random::Random;
+
+/// How the program of a job behaves.
+#[derive(Debug, Clone)]
+pub struct Script {
+    pub kind: Kind,
+    pub steps: u64,
+    pub step_ms: u64,
+    pub save_every: u64,
+    /// Ranks of a broken gang end by themselves (Gloo), or block until they are killed (NCCL).
+    pub peers_notice: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Heartbeats, steps, checkpoints.
+    Trains,
+    /// Output only, no checkpoints.
+    Mute,
+    /// Every attempt fails at once.
+    CrashLoop,
+    /// The program does not exist.
+    Missing,
+}
+
+impl Script {
+    pub fn any(random: &mut Random, nodes: &[SimNode]) -> (JobSpec, Self) {
+        let kind = match random.below(20) {
+            0 => Kind::Missing,
+            1 => Kind::CrashLoop,
+            2..=4 => Kind::Mute,
+            _ => Kind::Trains,
+        };
+        let world = random.between(1, 4) as u32;
+        let mut spec = JobSpec { worker: None, command: vec!["work".into()], ..JobSpec::default_for(world) };
+        let gpus = nodes.iter().map(|node| node.capacity.gpus.len()).max().unwrap_or(0) as u64;
+        if gpus >= u64::from(world) && random.percent(60) {
+            spec.resources = Resources { gpus: 1, ..spec.resources };
+        }
+        spec.stop_grace = Millis(random.between(0, 5_000));
+        spec.restart.max_restarts = random.between(0, 60) as u32;
+        spec.restart.max_start_failures = random.between(2, 8) as u32;
+        spec.restart.backoff.max = Millis(random.between(500, 30_000));
+        // Long runs without forgiveness, so that what is counted can be counted again from outside.
+        spec.restart.heal_after = Millis(100 * 3_600 * 1_000);
+        if random.percent(5) {
+            spec.time_limit = Some(Millis(random.between(20_000, 600_000)));
+        }
+        if kind == Kind::Mute {
+            // A lone rank without heartbeats may else be idle for ever.
+            spec.heartbeat.idle_timeout = Some(Millis(random.between(20_000, 120_000)));
+        }
+        let steps = random.between(5, 150);
+        let script =
+            Self { kind, steps, step_ms: random.between(50, 3_000), save_every: random.between(1, 20), peers_notice: random.percent(70) };
+        (spec, script)
+    }
+}

@@ -1,0 +1,352 @@
+//! Virtual time: what happens when, and who hears of it. Everything is decided by the seed; nothing here takes real time.
+//!
+//! The engines of the coordinator and of the agents are the real ones. Simulated are disks, networks, processes, users and clocks.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use everlit_api::agent::{FromAgent, GangSpec, ToAgent};
+use everlit_api::ids::{Incarnation, JobId, NodeId};
+use everlit_worker::agent::engine::Event as AgentEvent;
+
+use crate::check::{Checkers, Seen};
+use crate::coordinator::Coordinator;
+use crate::faults::{Fault, Faults};
+use crate::jobs::Script;
+use crate::link::Links;
+use crate::node::SimNode;
+use crate::random::Random;
+
+/// Faults come for so long.
+pub const SAFETY_MS: u64 = 10 * 60 * 1_000;
+/// After the healing every job must be final within this: five minutes for a straggler, and generous time for the work itself.
+pub const LIVENESS_MS: u64 = 4 * 3_600 * 1_000;
+
+/// What is to happen.
+#[derive(Debug, Clone)]
+pub enum Happening {
+    Submit,
+    Fault,
+    Heal,
+    CoordinatorStart,
+    CoordinatorWake {
+        life: u64,
+    },
+    Commit {
+        life: u64,
+    },
+    AgentStart {
+        node: usize,
+    },
+    AgentWake {
+        node: usize,
+        life: u64,
+    },
+    /// A fact that reaches a living agent.
+    AgentFact {
+        node: usize,
+        life: u64,
+        event: Box<AgentEvent>,
+    },
+    Dial {
+        node: usize,
+        life: u64,
+    },
+    ToCoordinator {
+        session: u64,
+        frame: Box<FromAgent>,
+    },
+    ToAgent {
+        session: u64,
+        frame: Box<ToAgent>,
+    },
+    /// One end of a session sees that it is over.
+    Notice {
+        session: u64,
+        agent_side: bool,
+    },
+    Prepare {
+        node: usize,
+        life: u64,
+        spec: Box<GangSpec>,
+    },
+    RankUp {
+        node: usize,
+        life: u64,
+        boot: u64,
+        incarnation: Incarnation,
+    },
+    Beat {
+        node: usize,
+        boot: u64,
+        incarnation: Incarnation,
+    },
+    GangStep {
+        node: usize,
+        boot: u64,
+        job: JobId,
+        attempt: u32,
+    },
+    /// A process ends by itself or by a signal; `lost`: nobody saw how.
+    RankEnd {
+        node: usize,
+        boot: u64,
+        incarnation: Incarnation,
+        code: Option<i32>,
+        signal: Option<i32>,
+        lost: bool,
+    },
+    Mend {
+        node: usize,
+    },
+    /// A user looks after the healed cluster.
+    Care,
+}
+
+impl Happening {
+    /// What a reader of one run wants to see.
+    fn is_loud(&self) -> bool {
+        !matches!(
+            self,
+            Self::Beat { .. }
+                | Self::AgentFact { .. }
+                | Self::AgentWake { .. }
+                | Self::CoordinatorWake { .. }
+                | Self::ToCoordinator { .. }
+                | Self::ToAgent { .. }
+                | Self::Dial { .. }
+                | Self::Prepare { .. }
+        )
+    }
+}
+
+pub struct World {
+    pub now: u64,
+    agenda: BTreeMap<(u64, u64), Happening>,
+    sequence: u64,
+    pub random: Random,
+    pub coordinator: Coordinator,
+    pub nodes: Vec<SimNode>,
+    pub links: Links,
+    pub scripts: BTreeMap<JobId, Script>,
+    pub faults: Faults,
+    pub healed: bool,
+    pub checkers: Checkers,
+    pub violation: Option<String>,
+    /// A hash over all that happened: the same seed gives the same.
+    pub trace: u64,
+    /// Happenings so far.
+    pub count: u64,
+    pub next_pid: u32,
+    /// Tell what happens.
+    pub loud: bool,
+    /// Attempts that something was done to: a signal to their ranks has a reason.
+    pub disturbed: BTreeSet<(JobId, u32)>,
+}
+
+impl World {
+    pub fn new(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let nodes = (0..random.between(1, 3)).map(|number| SimNode::new(number as usize, &mut random)).collect::<Vec<_>>();
+        let mut world = Self {
+            now: 0,
+            agenda: BTreeMap::new(),
+            sequence: 0,
+            random,
+            coordinator: Coordinator::default(),
+            nodes,
+            links: Links::default(),
+            scripts: BTreeMap::new(),
+            faults: Faults::default(),
+            healed: false,
+            checkers: Checkers::default(),
+            violation: None,
+            trace: 0xCBF2_9CE4_8422_2325,
+            count: 0,
+            next_pid: 100,
+            loud: false,
+            disturbed: BTreeSet::new(),
+        };
+        world.at(0, Happening::CoordinatorStart);
+        for node in 0..world.nodes.len() {
+            world.at(10, Happening::AgentStart { node });
+        }
+        let jobs = world.random.between(2, 6);
+        for _ in 0..jobs {
+            let at = world.random.below(SAFETY_MS / 2);
+            world.at(at, Happening::Submit);
+        }
+        let first = world.random.between(1_000, 20_000);
+        world.at(first, Happening::Fault);
+        world.at(SAFETY_MS, Happening::Heal);
+        world
+    }
+
+    pub fn at(&mut self, time: u64, happening: Happening) {
+        self.sequence += 1;
+        self.agenda.insert((time.max(self.now), self.sequence), happening);
+    }
+
+    pub fn after(&mut self, wait: u64, happening: Happening) {
+        self.at(self.now + wait, happening);
+    }
+
+    /// After a wait of chance.
+    pub fn soon(&mut self, least: u64, most: u64, happening: Happening) {
+        let wait = self.random.between(least, most);
+        self.after(wait, happening);
+    }
+
+    pub fn note(&mut self, tag: u64, a: u64, b: u64) {
+        for word in [self.now, tag, a, b] {
+            self.trace = (self.trace ^ word).wrapping_mul(0x0000_0100_0000_01B3).rotate_left(7);
+        }
+    }
+
+    pub fn saw(&mut self, seen: &Seen<'_>) {
+        if self.loud {
+            println!("{:>9}     {}", self.now, seen.text());
+        }
+        let mut checkers = std::mem::take(&mut self.checkers);
+        let result = checkers.saw(self, seen);
+        self.checkers = checkers;
+        if let Err(why) = result {
+            self.violation.get_or_insert(why);
+        }
+    }
+
+    pub fn violated(&mut self, why: String) {
+        self.violation.get_or_insert(why);
+    }
+
+    pub fn disturb(&mut self, job: JobId, attempt: u32) {
+        self.disturbed.insert((job, attempt));
+    }
+
+    /// Runs to the end; why not, when something that must hold did not.
+    pub fn run(&mut self) -> Result<(), String> {
+        while let Some(((time, _), happening)) = self.agenda.pop_first() {
+            self.now = time;
+            self.count += 1;
+            if self.loud && happening.is_loud() {
+                println!("{time:>9} {happening:?}");
+            }
+            self.happen(happening);
+            if let Some(why) = self.violation.take() {
+                return Err(format!("at {} ms: {why}", self.now));
+            }
+            if self.healed && self.is_settled() {
+                return self.checkers.at_the_end(self).map_err(|why| format!("at the end: {why}"));
+            }
+            if self.now > SAFETY_MS + LIVENESS_MS {
+                return Err(format!("liveness: {}", self.what_is_left()));
+            }
+        }
+        Err(format!("nothing happens any more: {}", self.what_is_left()))
+    }
+
+    fn is_settled(&self) -> bool {
+        self.coordinator.store.active.is_empty()
+            && self.coordinator.is_idle()
+            && self.nodes.iter().all(|node| node.living().next().is_none() && node.is_linked(self))
+            && self.coordinator.store.removals.values().all(BTreeSet::is_empty)
+    }
+
+    fn what_is_left(&self) -> String {
+        let jobs: Vec<String> = self
+            .coordinator
+            .store
+            .active
+            .keys()
+            .map(|id| {
+                let job = self.coordinator.store.read(*id).expect("active");
+                format!("job {} is {}: {}", id.as_u128(), job.state, job.reason)
+            })
+            .collect();
+        let living: Vec<String> = self.nodes.iter().flat_map(|node| node.living().map(|i| format!("{}@{}", i, node.id))).collect();
+        let away: Vec<&str> = self.nodes.iter().filter(|node| !node.is_linked(self)).map(|node| node.id.0.as_str()).collect();
+        let removals: Vec<String> = self.coordinator.store.removals.iter().map(|(node, jobs)| format!("{node}: {}", jobs.len())).collect();
+        format!(
+            "{} jobs not final ({}); living: {}; not linked: {}; files to remove: {}; idle: {}",
+            jobs.len(),
+            jobs.join("; "),
+            living.join(", "),
+            away.join(", "),
+            removals.join(", "),
+            self.coordinator.is_idle()
+        )
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        match happening {
+            Happening::Submit => self.submit(),
+            Happening::Fault => self.on_fault(),
+            Happening::Heal => self.heal(),
+            Happening::CoordinatorStart => self.start_coordinator(),
+            Happening::CoordinatorWake { life } => self.wake_coordinator(life),
+            Happening::Commit { life } => self.on_committed(life),
+            Happening::AgentStart { node } => self.start_agent(node),
+            Happening::AgentWake { node, life } => self.wake_agent(node, life),
+            Happening::AgentFact { node, life, event } => {
+                if self.nodes[node].life == life {
+                    self.tell_agent(node, *event);
+                }
+            }
+            Happening::Dial { node, life } => self.dial(node, life),
+            Happening::ToCoordinator { session, frame } => self.deliver_to_coordinator(session, *frame),
+            Happening::ToAgent { session, frame } => self.deliver_to_agent(session, *frame),
+            Happening::Notice { session, agent_side } => self.notice(session, agent_side),
+            Happening::Prepare { node, life, spec } => self.prepare(node, life, *spec),
+            Happening::RankUp { node, life, boot, incarnation } => self.rank_up(node, life, boot, incarnation),
+            Happening::Beat { node, boot, incarnation } => self.beat(node, boot, incarnation),
+            Happening::GangStep { node, boot, job, attempt } => self.gang_step(node, boot, job, attempt),
+            Happening::RankEnd { node, boot, incarnation, code, signal, lost } => {
+                self.rank_end(node, boot, incarnation, code, signal, lost);
+            }
+            Happening::Mend { node } => self.nodes[node].disk_full = false,
+            Happening::Care => {
+                self.uncordon_all();
+                self.after(30_000, Happening::Care);
+            }
+        }
+    }
+
+    /// From here on nothing breaks any more, and what is broken is mended.
+    fn heal(&mut self) {
+        self.healed = true;
+        for node in 0..self.nodes.len() {
+            self.nodes[node].partitioned = false;
+            self.nodes[node].disk_full = false;
+        }
+        if self.coordinator.engine.is_none() {
+            self.after(0, Happening::CoordinatorStart);
+        }
+        for node in 0..self.nodes.len() {
+            if self.nodes[node].agent.is_none() {
+                self.after(0, Happening::AgentStart { node });
+            }
+        }
+        self.after(0, Happening::Care);
+    }
+
+    fn uncordon_all(&mut self) {
+        let ids: Vec<NodeId> = self.nodes.iter().map(|node| node.id.clone()).collect();
+        for id in ids {
+            self.wish(everlit_coordinator::engine::Event::CordonRequested { node: id, cordoned: false });
+        }
+    }
+
+    fn on_fault(&mut self) {
+        if self.healed {
+            return;
+        }
+        let fault = Fault::any(&mut self.random);
+        let fired = self.inject(fault);
+        if self.loud {
+            println!("{:>9} fault {fault:?}{}", self.now, if fired { "" } else { " (nothing there)" });
+        }
+        if fired {
+            self.faults.fired(fault);
+        }
+        self.soon(500, 25_000, Happening::Fault);
+    }
+}
