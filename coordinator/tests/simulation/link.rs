@@ -40,6 +40,19 @@ impl World {
         self.links.all.iter().find(|(_, link)| own(link)).map(|(id, _)| *id)
     }
 
+    /// Since when a node can be reached: over a session that is not cut, and that both ends believe in.
+    pub fn reached_since(&self, node: usize) -> Option<u64> {
+        let own = &self.nodes[node];
+        let stands = |link: &&Link| {
+            link.node == node
+                && link.cut_at.is_none()
+                && link.coordinator_up
+                && link.coordinator_life == self.coordinator.life
+                && link.agent_life == own.life
+        };
+        self.links.all.values().find(stands).map(|link| link.since)
+    }
+
     pub fn dial(&mut self, node: usize, life: u64) {
         if self.nodes[node].life != life || self.nodes[node].agent.is_none() || self.session_of(node).is_some() {
             return;

@@ -97,11 +97,6 @@ impl SimNode {
         self.runs.iter().filter(|(_, run)| run.is_alive()).map(|(incarnation, _)| *incarnation)
     }
 
-    /// A session stands that both ends believe in.
-    pub fn is_linked(&self, world: &World) -> bool {
-        world.links.all.values().any(|link| world.nodes[link.node].id == self.id && link.coordinator_up && !link.agent_seen_end)
-    }
-
     fn gang_ranks(&self, job: JobId, attempt: u32) -> Vec<Incarnation> {
         self.runs.keys().filter(|own| own.job == job && own.attempt == attempt).copied().collect()
     }

@@ -247,7 +247,7 @@ impl World {
     fn is_settled(&self) -> bool {
         self.coordinator.store.active.is_empty()
             && self.coordinator.is_idle()
-            && self.nodes.iter().all(|node| node.living().next().is_none() && node.is_linked(self))
+            && (0..self.nodes.len()).all(|node| self.nodes[node].living().next().is_none() && self.reached_since(node).is_some())
             && self.coordinator.store.removals.values().all(BTreeSet::is_empty)
     }
 
@@ -263,7 +263,8 @@ impl World {
             })
             .collect();
         let living: Vec<String> = self.nodes.iter().flat_map(|node| node.living().map(|i| format!("{}@{}", i, node.id))).collect();
-        let away: Vec<&str> = self.nodes.iter().filter(|node| !node.is_linked(self)).map(|node| node.id.0.as_str()).collect();
+        let away: Vec<&str> =
+            (0..self.nodes.len()).filter(|node| self.reached_since(*node).is_none()).map(|node| self.nodes[node].id.0.as_str()).collect();
         let removals: Vec<String> = self.coordinator.store.removals.iter().map(|(node, jobs)| format!("{node}: {}", jobs.len())).collect();
         format!(
             "{} jobs not final ({}); living: {}; not linked: {}; files to remove: {}; idle: {}",

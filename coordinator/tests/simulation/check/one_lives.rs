@@ -27,9 +27,7 @@ impl OneLives {
             }
             Seen::RankUp { incarnation } => {
                 for (number, node) in world.nodes.iter().enumerate() {
-                    let told = world.links.all.values().any(|link| {
-                        link.node == number && link.coordinator_up && !link.agent_seen_end && world.now >= link.since + TOLD_MS
-                    });
+                    let told = world.reached_since(number).is_some_and(|since| world.now >= since + TOLD_MS);
                     let other = node
                         .living()
                         .find(|own| own.job == incarnation.job && own.rank == incarnation.rank && own.attempt != incarnation.attempt);

@@ -9,11 +9,7 @@ const REACHED_MS: u64 = 60_000;
 pub fn saw(world: &World, seen: &Seen<'_>) -> Result<(), String> {
     let Seen::Final { job, state } = seen else { return Ok(()) };
     for (number, node) in world.nodes.iter().enumerate() {
-        let reached = world
-            .links
-            .all
-            .values()
-            .any(|link| link.node == number && link.coordinator_up && !link.agent_seen_end && world.now >= link.since + REACHED_MS);
+        let reached = world.reached_since(number).is_some_and(|since| world.now >= since + REACHED_MS);
         if let Some(living) = node.living().find(|own| own.job == *job).filter(|_| reached) {
             return Err(format!("INV-8: job {} is {state} and {living} lives on {}", job.as_u128(), node.id));
         }

@@ -177,6 +177,16 @@ fn orders_of_known_and_older_attempts_are_ignored() {
 }
 
 #[test]
+fn a_job_that_is_to_go_goes_when_its_last_rank_has_ended() {
+    let mut s = scene(1);
+    s.running();
+    s.at(5, Event::RemoveOrdered(s.spec.job), expect![""]);
+    s.at(6, Event::JobEnded(s.spec.job), expect![""]);
+    s.at(7, s.ended(0, 0), expect!["say exited r0 exit code 0 lost false\nremove job\n"]);
+    s.pass(500_000, expect![""]);
+}
+
+#[test]
 fn a_stop_waits_out_its_grace_and_the_shorter_one_holds() {
     let mut s = scene(2);
     s.running();
