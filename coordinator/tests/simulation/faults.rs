@@ -37,7 +37,13 @@ impl Faults {
 }
 
 impl Fault {
-    pub fn any(random: &mut Random) -> Self {
+    /// Every run has a few kinds that come again and again: what needs the same fault many times is found too.
+    pub fn any(random: &mut Random, favourites: &[Self]) -> Self {
+        if random.percent(40)
+            && let Some(favourite) = random.pick(favourites)
+        {
+            return favourite;
+        }
         // What ranks, agents and coordinators do is commoner than what users do.
         let list = if random.percent(75) { &Self::ALL[..20] } else { &Self::ALL[20..] };
         random.pick(list).expect("neither part is empty")

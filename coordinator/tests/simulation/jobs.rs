@@ -44,7 +44,8 @@ impl Script {
             spec.resources = Resources { gpus: 1, ..spec.resources };
         }
         spec.stop_grace = Millis(random.between(0, 5_000));
-        spec.restart.max_restarts = random.between(0, 60) as u32;
+        let most = if random.percent(50) { 3 } else { 60 };
+        spec.restart.max_restarts = random.between(0, most) as u32;
         spec.restart.max_start_failures = random.between(2, 8) as u32;
         spec.restart.backoff.max = Millis(random.between(500, 30_000));
         // Long runs without forgiveness, so that what is counted can be counted again from outside.

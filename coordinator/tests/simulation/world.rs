@@ -129,6 +129,7 @@ pub struct World {
     pub links: Links,
     pub scripts: BTreeMap<JobId, Script>,
     pub faults: Faults,
+    favourites: Vec<Fault>,
     pub healed: bool,
     pub checkers: Checkers,
     pub violation: Option<String>,
@@ -146,6 +147,7 @@ pub struct World {
 impl World {
     pub fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
+        let favourites = (0..3).filter_map(|_| random.pick(Fault::ALL)).collect();
         let nodes = (0..random.between(1, 3)).map(|number| SimNode::new(number as usize, &mut random)).collect::<Vec<_>>();
         let mut world = Self {
             now: 0,
@@ -157,6 +159,7 @@ impl World {
             links: Links::default(),
             scripts: BTreeMap::new(),
             faults: Faults::default(),
+            favourites,
             healed: false,
             checkers: Checkers::default(),
             violation: None,
@@ -340,7 +343,7 @@ impl World {
         if self.healed {
             return;
         }
-        let fault = Fault::any(&mut self.random);
+        let fault = Fault::any(&mut self.random, &self.favourites);
         let fired = self.inject(fault);
         if self.loud {
             println!("{:>9} fault {fault:?}{}", self.now, if fired { "" } else { " (nothing there)" });
@@ -348,6 +351,6 @@ impl World {
         if fired {
             self.faults.fired(fault);
         }
-        self.soon(500, 25_000, Happening::Fault);
+        self.soon(200, 20_000, Happening::Fault);
     }
 }
