@@ -212,13 +212,16 @@ pub struct HeartbeatPolicy {
     /// Longest time without output and CPU time for programs without heartbeats; null: 5 min for gangs, none for one rank.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub idle_timeout: Option<Millis>,
+    /// Longest time without a new step or phase; null: learned from the job so far.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress_timeout: Option<Millis>,
     /// The program must write heartbeats: output alone is no sign of life.
     pub required: bool,
 }
 
 impl Default for HeartbeatPolicy {
     fn default() -> Self {
-        Self { timeout: Millis::secs(10), startup_timeout: Millis::secs(120), idle_timeout: None, required: false }
+        Self { timeout: Millis::secs(10), startup_timeout: Millis::secs(120), idle_timeout: None, progress_timeout: None, required: false }
     }
 }
 

@@ -91,6 +91,8 @@ pub enum Cause {
     Silent,
     /// Neither a heartbeat nor output after the start.
     NoStart,
+    /// Neither a new step nor a new phase for too long.
+    Stuck,
     /// No output and no CPU time.
     Idle,
     /// Some ranks finished and the others did not follow.
@@ -124,4 +126,6 @@ pub enum Verdict {
     NoStart,
     /// No output and no CPU time for `idle_timeout`.
     Idle,
+    /// Neither a new step nor a new phase within `progress_timeout`, or what was learned of the job.
+    Stuck,
 }

@@ -115,6 +115,29 @@ def a_crash_loop_is_visible_and_ends_with_the_rank_s_words():
         print(f"     delays: {delays}; reason: {summary['reason']}")
 
 
+def a_stopped_rank_is_found_by_its_gang_s_own_pace():
+    with Everlit() as everlit:
+        worker = {"model": "mlp-10k", "steps": 1_000_000, "batch_size": 16}
+        job = everlit.submit(world_size=2, worker=worker, checkpoint={"every_steps": 200}, restart={"backoff": {"initial": "50ms", "max": "50ms"}})
+        before = everlit.at_step(job, 1500)
+        stopped = time.monotonic()
+        os.kill(before["ranks"][1]["pid"], signal.SIGSTOP)
+
+        def failed():
+            return next((e for e in everlit.events(job) if e["event"] == "gang_failed"), None)
+
+        # Without it the silence of ten seconds would be the first to tell.
+        event = until("the standstill to be seen", failed, 9)
+        seen = time.monotonic() - stopped
+        assert event["data"]["cause"] == "stuck" and event["data"]["rank"] == 1, event
+        until("the next attempt's steps", lambda: (s := everlit.summary(job))["attempt"] == 2 and (s["step"] or 0) > before["step"], 60)
+        back = time.monotonic() - stopped
+        summary = everlit.summary(job)
+        assert summary["state"] == "running" and summary["restarts"] == 1, summary
+        print(f"     seen after {seen:.1f} s, beyond the old step after {back:.1f} s: {event['reason']}")
+        everlit.post(f"/jobs/{job}/stop?force=true")
+
+
 def typed_as_it_stands():
     """The owner's lines, through bash, curl, jq and ps."""
     missing = [tool for tool in ("bash", "curl", "jq", "ps") if not shutil.which(tool)]
@@ -311,6 +334,7 @@ CHECKS = [
     a_program_gets_torchrun_s_environment,
     a_foreign_program_is_restarted_read_and_resumed,
     a_crash_loop_is_visible_and_ends_with_the_rank_s_words,
+    a_stopped_rank_is_found_by_its_gang_s_own_pace,
     typed_as_it_stands,
     the_coordinator_s_death_is_not_noticed,
     ctrl_c_saves_and_the_next_up_resumes,

@@ -239,6 +239,14 @@ impl Engine {
                     beat.startup_timeout
                 ),
             ),
+            Verdict::Stuck => {
+                let at =
+                    job.ranks.get(rank).and_then(|r| r.step).map_or("before its first step".into(), |step| format!("after step {step}"));
+                (
+                    Cause::Stuck,
+                    format!("rank {rank} is stuck {at}: neither a step nor a new phase for {age_ms} ms (heartbeat.progress_timeout)"),
+                )
+            }
             Verdict::Idle => {
                 (Cause::Idle, format!("rank {rank} is idle: neither output nor CPU time for {age_ms} ms (heartbeat.idle_timeout)"))
             }

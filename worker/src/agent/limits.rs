@@ -18,6 +18,27 @@ pub(super) const GANG_IDLE_MS: u64 = 5 * 60 * 1000;
 pub(super) const IDLE_LOOKS: u64 = 5;
 /// A rank that uses less than this part of a CPU uses none: helper threads tick a little in a rank that hangs.
 pub(super) const IDLE_CPU_PART: f64 = 0.01;
+/// Times between steps that are remembered of a job.
+pub(super) const PACE_GAPS_MAX: usize = 256;
+/// So many must be known before they mean anything.
+pub(super) const PACE_GAPS_MIN: usize = 20;
+/// Longest time without progress of which nothing is known yet.
+pub(super) const STUCK_UNKNOWN_MS: u64 = 30 * 60 * 1000;
+/// The built-in program: a step may take so much, and so many times the longest of the newest ones.
+pub(super) const STUCK_FLOOR_MS: u64 = 2_000;
+pub(super) const STUCK_FACTOR: u64 = 6;
+/// The same for its other phases.
+pub(super) const STUCK_PHASE_FLOOR_MS: u64 = 60_000;
+pub(super) const STUCK_PHASE_FACTOR: u64 = 10;
+/// A script that writes heartbeats: at least so long, or so many times its longest step.
+pub(super) const STUCK_SCRIPT_FLOOR_MS: u64 = 10 * 60 * 1000;
+pub(super) const STUCK_SCRIPT_FACTOR: u64 = 20;
+/// Steps after which a started rank is judged by what was learned.
+pub(super) const SETTLED_STEPS: u32 = 3;
+/// A living program writes a heartbeat every two seconds at least: one whose heartbeats stopped for longer is to blame.
+pub(super) const BEAT_EVERY_MS: u64 = 2_000;
+/// When the agent itself came so much too late, nobody was late.
+pub(super) const LATE_MS: u64 = 250;
 /// A draining agent stops its ranks itself when its coordinator has not done so by then.
 pub(super) const DRAIN_PATIENCE_MS: u64 = 3_000;
 /// After its last rank's end an ending agent waits so long for the coordinator to have it on record.

@@ -88,11 +88,11 @@ fn backoff(fields: &mut Reader<'_, '_>) -> Backoff {
 
 pub(super) fn heartbeat(fields: &mut Reader<'_, '_>) -> HeartbeatPolicy {
     let defaults = HeartbeatPolicy::default();
-    fields.not_built("progress_timeout", |_| false, "judging progress is not built: use heartbeat.timeout or heartbeat.idle_timeout");
     HeartbeatPolicy {
         timeout: fields.read_or("timeout", defaults.timeout, |v| duration(v, SECOND, DAY)),
         startup_timeout: fields.read_or("startup_timeout", defaults.startup_timeout, |v| duration(v, SECOND, DAY)),
         idle_timeout: fields.read("idle_timeout", |v| duration(v, SECOND, MONTH)),
+        progress_timeout: fields.read("progress_timeout", |v| duration(v, SECOND, MONTH)),
         required: fields.read_or("required", defaults.required, boolean),
     }
 }

@@ -38,7 +38,7 @@ pub(super) const SECTIONS: [(&str, &[&str]); 6] = [
     ),
     ("resources", &["cpus", "memory", "gpus"]),
     ("restart", &["max_restarts", "max_start_failures", "backoff", "heal_after", "no_retry_exit_codes"]),
-    ("heartbeat", &["startup_timeout", "idle_timeout"]),
+    ("heartbeat", &["startup_timeout", "idle_timeout", "progress_timeout"]),
     ("checkpoint", &["every_steps", "every", "keep"]),
     ("data", &["shards"]),
 ];

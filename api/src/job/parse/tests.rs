@@ -74,7 +74,7 @@ fn what_is_not_built_is_refused_as_such() {
         json!({
             "world_size": 4, "min_world_size": 2, "kind": "serve", "image": "x", "replicas": 1, "engine": "vllm", "model": "m", "port": 1,
             "health": {}, "autoscale": {}, "log_policies": [{}], "checkpoint": {"to": "s3://b"},
-            "restart": {"scope": "rank", "spares": 1, "on": {"exit": "stop"}}, "heartbeat": {"progress_timeout": "1m"},
+            "restart": {"scope": "rank", "spares": 1, "on": {"exit": "stop"}},
             "resources": {"gpu_memory": "8Gi", "gpus": 0.5},
         }),
         expect![[r#"
@@ -85,7 +85,6 @@ fn what_is_not_built_is_refused_as_such() {
             - /restart/spares spare ranks are not built: leave it out or set it to 0
             - /restart/on an action per cause is not built
             - /restart/scope scope rank is not built: use "auto" or "gang"
-            - /heartbeat/progress_timeout judging progress is not built: use heartbeat.timeout or heartbeat.idle_timeout
             - /checkpoint/to checkpoints go to the node's data folder; object storage is not built
             - /image containers are not built: give a command that is installed on the nodes
             - /replicas belongs to kind serve, which is not built
@@ -306,7 +305,7 @@ fn resources_read_sizes_and_refuse_nonsense() {
 fn policies_are_checked() {
     check(
         json!({"restart": {"max_restarts": -1, "max_start_failures": 0, "no_retry_exit_codes": [1, 256, "x"], "backoff": {"initial": "1m"}, "scope": "all"},
-               "heartbeat": {"timeout": "10ms", "required": 1}, "checkpoint": {"every_steps": 0, "keep": 0}, "time_limit": "0s", "data": {"shards": ["x", "/y"]}}),
+               "heartbeat": {"timeout": "10ms", "progress_timeout": "0s", "required": 1}, "checkpoint": {"every_steps": 0, "keep": 0}, "time_limit": "0s", "data": {"shards": ["x", "/y"]}}),
         expect![[r#"
             x /restart/max_restarts must be a whole number from 0 to 1000000
             x /restart/max_start_failures must be a whole number from 1 to 1000000
@@ -315,6 +314,7 @@ fn policies_are_checked() {
             x /restart/no_retry_exit_codes/1 must be a whole number from 0 to 255
             x /restart/no_retry_exit_codes/2 must be a whole number from 0 to 255, not a text
             x /heartbeat/timeout must be from 1s to 1d
+            x /heartbeat/progress_timeout must be from 1s to 30d
             x /heartbeat/required must be true or false, not a number
             x /checkpoint/every_steps 0 means by time only: give checkpoint.every too, or a number of steps
             x /checkpoint/keep must be a whole number from 1 to 1000
@@ -495,8 +495,8 @@ prop_compose! {
         let max = (initial + more).min(86_400_000);
         let backoff = Backoff { initial: Millis(initial), factor, max: Millis(max), jitter };
         let restart = RestartPolicy { max_restarts, max_start_failures, backoff, scope, heal_after: Millis(heal), no_retry_exit_codes: codes };
-        let idle_timeout = idle.map(Millis);
-        (restart, HeartbeatPolicy { timeout: Millis(timeout), startup_timeout: Millis(timeout), idle_timeout, required })
+        let (idle_timeout, progress_timeout) = (idle.map(Millis), idle.map(|ms| Millis(ms + 1)));
+        (restart, HeartbeatPolicy { timeout: Millis(timeout), startup_timeout: Millis(timeout), idle_timeout, progress_timeout, required })
     }
 }
 

@@ -27,10 +27,8 @@ pub fn saw(world: &World, seen: &Seen<'_>) -> Result<(), String> {
                 }
             }
         }
-        Seen::Final { job, state } => {
-            if !store.deleted.contains(job) && store.final_state(*job) != Some(*state) {
-                return Err(format!("INV-3: job {} is said to be {state}, which is not on the disk", job.as_u128()));
-            }
+        Seen::Final { job, state } if !store.deleted.contains(job) && store.final_state(*job) != Some(*state) => {
+            return Err(format!("INV-3: job {} is said to be {state}, which is not on the disk", job.as_u128()));
         }
         _ => {}
     }

@@ -16,6 +16,7 @@ use everlit_api::time::{Millis, Timestamp};
 use super::limits::{BEATS_EVERY_MS, DRAIN_PATIENCE_MS, FORGET_PATIENCE_MS};
 
 mod event;
+mod pace;
 mod rank;
 mod saves;
 #[cfg(test)]
@@ -87,6 +88,8 @@ pub struct Engine {
     /// The newest attempt ever ordered of a job that is not final.
     newest: BTreeMap<JobId, u32>,
     checkpoints: BTreeMap<JobId, CheckpointNews>,
+    /// How fast each job goes.
+    paces: BTreeMap<JobId, pace::Pace>,
     /// Jobs that are to go once none of their ranks lives; `true`: with their files.
     leaving: BTreeMap<JobId, bool>,
     /// Damaged checkpoints that no coordinator was told of.
@@ -109,6 +112,7 @@ impl Engine {
             gangs: BTreeMap::new(),
             newest: BTreeMap::new(),
             checkpoints: BTreeMap::new(),
+            paces: BTreeMap::new(),
             leaving: BTreeMap::new(),
             quarantined: Vec::new(),
             linked: false,
@@ -361,6 +365,7 @@ impl Engine {
         self.gangs.retain(|(own, _), _| *own != job);
         self.newest.remove(&job);
         self.checkpoints.remove(&job);
+        self.paces.remove(&job);
     }
 
     fn on_end_asked(&mut self, now: u64, out: &mut Vec<Action>) {

@@ -10,7 +10,9 @@ use everlit_api::manifest::SaveError;
 use everlit_api::rank::{RankExit, Verdict};
 use everlit_api::time::Timestamp;
 
-use crate::agent::limits::{GANG_IDLE_MS, IDLE_CPU_PART, IDLE_LOOKS};
+use crate::agent::limits::{GANG_IDLE_MS, IDLE_CPU_PART, IDLE_LOOKS, SETTLED_STEPS};
+
+use super::pace::Pace;
 
 /// One rank.
 #[derive(Debug, Clone, Default)]
@@ -29,6 +31,9 @@ pub(super) struct Rank {
     save_failed: Option<u64>,
     unsaid: Option<SaveError>,
     since: u64,
+    /// When its step or phase was last new, and how many steps were.
+    progress_at: u64,
+    steps: u32,
     seq: Option<(u64, u64)>,
     output: Option<u64>,
     active: u64,
@@ -58,6 +63,7 @@ impl Rank {
         self.started_at = Some(at);
         self.since = now;
         self.active = now;
+        self.progress_at = now;
     }
 
     pub(super) fn on_output(&mut self, now: u64) {
@@ -66,13 +72,61 @@ impl Rank {
     }
 
     /// `false` when it is not news.
-    pub(super) fn on_heartbeat(&mut self, now: u64, seq: u64, beat: Beat) -> bool {
+    pub(super) fn on_heartbeat(&mut self, now: u64, seq: u64, beat: Beat, pace: &mut Pace) -> bool {
         if self.seq.is_some_and(|(last, _)| seq <= last) {
             return false;
         }
+        self.note_progress(now, &beat, pace);
         self.seq = Some((seq, now));
         self.beat = Some((now, beat));
         true
+    }
+
+    /// A new step or phase: what it took is learned. The first beat after an adoption only begins.
+    fn note_progress(&mut self, now: u64, beat: &Beat, pace: &mut Pace) {
+        let took = now.saturating_sub(self.progress_at);
+        let before = self.beat.as_ref().map(|(_, before)| (before.phase, before.step));
+        let Some((phase, step)) = before else {
+            self.progress_at = now;
+            return;
+        };
+        if (phase, step) == (beat.phase, beat.step) {
+            return;
+        }
+        self.progress_at = now;
+        if phase != beat.phase {
+            phase.into_iter().for_each(|phase| pace.note_phase(phase, took));
+        } else if step.is_some() {
+            self.steps = self.steps.saturating_add(1);
+            // The step after a pause in another phase is as long as the pause.
+            if self.steps > 1 {
+                pace.note_step(took);
+            }
+        }
+    }
+
+    /// When it is past what its gang's pace allows; `None` for one that is not judged so.
+    pub(super) fn stuck_at(&self, policy: &HeartbeatPolicy, pace: &Pace, ours: bool) -> Option<u64> {
+        if !self.is_alive() || self.judged.is_some() || self.killed || self.termed {
+            return None;
+        }
+        // Output tells of steps, but says nothing while there are none.
+        let judged = self.seq.is_some() || (policy.progress_timeout.is_some() && self.beat.is_some());
+        let phase = self.beat.as_ref().and_then(|(_, beat)| beat.phase);
+        let settled = self.steps >= SETTLED_STEPS;
+        judged.then(|| self.progress_at.saturating_add(pace.deadline_ms(policy, phase, settled, ours)))
+    }
+
+    /// Who is to blame when several are stuck: whose heartbeats stopped, the longest first; else who is furthest behind.
+    pub(super) fn blame(&self, now: u64, quiet_ms: u64) -> (std::cmp::Reverse<u64>, u64) {
+        let silence = self.seq.map_or(0, |(_, at)| now.saturating_sub(at));
+        let quiet = if silence > quiet_ms { silence } else { 0 };
+        (std::cmp::Reverse(quiet), self.beat.as_ref().and_then(|(_, beat)| beat.step).unwrap_or(0))
+    }
+
+    /// Time in which the agent did not look is nobody's standstill.
+    pub(super) fn forgive(&mut self, ms: u64) {
+        self.progress_at = self.progress_at.saturating_add(ms);
     }
 
     /// Its newest heartbeat says that it saves on a signal.
@@ -97,6 +151,9 @@ impl Rank {
             return false;
         }
         let mut beat = self.beat.take().map(|(_, beat)| beat).unwrap_or_default();
+        if news.step.is_some() && news.step != beat.step {
+            self.progress_at = now;
+        }
         beat.incarnation = news.incarnation;
         beat.step = news.step.or(beat.step);
         beat.total_steps = news.total_steps.or(beat.total_steps);
@@ -136,6 +193,7 @@ impl Rank {
             Verdict::Silent => self.seq.map_or(self.since, |(_, at)| at),
             Verdict::NoStart => self.since,
             Verdict::Idle => self.active,
+            Verdict::Stuck => self.progress_at,
         };
         now.saturating_sub(since)
     }

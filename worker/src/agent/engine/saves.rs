@@ -28,8 +28,9 @@ impl Engine {
         failed: Option<SaveError>,
         out: &mut Vec<Action>,
     ) {
-        let Some(rank) = self.rank_mut(own) else { return };
-        if !rank.on_heartbeat(now, seq, beat) {
+        let Some(gang) = self.gangs.get_mut(&(own.job, own.attempt)) else { return };
+        let Some(rank) = gang.ranks.get_mut(&own.rank) else { return };
+        if !rank.on_heartbeat(now, seq, beat, self.paces.entry(own.job).or_default()) {
             return;
         }
         if let Some(error) = failed {

@@ -1,6 +1,7 @@
 //! Scenarios: a time, an event, the whole list of actions.
 
 mod saves;
+mod stuck;
 
 use expect_test::{Expect, expect};
 

@@ -3,12 +3,16 @@
 //! `wake_at` may be too early but never too late: signs of life only move deadlines back, so they need not touch it; whatever can move a
 //! deadline forward says so with [`Engine::look_soon`]. One pass over everything finds the next time, so that beats cost no pass.
 
-use everlit_api::agent::FromAgent;
+use everlit_api::agent::{FromAgent, Program};
 use everlit_api::ids::Incarnation;
+use everlit_api::rank::Verdict;
 use everlit_api::time::Millis;
 
+use crate::agent::limits::{BEAT_EVERY_MS, LATE_MS};
+
+use super::pace::Pace;
 use super::rank::{Look, Rank};
-use super::{Action, BEATS_EVERY_MS, DRAIN_PATIENCE_MS, Engine, FORGET_PATIENCE_MS, SIGKILL, SIGTERM, Stage};
+use super::{Action, BEATS_EVERY_MS, DRAIN_PATIENCE_MS, Engine, FORGET_PATIENCE_MS, Gang, SIGKILL, SIGTERM, Stage};
 
 impl Engine {
     pub(super) fn wake(&mut self, at: u64) {
@@ -19,7 +23,11 @@ impl Engine {
     pub(super) fn look_soon(&mut self, now: u64, incarnation: Incarnation) {
         let Some(gang) = self.gangs.get(&(incarnation.job, incarnation.attempt)) else { return };
         let Some(rank) = gang.ranks.get(&incarnation.rank) else { return };
-        match rank.look(now, &gang.spec.heartbeat, gang.spec.world_size) {
+        let pace = self.paces.get(&incarnation.job);
+        let stuck_at = pace.and_then(|pace| rank.stuck_at(&gang.spec.heartbeat, pace, is_ours(gang)));
+        let look = rank.look(now, &gang.spec.heartbeat, gang.spec.world_size);
+        stuck_at.into_iter().for_each(|at| self.wake(at.max(now)));
+        match look {
             Look::At(at) => self.wake(at),
             Look::Judged(..) | Look::ReadCpu => self.wake(now),
             Look::Never => {}
@@ -94,10 +102,13 @@ impl Engine {
         if self.ending.is_some() {
             self.on_ending(now, alive, out);
         }
-        if self.wake_at.is_none_or(|at| at > now) {
-            return;
-        }
+        let Some(asked) = self.wake_at.filter(|at| *at <= now) else { return };
+        // A wish to be woken at once is no appointment that was missed.
+        let late = if asked > 0 { now - asked } else { 0 };
         self.wake_at = None;
+        if late >= LATE_MS {
+            self.gangs.values_mut().flat_map(|gang| gang.ranks.values_mut()).for_each(|rank| rank.forgive(late));
+        }
         if self.alone_since.is_some_and(|since| now >= since + self.linger_ms) {
             out.push(Action::Exit("neither a coordinator nor ranks for too long"));
         }
@@ -115,8 +126,17 @@ impl Engine {
     fn look_at_ranks(&mut self, now: u64, out: &mut Vec<Action>) {
         let mut next: Option<u64> = None;
         let mut at_latest = |at: u64| next = Some(next.map_or(at, |before: u64| before.min(at)));
+        let unknown = Pace::default();
         for gang in self.gangs.values_mut() {
             let (job, attempt) = (gang.spec.job, gang.spec.attempt);
+            let (stuck, next_stuck) = decide_stuck(now, gang, self.paces.get(&job).unwrap_or(&unknown));
+            next_stuck.into_iter().for_each(&mut at_latest);
+            if let Some(own) = stuck.and_then(|rank| gang.ranks.get_mut(&rank)) {
+                own.judged = Some(Verdict::Stuck);
+                let incarnation = Incarnation { job, attempt, rank: stuck.unwrap_or_default() };
+                let age_ms = own.age(now, Verdict::Stuck);
+                out.push(Action::Say(FromAgent::Judged { incarnation, verdict: Verdict::Stuck, age_ms }));
+            }
             for (rank, own) in &mut gang.ranks {
                 let incarnation = Incarnation { job, attempt, rank: *rank };
                 if let Some(kill_at) = gang.kill_at.filter(|_| own.is_alive() && !own.killed) {
@@ -165,6 +185,26 @@ impl Engine {
         let starting = |rank: &Rank| rank.end.is_none();
         self.gangs.values().any(|gang| !matches!(gang.stage, Stage::Refused { .. }) && gang.ranks.values().any(starting))
     }
+}
+
+/// The built-in program says all that it does.
+fn is_ours(gang: &Gang) -> bool {
+    matches!(gang.spec.program, Program::Worker { .. })
+}
+
+/// The rank to blame when one is past its deadline, and else when the next one will be. Ranks that stopped together are looked at together:
+/// one of them stopped the others. One verdict ends the gang.
+fn decide_stuck(now: u64, gang: &Gang, pace: &Pace) -> (Option<u32>, Option<u64>) {
+    let ours = is_ours(gang);
+    let due = || gang.ranks.iter().filter_map(|(rank, own)| Some((rank, own, own.stuck_at(&gang.spec.heartbeat, pace, ours)?)));
+    let Some(first) = due().map(|(.., at)| at).min() else { return (None, None) };
+    if first > now || gang.ranks.values().any(|own| own.judged == Some(Verdict::Stuck)) {
+        return (None, (first > now).then_some(first));
+    }
+    // Beats come every other second, so those who stopped together are seen to stop within that.
+    let together = due().filter(|(.., at)| *at <= now + BEAT_EVERY_MS);
+    let blamed = together.min_by_key(|(rank, own, _)| (own.blame(now, BEAT_EVERY_MS), **rank)).map(|(rank, ..)| *rank);
+    (blamed, None)
 }
 
 fn gang_kill_at(engine: &Engine, incarnation: Incarnation) -> Option<u64> {

@@ -1,0 +1,116 @@
+//! A gang that makes no progress: found by its own pace, and the right rank is blamed.
+
+use everlit_api::job::WorkerSpec;
+use everlit_api::manifest::Phase;
+
+use super::*;
+
+/// Two ranks of the built-in program that did `steps` steps of 100 ms.
+fn stepping(steps: u64) -> Scene {
+    let mut s = scene(2);
+    s.spec.program = everlit_api::agent::Program::Worker { worker: Box::new(WorkerSpec::for_world(2)), evaluate: false };
+    s.running();
+    for step in 0..=steps {
+        for rank in 0..2 {
+            s.engine.handle(s.now, told(&s, rank, 1 + step, Phase::Train, step));
+        }
+        s.now += 100;
+    }
+    s
+}
+
+fn told(s: &Scene, rank: u32, seq: u64, phase: Phase, step: u64) -> Event {
+    let incarnation = s.own(rank);
+    let beat = Beat { incarnation: Some(incarnation), heartbeat: true, phase: Some(phase), step: Some(step), ..Beat::default() };
+    Event::HeartbeatRead { incarnation, seq, beat: Box::new(beat), save_error: None }
+}
+
+/// Who was judged, and when; these ranks beat on every second with the same step.
+fn judged(s: &mut Scene, beating: &[u32], phase: Phase, step: u64, until: u64) -> Vec<String> {
+    let beating: Vec<(u32, u64)> = beating.iter().map(|rank| (*rank, step)).collect();
+    judged_at(s, &beating, phase, until)
+}
+
+/// The same, each with a step of its own.
+fn judged_at(s: &mut Scene, beating: &[(u32, u64)], phase: Phase, until: u64) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut seq = 10_000;
+    let mut next_beat = s.now;
+    while s.now < until {
+        let wake = s.engine.next_deadline().unwrap_or(u64::MAX).max(s.now);
+        s.now = wake.min(next_beat).min(until);
+        let mut actions = Vec::new();
+        if s.now == next_beat {
+            seq += 1;
+            for (rank, step) in beating {
+                actions.extend(s.engine.handle(s.now, told(s, *rank, seq, phase, *step)));
+            }
+            next_beat += 1_000;
+        }
+        actions.extend(s.engine.handle(s.now, Event::DeadlinePassed));
+        for action in actions {
+            if let Action::Say(FromAgent::Judged { incarnation, verdict, age_ms }) = action {
+                found.push(format!("{} r{} {verdict:?} {age_ms}", s.now, incarnation.rank));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn a_stopped_rank_is_blamed_for_the_standstill_of_both() {
+    let mut s = stepping(100);
+    assert_eq!(judged(&mut s, &[0], Phase::Train, 100, 9_000 + 9_000), ["12600 r1 Stuck 2600"]);
+}
+
+#[test]
+fn when_all_beat_on_who_is_behind_is_blamed() {
+    let mut s = stepping(100);
+    assert_eq!(judged_at(&mut s, &[(0, 101), (1, 100)], Phase::Train, 18_000), ["12600 r1 Stuck 2600"]);
+}
+
+#[test]
+fn a_slow_first_step_a_save_and_an_evaluation_are_no_standstill() {
+    let mut s = stepping(1);
+    let (until, step) = (s.now + 20 * 60_000, 1);
+    assert!(judged(&mut s, &[0, 1], Phase::Train, step, until).is_empty(), "nothing is learned yet");
+    for phase in [Phase::Checkpoint, Phase::Evaluate, Phase::Load] {
+        let mut s = stepping(1_000);
+        let until = s.now + 20 * 60_000;
+        assert!(judged(&mut s, &[0, 1], phase, 1_000, until).is_empty(), "{phase:?}");
+    }
+}
+
+#[test]
+fn a_time_that_is_given_holds_in_every_phase() {
+    let mut s = scene(1);
+    s.spec.heartbeat.progress_timeout = Some(Millis(60_000));
+    s.running();
+    s.engine.handle(0, told(&s, 0, 1, Phase::Load, 0));
+    assert_eq!(judged(&mut s, &[0], Phase::Load, 0, 100_000), ["60000 r0 Stuck 60000"]);
+}
+
+#[test]
+fn when_the_agent_was_asleep_nobody_is_stuck() {
+    let mut s = stepping(100);
+    s.now += 60_000;
+    let actions = s.engine.handle(s.now, Event::DeadlinePassed);
+    assert!(!actions.iter().any(|action| matches!(action, Action::Say(FromAgent::Judged { verdict: Verdict::Stuck, .. }))), "{actions:?}");
+}
+
+#[test]
+fn what_was_learned_holds_for_the_next_attempt_once_it_steps() {
+    let mut s = stepping(100);
+    s.spec.attempt = 2;
+    s.running();
+    let begun = s.now;
+    for step in 100..105 {
+        for rank in 0..2 {
+            s.engine.handle(s.now, told(&s, rank, 1 + step, Phase::Train, step));
+        }
+        s.now += 100;
+    }
+    let until = s.now + 9_000;
+    let found = judged(&mut s, &[1], Phase::Train, 104, until);
+    assert!(matches!(&found[..], [one] if one.contains("r0 Stuck 26")), "{found:?} from {begun}");
+}
