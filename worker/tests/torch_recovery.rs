@@ -96,7 +96,8 @@ fn sigterm_to_one_rank_saves_at_one_step_and_the_resumed_run_has_the_same_bits()
 
 #[test]
 fn another_world_size_continues_with_the_next_sample() {
-    let job = Job::new("mlp-10k", 2, 40);
+    // Many more steps than the kill needs to come in time.
+    let job = Job::new("mlp-10k", 2, 400);
     let mut gang = job.start(1, 2, None);
     gang.wait_step(12);
     kill_one(&mut gang, 0);
@@ -105,8 +106,8 @@ fn another_world_size_continues_with_the_next_sample() {
     job.finish(2, 3, Some(&from));
     let after = checkpoint::verify(&job.newest()).unwrap();
     assert_eq!((before.world_size, after.world_size), (2, 3));
-    assert_eq!((before.samples, after.samples), (7 * before.step, 7 * 40));
-    assert_eq!((after.epoch, after.data.cursor), (0, 280), "no sample skipped, none seen twice");
+    assert_eq!((before.samples, after.samples), (7 * before.step, 7 * 400));
+    assert_eq!((after.epoch, after.data.cursor), (0, 2_800), "no sample skipped, none seen twice");
     assert_eq!(before.data.listing_sha256, after.data.listing_sha256);
 }
 

@@ -310,7 +310,7 @@ pub trait Layers {
 /// Runs a layer keeping only its input: the backward pass runs it again. The graph holds `layers` until then.
 ///
 /// On a GPU that is another thread of libtorch's, while this one waits for it.
-pub fn recompute<L: Layers + 'static>(layers: &Arc<L>, number: i64, input: &Tensor) -> Result<Tensor, CollectiveError> {
+pub fn recompute<L: Layers + Send + Sync + 'static>(layers: &Arc<L>, number: i64, input: &Tensor) -> Result<Tensor, CollectiveError> {
     extern "C" fn run<L: Layers>(context: *const c_void, number: i64, input: *const c_void) -> *mut c_void {
         let answer = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             // SAFETY: `context` is a reference that the graph holds; the input is a live tensor, of which a reference is taken.

@@ -36,6 +36,9 @@ pub(super) struct Llama {
     rotation: Rotation,
 }
 
+// SAFETY: only read after it was made, and libtorch counts references atomically.
+unsafe impl Sync for Llama {}
+
 impl Llama {
     pub(super) fn new(sizes: &LlamaSizes, worker: &everlit_api::job::WorkerSpec, device: Device) -> Self {
         let signed = |size: u64| i64::try_from(size).unwrap_or(i64::MAX);
@@ -168,6 +171,9 @@ struct Stack {
     parameters: Vec<Tensor>,
     pass: Pass,
 }
+
+// SAFETY: as for `Llama`. When libtorch runs a layer again on a thread of its own, this one waits for it.
+unsafe impl Sync for Stack {}
 
 impl Layers for Stack {
     fn run(&self, layer: i64, x: &Tensor) -> Tensor {
