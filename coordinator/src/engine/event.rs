@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use everlit_api::agent::{Beat, CheckpointNews, Exited, Hello, Resumed, Started};
+use everlit_api::agent::{Beat, CheckpointNews, Exited, FromAgent, Hello, Resumed, Started};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::JobSpec;
 use everlit_api::manifest::SaveError;
@@ -124,4 +124,25 @@ pub enum Event {
     },
     /// Time has passed.
     Woke,
+}
+
+impl Event {
+    /// What a frame of a node's agent is to the engine; `None` for what only concerns files and readers.
+    pub fn of_frame(node: NodeId, frame: FromAgent) -> Option<Self> {
+        Some(match frame {
+            FromAgent::Hello(hello) => Self::NodeLinked { hello: Box::new(hello) },
+            FromAgent::Report(load) => Self::NodeReported { node, load },
+            FromAgent::Started(started) => Self::RankStarted(started),
+            FromAgent::Exited(exited) => Self::RankExited(exited),
+            FromAgent::Beats { beats } => Self::RanksBeat(beats),
+            FromAgent::Judged { incarnation, verdict, age_ms } => Self::RankJudged { incarnation, verdict, age_ms },
+            FromAgent::Resumed(resumed) => Self::AttemptResumed(resumed),
+            FromAgent::Checkpoint(news) => Self::CheckpointSeen { node, news },
+            FromAgent::Quarantined { job, step, reason } => Self::CheckpointQuarantined { job, step, reason },
+            FromAgent::SaveFailed { incarnation, error } => Self::SaveFailed { incarnation, error },
+            FromAgent::StartFailed { job, attempt, reason, permanent } => Self::StartFailed { job, attempt, reason, permanent },
+            FromAgent::Draining => Self::NodeDraining { node, cordon: false },
+            FromAgent::Removed { .. } | FromAgent::LogClosed { .. } => return None,
+        })
+    }
 }

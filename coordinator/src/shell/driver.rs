@@ -230,34 +230,21 @@ impl Driver {
     }
 
     fn agent_said(&mut self, node: NodeId, frame: FromAgent) {
-        let event = match frame {
-            FromAgent::Hello(hello) => Event::NodeLinked { hello: Box::new(hello) },
-            FromAgent::Report(load) => Event::NodeReported { node, load },
-            FromAgent::Started(started) => Event::RankStarted(started),
-            FromAgent::Exited(exited) => Event::RankExited(exited),
-            FromAgent::Beats { beats } => Event::RanksBeat(beats),
-            FromAgent::Judged { incarnation, verdict, age_ms } => Event::RankJudged { incarnation, verdict, age_ms },
-            FromAgent::Resumed(resumed) => Event::AttemptResumed(resumed),
-            FromAgent::Checkpoint(news) => Event::CheckpointSeen { node, news },
-            FromAgent::Quarantined { job, step, reason } => Event::CheckpointQuarantined { job, step, reason },
-            FromAgent::SaveFailed { incarnation, error } => Event::SaveFailed { incarnation, error },
-            FromAgent::StartFailed { job, attempt, reason, permanent } => Event::StartFailed { job, attempt, reason, permanent },
-            FromAgent::Draining => Event::NodeDraining { node, cordon: false },
-            FromAgent::Removed { job } => {
-                if let Some(jobs) = self.removals.get_mut(&node) {
-                    jobs.remove(&job);
-                }
-                self.pending.batch.cleared.push((job, node.clone()));
-                let left = self.removals_asked.get(&node).copied().unwrap_or(0).saturating_sub(1);
-                self.removals_asked.insert(node.clone(), left);
-                if left == 0 {
-                    self.ask_removals(&node);
-                }
-                return;
+        if let FromAgent::Removed { job } = frame {
+            if let Some(jobs) = self.removals.get_mut(&node) {
+                jobs.remove(&job);
             }
-            FromAgent::LogClosed { .. } => return,
-        };
-        self.feed(event);
+            self.pending.batch.cleared.push((job, node.clone()));
+            let left = self.removals_asked.get(&node).copied().unwrap_or(0).saturating_sub(1);
+            self.removals_asked.insert(node.clone(), left);
+            if left == 0 {
+                self.ask_removals(&node);
+            }
+            return;
+        }
+        if let Some(event) = Event::of_frame(node, frame) {
+            self.feed(event);
+        }
     }
 
     /// One event through the engine into the batch.

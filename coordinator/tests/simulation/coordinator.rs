@@ -223,31 +223,21 @@ impl World {
 
     /// A frame has come over a session that still stands.
     pub fn hear(&mut self, node: NodeId, session: u64, frame: FromAgent) {
-        let event = match frame {
-            FromAgent::Hello(hello) => {
-                self.coordinator.sessions.insert(node, session);
-                self.feed(Event::NodeLinked { hello: Box::new(hello) });
-                return self.ask_removals();
-            }
-            FromAgent::Report(load) => Event::NodeReported { node, load },
-            FromAgent::Started(started) => Event::RankStarted(started),
-            FromAgent::Exited(exited) => Event::RankExited(exited),
-            FromAgent::Beats { beats } => Event::RanksBeat(beats),
-            FromAgent::Judged { incarnation, verdict, age_ms } => Event::RankJudged { incarnation, verdict, age_ms },
-            FromAgent::Resumed(resumed) => Event::AttemptResumed(resumed),
-            FromAgent::Checkpoint(news) => Event::CheckpointSeen { node, news },
-            FromAgent::Quarantined { job, step, reason } => Event::CheckpointQuarantined { job, step, reason },
-            FromAgent::SaveFailed { incarnation, error } => Event::SaveFailed { incarnation, error },
-            FromAgent::StartFailed { job, attempt, reason, permanent } => Event::StartFailed { job, attempt, reason, permanent },
-            FromAgent::Draining => Event::NodeDraining { node, cordon: false },
+        match &frame {
+            FromAgent::Hello(_) => drop(self.coordinator.sessions.insert(node.clone(), session)),
             FromAgent::Removed { job } => {
                 if let Some(jobs) = self.coordinator.store.removals.get_mut(&node) {
-                    jobs.remove(&job);
+                    jobs.remove(job);
                 }
-                return;
             }
-            FromAgent::LogClosed { .. } => return,
-        };
-        self.feed(event);
+            _ => {}
+        }
+        let linked = matches!(frame, FromAgent::Hello(_));
+        if let Some(event) = Event::of_frame(node, frame) {
+            self.feed(event);
+        }
+        if linked {
+            self.ask_removals();
+        }
     }
 }
