@@ -87,14 +87,15 @@ impl fmt::Display for NodeId {
     }
 }
 
-/// One started rank, never reused: `<job>-a<attempt>-r<rank>`. Names the run folder and fences stale news.
+/// One started rank, never reused: `<job>-a<attempt>-r<seat>`. Names the run folder and fences stale news.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Incarnation {
     /// The job it belongs to.
     pub job: JobId,
     /// The attempt, from 1.
     pub attempt: u32,
-    /// The rank, from 0.
+    /// Its seat: the number of the process within the attempt. The first ones are the ranks themselves; those that are started later, to
+    /// wait or to take a lost rank's place, count on from the world size.
     pub rank: u32,
 }
 

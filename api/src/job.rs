@@ -151,6 +151,8 @@ pub struct RestartPolicy {
     pub backoff: Backoff,
     /// How much is restarted.
     pub scope: RestartScope,
+    /// Started ranks that wait to take a lost one's place, 0 to 64; only of the built-in training program.
+    pub spares: u32,
     /// Committed progress over this time forgives counted restarts.
     pub heal_after: Millis,
     /// Exit codes that end the job at once.
@@ -164,6 +166,7 @@ impl Default for RestartPolicy {
             max_start_failures: 5,
             backoff: Backoff::default(),
             scope: RestartScope::Auto,
+            spares: 0,
             heal_after: Millis::secs(600),
             no_retry_exit_codes: vec![78],
         }
@@ -194,11 +197,13 @@ impl Default for Backoff {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RestartScope {
-    /// The cheapest way that works; today the gang.
+    /// The cheapest rung that holds: in place where the built-in program trains, else the gang.
     #[default]
     Auto,
-    /// All ranks, from the newest verified checkpoint.
+    /// All ranks, from the newest snapshot or verified checkpoint.
     Gang,
+    /// As `auto`, and refused for what can not recover in place.
+    InPlace,
 }
 
 /// When a rank counts as silent.

@@ -126,6 +126,9 @@ pub struct Heartbeat {
     /// The writer's rank.
     #[serde(default)]
     pub rank: u32,
+    /// The writer's seat, when it is not its rank: a process that took a lost rank's place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seat: Option<u32>,
     /// The writer's attempt; a foreign one is ignored and counted.
     #[serde(default)]
     pub attempt: u32,
@@ -153,6 +156,9 @@ pub struct Heartbeat {
     /// The program saves when it gets SIGUSR1, and goes on; without this the signal is never sent.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub saves_on_signal: bool,
+    /// Whether the program can go on with other ranks in place of lost ones, without being started again; null before it has tried.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_place: Option<bool>,
     /// The newest save that failed while training went on; null after one that worked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub save_error: Option<SaveError>,

@@ -154,7 +154,7 @@ pub struct Summary {
     pub last_checkpoint: Option<LastCheckpoint>,
     /// In rank order; always there.
     pub ranks: Vec<RankView>,
-    /// Started ranks that wait.
+    /// Started ranks that wait; their `rank` is their seat, which counts on from the world size.
     pub spares: Vec<RankView>,
     /// When it was accepted.
     pub submitted_at: Timestamp,

@@ -187,6 +187,9 @@ pub struct Beat {
     /// The program saves when told to.
     #[serde(default)]
     pub saves_on_signal: bool,
+    /// Whether the program can go on with other ranks in place of lost ones, without being started again; null before it has tried.
+    #[serde(default)]
+    pub in_place: Option<bool>,
     /// Milliseconds since the agent saw it, by its monotonic clock, when this frame was made.
     pub age_ms: u64,
 }
@@ -241,7 +244,9 @@ pub enum ToAgent {
         /// Time between reports.
         report_interval: Millis,
     },
-    /// Run these ranks; ignored when this attempt is known already, refused when a later one is.
+    /// Run these ranks; refused when a later attempt is known. Of an attempt that is known only news count: with a later generation, ranks
+    /// that are not members any more are killed, new ones are started, and the others are told who is with them; seats of spares that were
+    /// never started are started.
     StartGang(Box<GangSpec>),
     /// Stop every rank of the attempt: SIGTERM to each group, SIGKILL after the grace (at once when it is zero).
     StopGang {
@@ -310,6 +315,12 @@ pub struct GangSpec {
     pub attempt: u32,
     /// From 0.
     pub generation: u32,
+    /// Seat of each rank of the whole gang, in rank order; empty: each rank has the seat of its own number.
+    #[serde(default)]
+    pub seats: Vec<u32>,
+    /// Seats of the spares on this node: started ranks that wait.
+    #[serde(default)]
+    pub spares: Vec<u32>,
     /// Ranks of the whole gang.
     pub world_size: u32,
     /// The first rank here.
@@ -355,6 +366,44 @@ pub struct GangSpec {
     #[serde(default = "crate::job::default_stop_grace")]
     pub stop_grace: Millis,
 }
+
+impl GangSpec {
+    /// The seat of a rank of the gang.
+    pub fn seat(&self, rank: u32) -> u32 {
+        self.seats.get(rank as usize).copied().unwrap_or(rank)
+    }
+
+    /// Ranks on this node with their seats.
+    pub fn own_seats(&self) -> impl Iterator<Item = (u32, u32)> {
+        (self.first_rank..self.first_rank.saturating_add(self.count)).map(|rank| (rank, self.seat(rank)))
+    }
+
+    /// The rank that a process of this node is now; `None` for a spare, and for one that is not wanted any more.
+    pub fn rank_of(&self, seat: u32) -> Option<u32> {
+        // Few ranks ever change their seat, and only those are looked for.
+        if self.seat(seat) == seat && seat >= self.first_rank && seat - self.first_rank < self.count {
+            return Some(seat);
+        }
+        if self.seats.is_empty() { None } else { self.own_seats().find(|(_, own)| *own == seat).map(|(rank, _)| rank) }
+    }
+
+    /// Whether a process of this node is wanted.
+    pub fn wants(&self, seat: u32) -> bool {
+        self.spares.contains(&seat) || self.rank_of(seat).is_some()
+    }
+}
+
+/// Who is in a process group, told to the ranks of a node by a file in their rendezvous folder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Members {
+    /// Grows with every membership of the attempt.
+    pub generation: u32,
+    /// Seat of each rank, in rank order.
+    pub seats: Vec<u32>,
+}
+
+/// Name of the file of [`Members`].
+pub const MEMBERS_NAME: &str = "MEMBERS";
 
 /// What runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -8,17 +8,31 @@ use everlit_api::status::MetricPoint;
 use everlit_api::time::Timestamp;
 
 use super::ledger::Activity;
-use super::state::Job;
+use super::state::{Facts, Job, Role};
 use super::{Engine, Turn};
 
 impl Engine {
     pub(super) fn on_ranks_beat(&mut self, turn: &mut Turn, beats: Vec<Beat>) {
         let mut jobs = std::collections::BTreeSet::new();
         for beat in beats {
-            let Some(Incarnation { job: id, attempt, rank }) = beat.incarnation else { continue };
-            let Some(job) = self.current(id, attempt) else { continue };
+            let Some(incarnation) = beat.incarnation else { continue };
+            let role = self.role(incarnation);
+            let Incarnation { job: id, rank: seat, .. } = incarnation;
+            let Some(job) = self.jobs.get_mut(&id) else { continue };
             let seen_at = Timestamp(turn.now.0.saturating_sub(beat.age_ms));
-            job.note_beat(rank, seen_at, beat);
+            match role {
+                Some(Role::Rank(rank)) => {
+                    let off = beat.in_place == Some(false) && job.ranks.get(rank).is_some_and(|own| own.in_place != Some(false));
+                    job.note_beat(rank, seen_at, beat);
+                    if off {
+                        let facts = Facts::from([("attempt", incarnation.attempt.into()), ("rank", rank.into())]);
+                        let reason = format!("rank {rank} can not renew its process group (its log says why): failures restart the gang");
+                        turn.event(Some(id), "in_place_off", reason, facts);
+                    }
+                }
+                Some(Role::Spare) => job.note_spare(seat, seen_at, &beat),
+                Some(Role::Former) | None => continue,
+            }
             jobs.insert(id);
         }
         for id in jobs {
@@ -27,6 +41,7 @@ impl Engine {
             {
                 turn.touched.insert(id);
             }
+            self.settle_regroup(turn, id);
         }
     }
 }
@@ -39,6 +54,10 @@ impl Job {
         }
         own.phase = beat.phase.or(own.phase);
         own.saves_on_signal = beat.saves_on_signal;
+        own.in_place = beat.in_place;
+        if beat.step.is_some() {
+            own.stepped_in = Some(beat.generation);
+        }
         let resumed = self.gang.as_ref().and_then(|g| g.resumed_step).unwrap_or(0);
         // A heartbeat before the first update of this incarnation tells the step that it loaded; an evaluation never gets beyond that.
         let fresh = beat.step.filter(|step| *step > resumed || !beat.heartbeat || self.spec.kind == JobKind::Evaluate);
@@ -64,6 +83,14 @@ impl Job {
         self.series.note(MetricPoint { time: seen_at, attempt: self.attempt, step, samples, loss, metrics });
     }
 
+    fn note_spare(&mut self, seat: u32, seen_at: Timestamp, beat: &Beat) {
+        let spares = self.gang.iter_mut().flat_map(|gang| &mut gang.spares);
+        for own in spares.filter(|own| own.seat == seat) {
+            own.beat_at = Some(seen_at);
+            own.phase = beat.phase.or(own.phase);
+        }
+    }
+
     /// It measures and does no steps.
     pub(super) fn is_evaluation(&self) -> bool {
         self.spec.kind == JobKind::Evaluate
@@ -71,7 +98,7 @@ impl Job {
 
     /// What the ranks' steps mean for the job. True when the record should know: a first step, the end of repeating.
     pub(super) fn advance(&mut self, now: Timestamp) -> bool {
-        let Some(gang) = self.gang.as_ref().filter(|g| g.ending.is_none()) else { return false };
+        let Some(gang) = self.gang.as_ref().filter(|g| g.ending.is_none() && g.regroup.is_none()) else { return false };
         // Before its node has said what it resumed from, nobody knows which steps are repeated.
         let Some(from) = gang.resumed_step else { return false };
         let before = self.book.activity;

@@ -9,7 +9,7 @@ use everlit_api::status::{CheckpointView, JobState};
 
 use super::limits::{CHECKPOINTS_MAX, SAVE_FAILED_EVERY_MS};
 use super::restart::heal;
-use super::state::{Facts, Job};
+use super::state::{Facts, Job, Role};
 use super::{Engine, Turn};
 
 /// Why a job can not be told to save.
@@ -133,8 +133,9 @@ impl Engine {
     }
 
     pub(super) fn on_save_failed(&mut self, turn: &mut Turn, incarnation: Incarnation, error: SaveError) {
-        let Incarnation { job: id, attempt, rank } = incarnation;
-        let Some(job) = self.current(id, attempt) else { return };
+        let id = incarnation.job;
+        let Some(Role::Rank(rank)) = self.role(incarnation) else { return };
+        let Some(job) = self.jobs.get_mut(&id) else { return };
         let Some(own) = job.ranks.get_mut(rank) else { return };
         // A disk that stays full fails each save: the record must not fill it further.
         let told = own.save_failed.is_some_and(|(step, at)| step == error.step || turn.now.since_ms(at) < SAVE_FAILED_EVERY_MS);

@@ -11,12 +11,25 @@ use everlit_api::time::{Millis, Timestamp};
 use super::ledger::Activity;
 use super::limits::{MUTE_PROGRESS_MS, STRAGGLER_WAIT_MS};
 use super::restart::{Decision, Failure, decide_restart};
-use super::state::{Ending, Facts, Job, Then};
+use super::state::{Ending, Facts, Job, Role, Then};
 use super::timers::Timer;
 use super::{Engine, Turn};
 
 /// Exit codes by which a shell says that a program is missing or can not be run.
 const CANNOT_START: [i32; 2] = [126, 127];
+
+/// What broke a gang, or one rank of it.
+#[derive(Debug)]
+pub(super) struct Broken {
+    /// For budgets.
+    pub(super) cause: Cause,
+    /// In one sentence.
+    pub(super) reason: String,
+    /// For so long nobody had seen it.
+    pub(super) unseen_ms: u64,
+    /// Its ranks are killed at once: one that hangs answers to nothing else.
+    pub(super) kill: bool,
+}
 
 impl Engine {
     /// The one fence: the job, if this is its current attempt.
@@ -29,8 +42,19 @@ impl Engine {
     }
 
     pub(super) fn on_rank_started(&mut self, turn: &mut Turn, started: &Started) {
-        let Incarnation { job: id, attempt, rank } = started.incarnation;
-        let Some(job) = self.current(id, attempt) else { return };
+        let Incarnation { job: id, attempt, rank: seat } = started.incarnation;
+        let role = self.role(started.incarnation);
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let rank = match role {
+            Some(Role::Rank(rank)) => rank,
+            Some(Role::Spare) => {
+                let spares = job.gang.iter_mut().flat_map(|gang| &mut gang.spares);
+                spares.filter(|spare| spare.seat == seat).for_each(|spare| spare.pid = Some(started.pid));
+                return;
+            }
+            // What was replaced and lives is killed by the membership that its agent was told.
+            Some(Role::Former) | None => return,
+        };
         if !job.ranks.start(rank, started.pid) || !job.ranks.all_started() {
             return;
         }
@@ -49,10 +73,13 @@ impl Engine {
     }
 
     pub(super) fn on_rank_exited(&mut self, turn: &mut Turn, exited: Exited) {
-        let Incarnation { job: id, attempt, rank } = exited.incarnation;
-        let Some(job) = self.current(id, attempt) else {
-            return;
+        let id = exited.incarnation.job;
+        let rank = match self.role(exited.incarnation) {
+            Some(Role::Rank(rank)) => rank,
+            Some(Role::Spare | Role::Former) => return self.on_outsider_exited(turn, &exited),
+            None => return,
         };
+        let Some(job) = self.jobs.get_mut(&id) else { return };
         let exit = exited.exit;
         if !job.ranks.end(rank, exit.clone(), exited.lost) {
             return;
@@ -63,18 +90,17 @@ impl Engine {
                 self.timers.set(Timer::Straggler(id), Timestamp(turn.now.0 + STRAGGLER_WAIT_MS));
             }
         } else if !ending {
-            let cause = cause_of(&exit, exited.lost);
             let unseen_ms = turn.now.since_ms(exit.at);
-            let reason = failure_sentence(rank, &exit);
-            self.fail_gang(turn, id, Some(rank), cause, reason, unseen_ms, false);
+            let broken = Broken { cause: cause_of(&exit, exited.lost), reason: failure_sentence(rank, &exit), unseen_ms, kill: false };
+            self.on_rank_broken(turn, id, rank, broken);
         }
         self.end_attempt_when_over(turn, id);
     }
 
-    /// The gang is broken: the others are stopped, and once all are gone the budget decides.
-    #[allow(clippy::too_many_arguments)]
-    fn fail_gang(&mut self, turn: &mut Turn, id: JobId, rank: Option<u32>, cause: Cause, reason: String, unseen_ms: u64, kill: bool) {
+    /// The gang is broken: the others are stopped, and once all are gone the budget decides. `why`: not in place.
+    pub(super) fn fail_gang(&mut self, turn: &mut Turn, id: JobId, rank: Option<u32>, broken: Broken, why: Option<String>) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Broken { cause, reason, unseen_ms, kill } = broken;
         job.book.reclaim_undetected(turn.now, unseen_ms);
         let mut facts = Facts::from([("attempt", job.attempt.into()), ("cause", serde_json::json!(cause))]);
         if let Some(rank) = rank {
@@ -83,6 +109,7 @@ impl Engine {
                 facts.insert("exit", serde_json::json!(exit));
             }
         }
+        facts.extend(why.map(|why| ("not_in_place", why.into())));
         turn.event(Some(id), "gang_failed", reason.clone(), facts);
         let grace = if kill { Millis(0) } else { job.spec.stop_grace };
         self.end_gang(turn, id, Ending { then: Then::Judge, at: turn.now, rank, cause: Some(cause), reason }, grace);
@@ -104,6 +131,8 @@ impl Engine {
         let activity = if job.state == JobState::Recovering { Activity::Restoring } else { Activity::Stopping };
         job.book.turn(turn.now, activity);
         gang.ending = Some(ending);
+        gang.regroup = None;
+        self.timers.clear(&Timer::Regroup(id));
         turn.touched.insert(id);
         self.stop_ranks(turn, id, grace);
         self.end_attempt_when_over(turn, id);
@@ -112,7 +141,7 @@ impl Engine {
     pub(super) fn stop_ranks(&mut self, turn: &mut Turn, id: JobId, grace: Millis) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let Some(gang) = &job.gang else { return };
-        if job.ranks.all_ended() {
+        if job.ranks.all_ended() && gang.spares.is_empty() {
             return;
         }
         job.ranks.mark_stopping();
@@ -123,8 +152,14 @@ impl Engine {
 
     pub(super) fn end_attempt_when_over(&mut self, turn: &mut Turn, id: JobId) {
         let Some(job) = self.jobs.get(&id) else { return };
-        if job.gang.is_some() && job.retry_at.is_none() && job.ranks.all_ended() && !job.state.is_final() {
+        let Some(gang) = job.gang.as_ref().filter(|_| job.retry_at.is_none() && job.ranks.all_ended() && !job.state.is_final()) else {
+            return;
+        };
+        if gang.spares.is_empty() {
             self.end_attempt(turn, id);
+        } else {
+            // They wait for nothing any more, and have nothing to save.
+            self.stop_ranks(turn, id, Millis(0));
         }
     }
 
@@ -134,8 +169,7 @@ impl Engine {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let Some(gang) = job.gang.as_mut() else { return };
         for share in &gang.placement {
-            let ranks = share.first_rank..share.first_rank + share.count;
-            let incarnations = ranks.map(|rank| Incarnation { job: id, attempt: gang.attempt, rank }).collect();
+            let incarnations = gang.incarnations(id, share).collect();
             turn.tell(&share.node, ToAgent::Forget { incarnations });
         }
         // By now the kernel's order is known: the first to fail is named, not the first that was heard of.
@@ -221,8 +255,11 @@ impl Engine {
     }
 
     pub(super) fn on_rank_judged(&mut self, turn: &mut Turn, incarnation: Incarnation, verdict: Verdict, age_ms: u64) {
-        let Incarnation { job: id, attempt, rank } = incarnation;
-        let Some(job) = self.current(id, attempt) else { return };
+        let id = incarnation.job;
+        let role = self.role(incarnation);
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        // A spare that hangs is in nobody's way until it is needed, and then it is judged as a rank.
+        let Some(Role::Rank(rank)) = role else { return };
         let alive = job.ranks.get(rank).is_some_and(|r| r.pid.is_some());
         if !alive || job.gang.as_ref().is_some_and(|g| g.ending.is_some()) {
             return;
@@ -251,14 +288,14 @@ impl Engine {
                 (Cause::Idle, format!("rank {rank} is idle: neither output nor CPU time for {age_ms} ms (heartbeat.idle_timeout)"))
             }
         };
-        self.fail_gang(turn, id, Some(rank), cause, reason, age_ms, true);
+        self.on_rank_broken(turn, id, rank, Broken { cause, reason, unseen_ms: age_ms, kill: true });
     }
 
     pub(super) fn on_straggler_due(&mut self, turn: &mut Turn, id: JobId) {
         let Some(job) = self.jobs.get(&id) else { return };
         if job.ranks.some_succeeded() && job.gang.as_ref().is_some_and(|g| g.ending.is_none()) {
             let reason = format!("some ranks exited 0 and {} others did not within 5 minutes", job.ranks.alive());
-            self.fail_gang(turn, id, None, Cause::Straggler, reason, 0, false);
+            self.fail_gang(turn, id, None, Broken { cause: Cause::Straggler, reason, unseen_ms: 0, kill: false }, None);
         }
     }
 
@@ -269,11 +306,14 @@ impl Engine {
         for rank in 0..job.spec.world_size {
             job.ranks.end(rank, exit.clone(), false);
         }
+        if let Some(gang) = &mut job.gang {
+            gang.spares.clear();
+        }
         if ending {
             return self.end_attempt_when_over(turn, id);
         }
         let cause = if permanent { Cause::CannotStart } else { Cause::Infrastructure };
-        self.fail_gang(turn, id, None, cause, reason, 0, false);
+        self.fail_gang(turn, id, None, Broken { cause, reason, unseen_ms: 0, kill: false }, None);
     }
 }
 

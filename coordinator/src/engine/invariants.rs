@@ -35,7 +35,17 @@ impl Engine {
                 assert_eq!(gang.attempt, job.attempt, "{id}: INV-1: one attempt at a time");
                 let waits = job.retry_at.is_some();
                 assert_eq!(waits, self.timers.is_set(&Timer::Retry(id)), "{id}: a wait without its timer, or the reverse");
-                assert!(waits || !job.ranks.all_ended(), "{id}: nothing runs and nothing is awaited");
+                assert!(waits || !job.ranks.all_ended() || !gang.spares.is_empty(), "{id}: nothing runs and nothing is awaited");
+                let mut seats: Vec<u32> = gang.seats.iter().copied().chain(gang.spares.iter().map(|spare| spare.seat)).collect();
+                seats.sort_unstable();
+                assert!(seats.windows(2).all(|two| two[0] < two[1]), "{id}: INV-1: two ranks on one seat");
+                let regroups = gang.regroup.is_some();
+                assert_eq!(
+                    regroups,
+                    self.timers.is_set(&Timer::Regroup(id)),
+                    "{id}: a recovery in place without its timer, or the reverse"
+                );
+                assert!(!regroups || state == JobState::Recovering, "{id}: {state} in a recovery in place");
                 assert!(!waits || job.ranks.all_ended(), "{id}: waiting for a restart while ranks live");
             }
             JobState::Succeeded | JobState::Failed | JobState::Stopped => {

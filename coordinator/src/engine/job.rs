@@ -103,6 +103,10 @@ impl Engine {
             resumed_step: None,
             floor: job.progress.reached,
             ending: None,
+            seats: Vec::new(),
+            spares: Vec::new(),
+            next_seat: job.spec.world_size,
+            regroup: None,
         });
         if job.state == JobState::Queued {
             job.state = JobState::Starting;
@@ -118,8 +122,17 @@ impl Engine {
         turn.event(Some(id), "attempt_placed", job.reason.clone(), facts);
         turn.step.record.attempts.push((id, job.attempt_view(None)));
         turn.touched.insert(id);
+        self.fill_spares(turn, id);
+        self.tell_gang(turn, id, None);
+    }
+
+    /// Tells the nodes of a gang, or one of them, who is in it; saying it again starts nothing again.
+    pub(super) fn tell_gang(&self, turn: &mut Turn, id: JobId, only: Option<&everlit_api::ids::NodeId>) {
+        let Some(job) = self.jobs.get(&id) else { return };
         for (node, frame) in job.start_frames(self.config.log_bytes_max) {
-            turn.tell(&node, frame);
+            if only.is_none_or(|only| *only == node) {
+                turn.tell(&node, frame);
+            }
         }
     }
 
@@ -210,6 +223,7 @@ impl Engine {
         }
         self.timers.clear(&Timer::Retry(id));
         self.timers.clear(&Timer::Straggler(id));
+        self.timers.clear(&Timer::Regroup(id));
         job.retry_at = None;
         let Some(gang) = job.gang.take() else { return };
         self.ports.remove(&gang.port);
@@ -269,6 +283,8 @@ impl Job {
                 job: self.id,
                 attempt: gang.attempt,
                 generation: gang.generation,
+                seats: gang.seats.clone(),
+                spares: if group_rank == 0 { gang.spares.iter().map(|spare| spare.seat).collect() } else { Vec::new() },
                 world_size: spec.world_size,
                 first_rank: share.first_rank,
                 count: share.count,

@@ -16,8 +16,10 @@ pub mod command;
 pub mod event;
 mod explain;
 mod gang;
+mod in_place;
 mod invariants;
 mod job;
+mod ladder;
 pub mod ledger;
 pub mod limits;
 mod node;
@@ -144,6 +146,7 @@ impl Engine {
         while let Some(timer) = self.timers.pop_due(turn.now) {
             match timer {
                 Timer::Retry(job) => self.on_retry_due(turn, job),
+                Timer::Regroup(job) => self.on_regroup_due(turn, job),
                 Timer::Straggler(job) => self.on_straggler_due(turn, job),
                 Timer::TimeLimit(job) => self.on_time_limit_due(turn, job),
                 Timer::NodeLost(node) => self.on_node_lost(turn, &node),

@@ -97,22 +97,29 @@ impl Engine {
             let Some(gang) = &job.gang else { continue };
             let shares = gang.placement.iter().filter(|p| p.node == *node);
             let ranks = shares.flat_map(|p| p.first_rank..p.first_rank + p.count);
+            let awaited = gang.regroup.as_ref().map(|regroup| regroup.rank);
+            let incarnation = |seat| Incarnation { job: id, attempt: gang.attempt, rank: seat };
             let missing: Vec<_> = ranks
-                .map(|rank| Incarnation { job: id, attempt: gang.attempt, rank })
-                .filter(|i| !seen.contains(i) && job.ranks.get(i.rank).is_some_and(|r| r.exit.is_none()))
+                .filter(|rank| job.ranks.get(*rank).is_some_and(|r| r.exit.is_none()))
+                .map(|rank| (rank, incarnation(gang.seat(rank))))
+                .filter(|(_, i)| !seen.contains(i))
                 .collect();
             let (started, ending) = (gang.running_at.is_some(), gang.ending.is_some());
+            // The agent may not have heard of the newest membership: it hears again, and starts what it never started.
+            let news = !ending && started && (gang.generation > 0 || !gang.spares.is_empty());
+            let lost_spares: Vec<_> = gang.spares.iter().map(|s| incarnation(s.seat)).filter(|i| ending && !seen.contains(i)).collect();
+            let missing: Vec<_> = missing.into_iter().filter(|(rank, _)| ending || awaited != Some(*rank)).map(|(_, i)| i).collect();
             if !missing.is_empty() && (started || ending) {
                 let why = if started { "its node does not know it any more" } else { "it was stopped before it was started" };
                 for incarnation in missing {
                     self.on_rank_exited(turn, Exited { incarnation, exit: lost_exit(turn.now, why), lost: true });
                 }
-            } else if !missing.is_empty() {
-                for (to, frame) in job.start_frames(self.config.log_bytes_max) {
-                    if to == *node {
-                        turn.tell(&to, frame);
-                    }
-                }
+            } else if !missing.is_empty() || news {
+                self.tell_gang(turn, id, Some(node));
+            }
+            for incarnation in lost_spares {
+                let exit = lost_exit(turn.now, "its node does not know it any more");
+                self.on_outsider_exited(turn, &Exited { incarnation, exit, lost: true });
             }
             let grace = self.jobs.get(&id).map(|j| j.spec.stop_grace).unwrap_or_default();
             if ending && self.jobs.get(&id).is_some_and(|j| j.retry_at.is_none() && j.gang.as_ref().is_some_and(|g| g.ending.is_some())) {
@@ -181,10 +188,15 @@ impl Engine {
 
     /// Nobody can tell any more how the ranks of a gang end: they count as lost.
     pub(super) fn lose_ranks(&mut self, turn: &mut Turn, id: JobId) {
-        let Some(job) = self.jobs.get(&id) else { return };
-        let (attempt, world) = (job.attempt, job.spec.world_size);
-        for rank in 0..world {
-            let incarnation = Incarnation { job: id, attempt, rank };
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let world = job.spec.world_size;
+        let Some(gang) = job.gang.as_mut() else { return };
+        // What may still run there is stopped when the node is back.
+        gang.spares.clear();
+        let attempt = gang.attempt;
+        let seats: Vec<u32> = (0..world).map(|rank| gang.seat(rank)).collect();
+        for seat in seats {
+            let incarnation = Incarnation { job: id, attempt, rank: seat };
             self.on_rank_exited(turn, Exited { incarnation, exit: lost_exit(turn.now, "its node was lost"), lost: true });
         }
     }

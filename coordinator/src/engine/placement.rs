@@ -54,6 +54,8 @@ pub struct Taken {
 pub struct Need {
     /// Ranks.
     pub ranks: u32,
+    /// Spares beside them, which hold as much but no GPU.
+    pub spares: u32,
     /// Thousandths of a CPU per rank.
     pub cpu_milli: u64,
     /// Bytes per rank.
@@ -93,6 +95,7 @@ impl Need {
         let estimate = memory_estimate(spec).filter(|_| spec.resources.memory == 0);
         Self {
             ranks: spec.world_size,
+            spares: spec.restart.spares,
             cpu_milli: (spec.resources.cpus * 1_000.0).ceil() as u64,
             memory: spec.resources.memory,
             gpus,
@@ -101,8 +104,9 @@ impl Need {
         }
     }
 
-    /// What `count` ranks of it hold, with these GPUs.
+    /// What `count` ranks of it and its spares hold, with these GPUs.
     pub fn taken(&self, count: u32, gpus: &[u32]) -> Taken {
+        let count = count.saturating_add(self.spares);
         let count_wide = u64::from(count);
         Taken {
             ranks: count,
@@ -198,7 +202,7 @@ impl Node {
         }
         let each = if gpus.is_empty() { device.saturating_add(snapshots) } else { snapshots };
         let memory = self.capacity.memory;
-        if each.saturating_mul(u64::from(need.ranks)) > memory {
+        if each.saturating_mul(u64::from(need.ranks) + u64::from(need.spares)) > memory {
             return Err(format!("needs {} for each of {} ranks ({hint}), has {} of memory", gib(each), need.ranks, gib(memory)));
         }
         Ok(())
@@ -265,7 +269,7 @@ mod tests {
     }
 
     fn need(ranks: u32) -> Need {
-        Need { ranks, cpu_milli: 0, memory: 0, gpus: 0, gpus_optional: false, estimate: Estimate::default() }
+        Need { ranks, spares: 0, cpu_milli: 0, memory: 0, gpus: 0, gpus_optional: false, estimate: Estimate::default() }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use everlit_api::status::JobState;
 use everlit_api::time::Timestamp;
 
 use super::command::JobRow;
-use super::limits::{CHECK_ALL_MS, SERIES_EVERY_MS};
+use super::limits::{CHECK_ALL_MS, REGROUP_MAX_MS, SERIES_EVERY_MS};
 use super::placement::{Need, Node};
 use super::progress::Series;
 use super::state::{Job, ROW_VERSION, Ranks};
@@ -123,6 +123,9 @@ impl Engine {
             for share in &gang.placement {
                 self.nodes.entry(share.node.clone()).or_default().take(&need.taken(share.count, &share.gpus));
             }
+        }
+        if let Some(regroup) = job.gang.as_ref().and_then(|gang| gang.regroup.as_ref()) {
+            self.timers.set(Timer::Regroup(id), Timestamp(regroup.since.0 + REGROUP_MAX_MS).max(now));
         }
         if let Some(limit) = job.spec.time_limit
             && let Some(since) = job.started_at.or(job.gang.as_ref().map(|g| g.placed_at))

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use everlit_api::ids::{JobId, NodeId};
+use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::JobSpec;
 use everlit_api::manifest::Phase;
 use everlit_api::rank::{Cause, RankExit, RankState};
@@ -95,6 +95,81 @@ pub struct Gang {
     pub floor: u64,
     /// Why it is ending.
     pub ending: Option<Ending>,
+    /// Seat of each rank, in rank order; empty while each rank has that of its own number.
+    #[serde(default)]
+    pub seats: Vec<u32>,
+    /// Started ranks that wait.
+    #[serde(default)]
+    pub spares: Vec<Spare>,
+    /// What the next process gets as its seat.
+    #[serde(default)]
+    pub next_seat: u32,
+    /// The recovery in place that is under way.
+    #[serde(default)]
+    pub regroup: Option<Regroup>,
+}
+
+/// A started rank that waits. What its process does is told again by its agent after a restart.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Spare {
+    /// Its seat.
+    pub seat: u32,
+    /// Its own process id.
+    #[serde(skip)]
+    pub pid: Option<u32>,
+    /// What it says it does.
+    #[serde(skip)]
+    pub phase: Option<Phase>,
+    /// When its last heartbeat was seen.
+    #[serde(skip)]
+    pub beat_at: Option<Timestamp>,
+}
+
+/// A recovery in place that is under way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Regroup {
+    /// The rank whose process was replaced.
+    pub rank: u32,
+    /// When.
+    pub since: Timestamp,
+    /// What had happened to it.
+    pub cause: Cause,
+}
+
+/// What a process of the current attempt is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// A member.
+    Rank(u32),
+    /// It waits.
+    Spare,
+    /// It was a member, and another has its place.
+    Former,
+}
+
+impl Gang {
+    /// The seat of a rank.
+    pub fn seat(&self, rank: u32) -> u32 {
+        self.seats.get(rank as usize).copied().unwrap_or(rank)
+    }
+
+    /// What the process on a seat is now.
+    pub fn role(&self, seat: u32) -> Role {
+        if self.spares.iter().any(|spare| spare.seat == seat) {
+            return Role::Spare;
+        }
+        if self.seats.is_empty() || self.seats.get(seat as usize) == Some(&seat) {
+            return Role::Rank(seat);
+        }
+        // Few ranks ever change their seat, and only those are looked for.
+        self.seats.iter().position(|own| *own == seat).map_or(Role::Former, |rank| Role::Rank(rank as u32))
+    }
+
+    /// Incarnations of all ranks in a share.
+    pub fn incarnations<'a>(&'a self, job: JobId, share: &'a PlacedRanks) -> impl Iterator<Item = Incarnation> + 'a {
+        let ranks = share.first_rank..share.first_rank + share.count;
+        ranks.map(move |rank| Incarnation { job, attempt: self.attempt, rank: self.seat(rank) })
+    }
 }
 
 /// Why an attempt is ending, decided once; a user's stop overrides a failure.
@@ -173,12 +248,29 @@ pub struct Rank {
     /// Step of the last save that it said has failed, and when that was recorded.
     #[serde(default)]
     pub save_failed: Option<(u64, Timestamp)>,
+    /// Whether it can go on with others in place of lost ranks; null before it has tried.
+    #[serde(default)]
+    pub in_place: Option<bool>,
+    /// The membership in which it has done a step.
+    #[serde(default)]
+    pub stepped_in: Option<u32>,
 }
 
 impl Default for Rank {
     fn default() -> Self {
         let state = RankState::Pending;
-        Self { state, pid: None, exit: None, phase: None, step: None, beat_at: None, saves_on_signal: false, save_failed: None }
+        Self {
+            state,
+            pid: None,
+            exit: None,
+            phase: None,
+            step: None,
+            beat_at: None,
+            saves_on_signal: false,
+            save_failed: None,
+            in_place: None,
+            stepped_in: None,
+        }
     }
 }
 
@@ -229,6 +321,18 @@ impl Ranks {
         own.state = if lost { RankState::Lost } else { RankState::Exited };
         own.exit = Some(exit);
         true
+    }
+
+    /// Another process takes a rank's place; `pid`: it lives already.
+    pub fn replace(&mut self, rank: u32, pid: Option<u32>) {
+        let Some(own) = self.list.get_mut(rank as usize) else { return };
+        let old = std::mem::take(own);
+        self.alive -= u32::from(old.pid.is_some());
+        self.ended -= u32::from(old.exit.is_some());
+        self.succeeded -= u32::from(old.state != RankState::Lost && old.exit.as_ref().is_some_and(RankExit::is_success));
+        if let Some(pid) = pid {
+            self.start(rank, pid);
+        }
     }
 
     /// Every rank that lives is being stopped.

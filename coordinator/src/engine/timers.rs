@@ -12,6 +12,8 @@ use everlit_api::time::Timestamp;
 pub enum Timer {
     /// The backoff before the next attempt is over.
     Retry(JobId),
+    /// A recovery in place takes too long.
+    Regroup(JobId),
     /// One rank is done and the others should be by now.
     Straggler(JobId),
     /// The job's `time_limit`.
@@ -46,7 +48,7 @@ impl Timers {
 
     /// Takes back all that concern a job.
     pub fn clear_job(&mut self, job: JobId) {
-        for timer in [Timer::Retry(job), Timer::Straggler(job), Timer::TimeLimit(job)] {
+        for timer in [Timer::Retry(job), Timer::Regroup(job), Timer::Straggler(job), Timer::TimeLimit(job)] {
             self.clear(&timer);
         }
     }

@@ -66,7 +66,7 @@ impl Job {
                 location: format!("{}:{}", c.node, c.path),
             }),
             ranks: self.rank_views(now),
-            spares: Vec::new(),
+            spares: self.spare_views(now),
             submitted_at: self.submitted_at,
             started_at: self.started_at,
             finished_at: self.finished_at,
@@ -93,6 +93,23 @@ impl Job {
                 }
             })
             .collect()
+    }
+}
+
+impl Job {
+    fn spare_views(&self, now: Timestamp) -> Vec<RankView> {
+        let Some(gang) = &self.gang else { return Vec::new() };
+        let spare = |own: &super::state::Spare| RankView {
+            rank: own.seat,
+            node: gang.placement.first().map(|share| share.node.clone()),
+            pid: own.pid,
+            state: if own.pid.is_some() { RankState::Running } else { RankState::Starting },
+            phase: own.phase,
+            step: None,
+            heartbeat_age_seconds: own.beat_at.map(|at| now.since_ms(at) as f64 / 1_000.0),
+            exit: None,
+        };
+        gang.spares.iter().map(spare).collect()
     }
 }
 

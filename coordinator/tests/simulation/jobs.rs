@@ -1,6 +1,6 @@
 //! What users submit: jobs that would end well by themselves, and some that never would.
 
-use everlit_api::job::{JobSpec, Resources};
+use everlit_api::job::{Device, JobSpec, Resources};
 use everlit_api::time::Millis;
 
 use crate::node::SimNode;
@@ -15,6 +15,8 @@ pub struct Script {
     pub save_every: u64,
     /// Ranks of a broken gang end by themselves (Gloo), or block until they are killed (NCCL).
     pub peers_notice: bool,
+    /// The built-in program: ranks of a broken gang wait for another membership.
+    pub in_place: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,9 +59,16 @@ impl Script {
             // A lone rank without heartbeats may else be idle for ever.
             spec.heartbeat.idle_timeout = Some(Millis(random.between(20_000, 120_000)));
         }
+        let in_place = kind == Kind::Trains && world > 1 && random.percent(50);
+        if in_place {
+            let mut worker = JobSpec::default_for(world).worker;
+            worker.iter_mut().for_each(|worker| worker.device = Device::Cpu);
+            (spec.worker, spec.command) = (worker, Vec::new());
+            spec.resources.gpus = 0;
+            spec.restart.spares = random.below(3) as u32;
+        }
         let steps = random.between(5, 150);
-        let script =
-            Self { kind, steps, step_ms: random.between(50, 3_000), save_every: random.between(1, 20), peers_notice: random.percent(70) };
-        (spec, script)
+        let (step_ms, save_every, peers_notice) = (random.between(50, 3_000), random.between(1, 20), random.percent(70));
+        (spec, Self { kind, steps, step_ms, save_every, peers_notice, in_place })
     }
 }

@@ -39,6 +39,9 @@ pub struct SimNode {
     /// `gang.json` by attempt.
     gangs: BTreeMap<(JobId, u32), (GangSpec, Resumed)>,
     pub trainers: BTreeMap<(JobId, u32), u64>,
+    /// The membership whose ranks have met, and the one that has done a step.
+    met: BTreeMap<(JobId, u32), u32>,
+    stepped: BTreeMap<(JobId, u32), u32>,
     pub checkpoints: BTreeMap<JobId, Checkpoints>,
     ended: BTreeSet<JobId>,
 }
@@ -88,6 +91,8 @@ impl SimNode {
             runs: BTreeMap::new(),
             gangs: BTreeMap::new(),
             trainers: BTreeMap::new(),
+            met: BTreeMap::new(),
+            stepped: BTreeMap::new(),
             checkpoints: BTreeMap::new(),
             ended: BTreeSet::new(),
         }
@@ -95,6 +100,21 @@ impl SimNode {
 
     pub fn living(&self) -> impl Iterator<Item = Incarnation> {
         self.runs.iter().filter(|(_, run)| run.is_alive()).map(|(incarnation, _)| *incarnation)
+    }
+
+    /// The gang that a process belongs to, as its agent was told last.
+    pub fn spec(&self, own: Incarnation) -> Option<&GangSpec> {
+        self.gangs.get(&(own.job, own.attempt)).map(|(spec, _)| spec)
+    }
+
+    /// The processes that are ranks now.
+    pub fn members(&self, job: JobId, attempt: u32) -> Vec<Incarnation> {
+        let seats = self.gangs.get(&(job, attempt)).into_iter().flat_map(|(spec, _)| spec.own_seats());
+        seats.map(|(_, seat)| Incarnation { job, attempt, rank: seat }).collect()
+    }
+
+    pub fn has_ended(&self, own: &Incarnation) -> bool {
+        self.runs.get(own).is_none_or(|run| run.exit.is_some())
     }
 
     fn gang_ranks(&self, job: JobId, attempt: u32) -> Vec<Incarnation> {
@@ -216,6 +236,9 @@ impl World {
                     self.soon(2, 300, Happening::RankUp { node, life, boot, incarnation });
                 }
             }
+            Action::Regroup { spec, resumed, fresh } => {
+                self.soon(2, 60, Happening::Regroup { node, life, spec, resumed: Box::new(resumed), fresh });
+            }
             Action::Signal { incarnation, signal } => self.signal(node, incarnation, signal),
             Action::Notify { incarnation, .. } => self.save(node, incarnation.job, incarnation.attempt),
             Action::MarkDrained(incarnation) => {
@@ -247,6 +270,8 @@ impl World {
                 own.gangs.retain(|(other, _), _| *other != job);
                 own.checkpoints.remove(&job);
                 own.trainers.retain(|(other, _), _| *other != job);
+                own.met.retain(|(other, _), _| *other != job);
+                own.stepped.retain(|(other, _), _| *other != job);
                 own.ended.remove(&job);
                 self.soon(1, 50, Happening::AgentFact { node, life, event: Box::new(Event::JobRemoved(job)) });
             }
@@ -293,8 +318,8 @@ impl World {
         let step = kept.steps.last_key_value().map(|(step, _)| *step);
         let quarantined = damaged.into_iter().map(|step| (step, "a flipped bit".to_string())).collect();
         let resumed = Resumed { job, attempt, step, path: step.map(|step| format!("/c/{step}")), from_memory: false, quarantined };
-        for rank in spec.first_rank..spec.first_rank + spec.count {
-            own.runs.insert(Incarnation { job, attempt, rank }, Run::default());
+        for seat in spec.own_seats().map(|(_, seat)| seat).chain(spec.spares.iter().copied()) {
+            own.runs.insert(Incarnation { job, attempt, rank: seat }, Run::default());
         }
         own.gangs.retain(|(other, older), _| {
             *other != job || *older >= attempt || own.runs.keys().any(|run| run.job == job && run.attempt == *older)
@@ -326,17 +351,63 @@ impl World {
             Kind::Trains | Kind::Mute => {}
         }
         self.soon(100, 1_500, Happening::Beat { node, boot, incarnation });
-        let world = self.nodes[node].gangs.get(&(job, attempt)).map_or(0, |(spec, _)| spec.world_size as usize);
-        let living = self.nodes[node].living().filter(|own| own.job == job && own.attempt == attempt).count();
-        if living == world {
-            self.soon(200, 2_000, Happening::GangStep { node, boot, job, attempt });
+        self.meet(node, boot, job, attempt);
+    }
+
+    /// Ranks that all live begin to step, once for each membership.
+    fn meet(&mut self, node: usize, boot: u64, job: JobId, attempt: u32) {
+        let own = &mut self.nodes[node];
+        let members = own.members(job, attempt);
+        let all = members.iter().all(|member| own.runs.get(member).is_some_and(|run| run.is_alive() && !run.hung));
+        let Some(generation) = own.gangs.get(&(job, attempt)).map(|(spec, _)| spec.generation).filter(|_| all) else { return };
+        if own.met.insert((job, attempt), generation) != Some(generation) {
+            self.soon(200, 2_000, Happening::GangStep { node, boot, job, attempt, generation });
+        }
+    }
+
+    /// On a thread of the agent: the ranks that live are told who is with them now.
+    pub fn regroup(&mut self, node: usize, life: u64, spec: GangSpec, resumed: Resumed, fresh: &[u32]) {
+        if self.nodes[node].life != life {
+            return;
+        }
+        let (job, attempt, boot) = (spec.job, spec.attempt, self.nodes[node].boot);
+        let incarnation = |seat: &u32| Incarnation { job, attempt, rank: *seat };
+        if self.nodes[node].disk_full {
+            for own in fresh.iter().map(incarnation) {
+                let exit = no_exit("no space left on device", self.wall(node));
+                self.disturb(job, attempt);
+                self.tell_agent(node, Event::RankEnded { incarnation: own, exit, lost: true });
+            }
+            return;
+        }
+        let own = &mut self.nodes[node];
+        own.gangs.insert((job, attempt), (spec, resumed));
+        for seat in fresh.iter().map(incarnation) {
+            own.runs.insert(seat, Run::default());
+            self.soon(2, 300, Happening::RankUp { node, life, boot, incarnation: seat });
+        }
+        self.meet(node, boot, job, attempt);
+    }
+
+    /// Nobody said who follows a dead rank.
+    pub fn give_up(&mut self, node: usize, boot: u64, incarnation: Incarnation, generation: u32) {
+        let own = &self.nodes[node];
+        let waits = own.spec(incarnation).is_some_and(|spec| spec.generation == generation);
+        if waits && own.members(incarnation.job, incarnation.attempt).iter().any(|member| own.has_ended(member)) {
+            self.after(0, Happening::RankEnd { node, boot, incarnation, code: Some(1), signal: None, lost: false });
         }
     }
 
     /// A sign of life, once a second.
     pub fn beat(&mut self, node: usize, boot: u64, incarnation: Incarnation) {
         let own = &mut self.nodes[node];
-        let step = own.trainers.get(&(incarnation.job, incarnation.attempt)).copied();
+        let key = (incarnation.job, incarnation.attempt);
+        let stepped = own.stepped.get(&key).copied();
+        let (generation, member) =
+            own.spec(incarnation).map_or((0, true), |spec| (spec.generation, spec.rank_of(incarnation.rank).is_some()));
+        // In a later membership a rank tells of steps once it has done one there.
+        let tells = member && (generation == 0 || stepped == Some(generation));
+        let step = own.trainers.get(&key).copied().filter(|_| tells);
         let Some(run) = own.runs.get_mut(&incarnation).filter(|run| run.is_alive() && !run.hung && own.boot == boot) else { return };
         run.seq += 1;
         let seq = run.seq;
@@ -349,7 +420,9 @@ impl World {
                 heartbeat: true,
                 step,
                 total_steps: Some(script.steps),
-                saves_on_signal: true,
+                generation,
+                saves_on_signal: member,
+                in_place: (script.in_place && stepped.is_some()).then_some(true),
                 ..Beat::default()
             };
             Event::HeartbeatRead { incarnation, seq, beat: Box::new(beat), save_error: None }
@@ -359,10 +432,11 @@ impl World {
     }
 
     /// One update of a gang of which every rank takes part; a rank that is dead or stopped blocks the others.
-    pub fn gang_step(&mut self, node: usize, boot: u64, job: JobId, attempt: u32) {
-        let ranks = self.nodes[node].gang_ranks(job, attempt);
+    pub fn gang_step(&mut self, node: usize, boot: u64, job: JobId, attempt: u32, generation: u32) {
+        let ranks = self.nodes[node].members(job, attempt);
         let own = &mut self.nodes[node];
-        let world = own.gangs.get(&(job, attempt)).map_or(0, |(spec, _)| spec.world_size as usize);
+        let spec = own.gangs.get(&(job, attempt)).filter(|(spec, _)| spec.generation == generation);
+        let world = spec.map_or(0, |(spec, _)| spec.world_size as usize);
         let takes_part = |own: &Incarnation, runs: &BTreeMap<Incarnation, Run>| {
             runs.get(own).is_some_and(|run| run.is_alive() && !run.hung && !run.ending)
         };
@@ -373,6 +447,7 @@ impl World {
         let Some(step) = own.trainers.get_mut(&(job, attempt)) else { return };
         *step = (*step + 1).min(script.steps);
         let step = *step;
+        self.nodes[node].stepped.insert((job, attempt), generation);
         let done = step >= script.steps;
         if script.kind == Kind::Trains && (done || step.is_multiple_of(script.save_every)) {
             self.save(node, job, attempt);
@@ -382,7 +457,7 @@ impl World {
                 self.soon(1, 100, Happening::RankEnd { node, boot, incarnation, code: Some(0), signal: None, lost: false });
             }
         } else {
-            self.soon(script.step_ms / 2 + 1, script.step_ms * 2, Happening::GangStep { node, boot, job, attempt });
+            self.soon(script.step_ms / 2 + 1, script.step_ms * 2, Happening::GangStep { node, boot, job, attempt, generation });
         }
     }
 
@@ -446,11 +521,17 @@ impl World {
     }
 
     fn peers_of_a_dead_rank(&mut self, node: usize, boot: u64, dead: Incarnation) {
-        if !self.scripts[&dead.job].peers_notice {
+        let script = &self.scripts[&dead.job];
+        let (notice, in_place) = (script.peers_notice, script.in_place);
+        let own = &self.nodes[node];
+        let generation = own.spec(dead).map_or(0, |spec| spec.generation);
+        if !(notice || in_place) || own.spec(dead).is_some_and(|spec| spec.rank_of(dead.rank).is_none()) {
             return;
         }
-        for incarnation in self.nodes[node].gang_ranks(dead.job, dead.attempt) {
-            if self.nodes[node].runs.get(&incarnation).is_some_and(|run| run.is_alive() && !run.hung) {
+        for incarnation in self.nodes[node].members(dead.job, dead.attempt) {
+            if in_place {
+                self.after(15_000, Happening::GiveUp { node, boot, incarnation, generation });
+            } else if self.nodes[node].runs.get(&incarnation).is_some_and(|run| run.is_alive() && !run.hung) {
                 self.soon(5, 400, Happening::RankEnd { node, boot, incarnation, code: Some(1), signal: None, lost: false });
             }
         }

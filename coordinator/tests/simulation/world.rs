@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use everlit_api::agent::{FromAgent, GangSpec, ToAgent};
+use everlit_api::agent::{FromAgent, GangSpec, Resumed, ToAgent};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_worker::agent::engine::Event as AgentEvent;
 
@@ -85,6 +85,22 @@ pub enum Happening {
         boot: u64,
         job: JobId,
         attempt: u32,
+        generation: u32,
+    },
+    /// An agent brings a membership about.
+    Regroup {
+        node: usize,
+        life: u64,
+        spec: Box<GangSpec>,
+        resumed: Box<Resumed>,
+        fresh: Vec<u32>,
+    },
+    /// A rank has waited for another membership for too long.
+    GiveUp {
+        node: usize,
+        boot: u64,
+        incarnation: Incarnation,
+        generation: u32,
     },
     /// A process ends by itself or by a signal; `lost`: nobody saw how.
     RankEnd {
@@ -302,7 +318,9 @@ impl World {
             Happening::Prepare { node, life, spec } => self.prepare(node, life, *spec),
             Happening::RankUp { node, life, boot, incarnation } => self.rank_up(node, life, boot, incarnation),
             Happening::Beat { node, boot, incarnation } => self.beat(node, boot, incarnation),
-            Happening::GangStep { node, boot, job, attempt } => self.gang_step(node, boot, job, attempt),
+            Happening::GangStep { node, boot, job, attempt, generation } => self.gang_step(node, boot, job, attempt, generation),
+            Happening::Regroup { node, life, spec, resumed, fresh } => self.regroup(node, life, *spec, *resumed, &fresh),
+            Happening::GiveUp { node, boot, incarnation, generation } => self.give_up(node, boot, incarnation, generation),
             Happening::RankEnd { node, boot, incarnation, code, signal, lost } => {
                 self.rank_end(node, boot, incarnation, code, signal, lost);
             }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use everlit_api::agent::log::LogStart;
-use everlit_api::agent::{Beat, CheckpointNews, FromAgent, GangSpec, Hello};
+use everlit_api::agent::{Beat, CheckpointNews, FromAgent, GangSpec, Hello, Resumed};
 use everlit_api::ids::{Incarnation, JobId};
 use everlit_api::status::NodeLoad;
 use tokio::sync::{Semaphore, mpsc};
@@ -104,6 +104,7 @@ impl Effects {
             Action::Say(frame) => self.say(&frame),
             Action::Prepare(spec) => self.prepare(spec),
             Action::Spawn { job, attempt } => self.spawn(job, attempt),
+            Action::Regroup { spec, resumed, fresh } => self.regroup(spec, resumed, fresh),
             Action::Signal { incarnation, signal } => self.ranks.signal(incarnation, signal),
             Action::Notify { incarnation, signal } => self.ranks.notify(incarnation, signal),
             Action::FreeSnapshots { job, committed, attempt } => {
@@ -151,6 +152,20 @@ impl Effects {
         self.watch_job(job);
         let node = self.node.clone();
         self.work(move || Done::Spawned(start::spawn(&node, prepared)));
+    }
+
+    fn regroup(&mut self, spec: Box<GangSpec>, resumed: Resumed, fresh: Vec<u32>) {
+        for (rank, seat) in spec.own_seats().filter(|(rank, seat)| rank != seat && !fresh.contains(seat)) {
+            self.ranks.rename(Incarnation { job: spec.job, attempt: spec.attempt, rank: seat }, rank);
+        }
+        let node = self.node.clone();
+        self.work(move || {
+            let incarnation = |seat: &u32| Incarnation { job: spec.job, attempt: spec.attempt, rank: *seat };
+            Done::Spawned(match start::regroup(&node, &spec, resumed, &fresh) {
+                Ok(prepared) => start::spawn(&node, prepared),
+                Err(refused) => fresh.iter().map(|seat| (incarnation(seat), Err(io::Error::other(refused.reason.clone())))).collect(),
+            })
+        });
     }
 
     pub(super) fn watch_job(&mut self, job: JobId) {

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use everlit_api::agent::{GangSpec, Program};
-use everlit_api::environment::{RESERVED, SNAPSHOT_DIR};
+use everlit_api::environment::{RESERVED, SEAT, SNAPSHOT_DIR, SPARE};
 
 /// What is passed on from the agent's own environment.
 pub(super) const PASSED: [&str; 4] = ["PATH", "HOME", "LANG", "LD_LIBRARY_PATH"];
@@ -29,17 +29,19 @@ pub(super) struct Paths<'a> {
     pub snapshots: Option<&'a Path>,
 }
 
-/// The environment of the `local`-th rank here. `own`: the agent's variables named in [`PASSED`]. `node_has_gpus`: then a job sees only the
-/// GPUs granted to it, which may be none.
+/// The environment of the process on a seat of this node: a rank, or a spare, whose rank is its seat until it gets one. `own`: the agent's
+/// variables named in [`PASSED`]. `node_has_gpus`: then a job sees only the GPUs granted to it, which may be none.
 pub(super) fn environment(
     spec: &GangSpec,
-    local: u32,
+    seat: u32,
     paths: Paths<'_>,
     resume_from: Option<&str>,
     own: &BTreeMap<String, String>,
     node_has_gpus: bool,
 ) -> BTreeMap<String, String> {
-    let rank = spec.first_rank + local;
+    let place = spec.rank_of(seat);
+    let rank = place.unwrap_or(seat);
+    let local = rank.saturating_sub(spec.first_rank);
     let mut env = own.clone();
     env.insert("PYTHONUNBUFFERED".into(), "1".into());
     if spec.count > 1 {
@@ -80,6 +82,12 @@ pub(super) fn environment(
     set("EVERLIT_RESUME_FROM", resume_from.unwrap_or_default().into());
     set("EVERLIT_DATA_SHARDS", path(paths.shards));
     set("EVERLIT_RENDEZVOUS", format!("dir:{}", paths.rendezvous.display()));
+    if matches!(spec.program, Program::Worker { .. }) {
+        set(SEAT, seat.to_string());
+    }
+    if place.is_none() {
+        set(SPARE, "1".into());
+    }
     if let Some(snapshots) = paths.snapshots {
         set(SNAPSHOT_DIR, path(snapshots));
     }
@@ -108,6 +116,8 @@ pub(crate) mod tests {
             job: JobId::from_parts(1, 2),
             attempt: 1,
             generation: 0,
+            seats: Vec::new(),
+            spares: Vec::new(),
             world_size,
             first_rank: 0,
             count: world_size,
@@ -132,7 +142,7 @@ pub(crate) mod tests {
         }
     }
 
-    fn text(spec: &GangSpec, local: u32, node_has_gpus: bool) -> String {
+    fn text(spec: &GangSpec, seat: u32, node_has_gpus: bool) -> String {
         let at = |path| Path::new(path);
         let paths = Paths {
             heartbeat: at("/r/HEARTBEAT"),
@@ -143,7 +153,7 @@ pub(crate) mod tests {
             snapshots: Some(at("/dev/shm/s")),
         };
         let own = BTreeMap::from([("PATH".to_string(), "/bin".to_string())]);
-        let env = environment(spec, local, paths, Some("/c/step-000000000100"), &own, node_has_gpus);
+        let env = environment(spec, seat, paths, Some("/c/step-000000000100"), &own, node_has_gpus);
         env.iter().map(|(name, value)| format!("{name}={value}\n")).collect()
     }
 
@@ -188,7 +198,7 @@ pub(crate) mod tests {
             TORCH_NCCL_ASYNC_ERROR_HANDLING=1
             WORLD_SIZE=4
         "#]]
-        .assert_eq(&text(&spec, 1, true));
+        .assert_eq(&text(&spec, 3, true));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Where everything is in the agent's data folder. Names only: nothing here touches a disk.
 //!
-//! `jobs/<job>/` holds `runs/a<attempt>-r<rank>/` (one incarnation), `attempts/a<n>/`, `checkpoints/` and `logs/`; `ended` marks a final job.
+//! `jobs/<job>/` holds `runs/a<attempt>-r<seat>/` (one incarnation), `attempts/a<n>/`, `checkpoints/` and `logs/`; `ended` marks a final job.
 
 use std::path::{Path, PathBuf};
 

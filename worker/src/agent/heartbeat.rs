@@ -75,7 +75,9 @@ pub(super) fn parse(text: &[u8], incarnation: Incarnation) -> Result<Heard, &'st
     }
     let value: serde_json::Value = serde_json::from_slice(text).map_err(|_| "it is not JSON")?;
     let seq = value["seq"].as_u64().ok_or("it has no `seq`")?;
-    for (name, own) in [("rank", incarnation.rank), ("attempt", incarnation.attempt)] {
+    // A process that took another's place has that one's rank, and says so.
+    let place = if value["seat"].is_null() { "rank" } else { "seat" };
+    for (name, own) in [(place, incarnation.rank), ("attempt", incarnation.attempt)] {
         match &value[name] {
             serde_json::Value::Null => {}
             other if other.as_u64() == Some(u64::from(own)) => {}
@@ -99,6 +101,7 @@ pub(super) fn parse(text: &[u8], incarnation: Incarnation) -> Result<Heard, &'st
             .take(METRICS_MAX)
             .collect(),
         saves_on_signal: value["saves_on_signal"] == true,
+        in_place: value["in_place"].as_bool(),
         age_ms: 0,
     };
     let reason = || {

@@ -247,7 +247,7 @@ mod tests {
 
         fn commit(&self, step: u64) {
             let dir = self.node.folders.checkpoints(self.spec.job);
-            let draft = checkpoint::begin(&dir, step, 1).unwrap();
+            let draft = checkpoint::begin(&dir, step, 1, 0).unwrap();
             fs::write(draft.join("w.safetensors"), "weights").unwrap();
             let mut manifest = manifest(&self.spec.job.to_string(), 1, step);
             manifest.files = vec![checkpoint::describe_file(&draft.join("w.safetensors")).unwrap()];

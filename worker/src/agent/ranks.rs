@@ -103,6 +103,11 @@ impl Ranks {
         self.order(incarnation, &format!("notify {signal}\n"));
     }
 
+    /// From now on its output is that of this rank. A shim of before this order ignores it.
+    pub(super) fn rename(&mut self, incarnation: Incarnation, rank: u32) {
+        self.order(incarnation, &format!("rank {rank}\n"));
+    }
+
     fn order(&mut self, incarnation: Incarnation, order: &str) {
         let Some(entry) = self.table.get_mut(&incarnation) else { return };
         if let Err(error) = entry.orders.write_all(order.as_bytes()) {

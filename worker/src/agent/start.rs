@@ -12,7 +12,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use everlit_api::agent::{GangSpec, Program, Resumed};
+use everlit_api::agent::{GangSpec, MEMBERS_NAME, Members, Program, Resumed};
 use everlit_api::ids::Incarnation;
 use everlit_api::job::WorkerSpec;
 use everlit_api::time::Millis;
@@ -135,42 +135,75 @@ pub(super) fn prepare(node: &Node, spec: &GangSpec) -> Result<Prepared, Refused>
     if let Program::Worker { worker, .. } = &spec.program {
         write_settings(&attempt.join(WORKER_NAME), spec, worker)?;
     }
-    let mut ranks = Vec::new();
-    for local in 0..spec.count {
-        let incarnation = Incarnation { job: spec.job, attempt: spec.attempt, rank: spec.first_rank + local };
-        let folder = folders.run(incarnation);
-        make_folder(&folder)?;
-        let shards = folder.join(SHARDS_NAME);
-        fs::write(&shards, environment::shards_of(spec, incarnation.rank)).map_err(failed("write", &shards))?;
-        let (heartbeat, error) = (folder.join(HEARTBEAT_NAME), folder.join(ERROR_NAME));
-        let paths = Paths {
-            heartbeat: &heartbeat,
-            error: &error,
-            shards: &shards,
-            checkpoints: &checkpoints,
-            rendezvous: &rendezvous,
-            snapshots: snapshots.as_deref(),
-        };
-        let env = environment::environment(spec, local, paths, resumed.path.as_deref(), &node.env, node.has_gpus);
-        let env: Result<Vec<CString>, Refused> = env.iter().map(|(name, value)| c_string(&format!("{name}={value}"), name)).collect();
-        let shim = Spec {
-            rank: incarnation.rank,
-            attempt: spec.attempt,
-            logs: folders.logs(spec.job),
-            log_bytes_max: spec.log_bytes_max,
-            workdir: spec.workdir.as_ref().map(PathBuf::from),
-            open_files: node.open_files,
-            argv: argv.clone(),
-            env: env?,
-        };
-        ranks.push((incarnation, folder, shim));
-    }
+    let from = resumed.path.as_deref();
+    let seats = spec.own_seats().map(|(_, seat)| seat).chain(spec.spares.iter().copied());
+    let ranks: Result<Vec<_>, _> = seats.map(|seat| prepare_rank(node, spec, seat, &argv, from, snapshots.as_deref())).collect();
+    let ranks = ranks?;
+    write_gang(node, spec, &resumed)?;
+    remove_older_attempts(folders, spec, known);
+    Ok(Prepared { resumed, ranks })
+}
+
+/// One process's run folder, and what its shim is told.
+fn prepare_rank(
+    node: &Node,
+    spec: &GangSpec,
+    seat: u32,
+    argv: &[CString],
+    from: Option<&str>,
+    snapshots: Option<&Path>,
+) -> Result<(Incarnation, PathBuf, Spec), Refused> {
+    let folders = &node.folders;
+    let incarnation = Incarnation { job: spec.job, attempt: spec.attempt, rank: seat };
+    let rank = spec.rank_of(seat).unwrap_or(seat);
+    let folder = folders.run(incarnation);
+    make_folder(&folder)?;
+    let shards = folder.join(SHARDS_NAME);
+    fs::write(&shards, environment::shards_of(spec, rank)).map_err(failed("write", &shards))?;
+    let paths = Paths {
+        heartbeat: &folder.join(HEARTBEAT_NAME),
+        error: &folder.join(ERROR_NAME),
+        shards: &shards,
+        checkpoints: &folders.checkpoints(spec.job),
+        rendezvous: &folders.rendezvous(spec.job, spec.attempt),
+        snapshots,
+    };
+    let env = environment::environment(spec, seat, paths, from, &node.env, node.has_gpus);
+    let env: Result<Vec<CString>, Refused> = env.iter().map(|(name, value)| c_string(&format!("{name}={value}"), name)).collect();
+    let shim = Spec {
+        rank,
+        attempt: spec.attempt,
+        logs: folders.logs(spec.job),
+        log_bytes_max: spec.log_bytes_max,
+        workdir: spec.workdir.as_ref().map(PathBuf::from),
+        open_files: node.open_files,
+        argv: argv.to_vec(),
+        env: env?,
+    };
+    Ok((incarnation, folder, shim))
+}
+
+fn write_gang(node: &Node, spec: &GangSpec, resumed: &Resumed) -> Result<(), Refused> {
     let mut kept = spec.clone();
     kept.env.clear();
     let file = GangFile { boot_id: node.boot_id.clone(), spec: kept, resumed: resumed.clone() };
     let text = serde_json::to_vec(&file).map_err(|error| Refused::forever(error.to_string()))?;
-    write_whole(&attempt.join(GANG_NAME), &text)?;
-    remove_older_attempts(folders, spec, known);
+    write_whole(&node.folders.attempt(spec.job, spec.attempt).join(GANG_NAME), &text)
+}
+
+/// A running gang has other members: makes ready what starts, and tells who lives. `gang.json` is written before the ranks are told, so
+/// that an agent after this one knows at least as much as they do.
+pub(super) fn regroup(node: &Node, spec: &GangSpec, resumed: Resumed, fresh: &[u32]) -> Result<Prepared, Refused> {
+    let folders = &node.folders;
+    let argv = argv(node, spec, &folders.attempt(spec.job, spec.attempt))?;
+    let snapshots = node.memory.make(spec);
+    let ranks: Result<Vec<_>, _> = fresh.iter().map(|seat| prepare_rank(node, spec, *seat, &argv, None, snapshots.as_deref())).collect();
+    let ranks = ranks?;
+    write_gang(node, spec, &resumed)?;
+    let seats = (0..spec.world_size).map(|rank| spec.seat(rank)).collect();
+    let members = serde_json::to_vec(&Members { generation: spec.generation, seats });
+    let members = members.map_err(|error| Refused::forever(error.to_string()))?;
+    write_whole(&folders.rendezvous(spec.job, spec.attempt).join(MEMBERS_NAME), &members)?;
     Ok(Prepared { resumed, ranks })
 }
 

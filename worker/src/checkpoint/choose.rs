@@ -148,7 +148,7 @@ pub fn prune(dir: &Path, keep: u32) -> Result<Vec<u64>, CheckpointError> {
             continue;
         }
         // Under a draft's name first: a half removed one must not look committed.
-        let grave = dir.join(draft_folder(found.step, 0));
+        let grave = dir.join(draft_folder(found.step, 0, 0));
         remove_tree(&grave)?;
         match fs::rename(&found.path, &grave) {
             Ok(()) => removed.push((found.step, grave)),

@@ -17,14 +17,17 @@ use rayon::prelude::*;
 
 use super::fence::{self, Locked};
 use super::verify::{NO_SHA256, check_files, chunks, hash_chunk, hex_sha256, is_plain_name, open_regular, read_manifest, verify};
-use super::{CheckpointError, MANIFEST_NAME, draft_attempt, draft_folder, io_error, step_folder};
+use super::{CheckpointError, MANIFEST_NAME, draft_folder, draft_owner, io_error, step_folder};
 
-/// Makes the draft folder of a step, or empties what this attempt left under that name. One rank calls it, before any
-/// writes. Refused when a later attempt is fenced in.
-pub fn begin(dir: &Path, step: u64, attempt: u32) -> Result<PathBuf, CheckpointError> {
+/// Makes the draft folder of a step, or empties what this membership left under that name; what those before it in the attempt left
+/// goes. One rank calls it, before any writes. Refused when a later attempt is fenced in.
+pub fn begin(dir: &Path, step: u64, attempt: u32, generation: u32) -> Result<PathBuf, CheckpointError> {
     fence::make_dir(dir)?;
     fence::check(dir, attempt)?;
-    let draft = dir.join(draft_folder(step, attempt));
+    if generation > 0 {
+        sweep(dir, |own, before| own == attempt && before < generation)?;
+    }
+    let draft = dir.join(draft_folder(step, attempt, generation));
     remove_tree(&draft)?;
     fs::create_dir(&draft).map_err(io_error("create", &draft))?;
     Ok(draft)
@@ -175,6 +178,10 @@ fn place_locked(draft: &Path, place: &Path, manifest: &Manifest, _held: &Locked)
 
 /// Removes the drafts of attempts below `below_attempt`, and what an interrupted removal left; answers how many.
 pub fn sweep_drafts(dir: &Path, below_attempt: u32) -> Result<usize, CheckpointError> {
+    sweep(dir, |attempt, _| attempt < below_attempt)
+}
+
+fn sweep(dir: &Path, old: impl Fn(u32, u32) -> bool) -> Result<usize, CheckpointError> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
@@ -183,7 +190,7 @@ pub fn sweep_drafts(dir: &Path, below_attempt: u32) -> Result<usize, CheckpointE
     let mut removed = 0;
     for entry in entries {
         let entry = entry.map_err(io_error("list", dir))?;
-        if entry.file_name().to_str().and_then(draft_attempt).is_some_and(|attempt| attempt < below_attempt) {
+        if entry.file_name().to_str().and_then(draft_owner).is_some_and(|(attempt, generation)| old(attempt, generation)) {
             remove_tree(&entry.path())?;
             removed += 1;
         }

@@ -89,16 +89,19 @@ pub fn folder_step(name: &str) -> Option<u64> {
     (step_folder(step) == name).then_some(step)
 }
 
-/// The draft's name; attempt 0 marks what is being removed.
-pub fn draft_folder(step: u64, attempt: u32) -> String {
-    format!(".draft-{}-a{attempt}", step_folder(step))
+/// The draft's name; attempt 0 marks what is being removed. Each membership has drafts of its own: who is left of one before may still
+/// write to those.
+pub fn draft_folder(step: u64, attempt: u32, generation: u32) -> String {
+    let membership = if generation == 0 { String::new() } else { format!("g{generation}") };
+    format!(".draft-{}-a{attempt}{membership}", step_folder(step))
 }
 
-/// The attempt of a draft's name, if it is one.
-pub(crate) fn draft_attempt(name: &str) -> Option<u32> {
-    let (step, attempt) = name.strip_prefix(".draft-")?.rsplit_once("-a")?;
+/// Attempt and membership of a draft's name, if it is one.
+pub(crate) fn draft_owner(name: &str) -> Option<(u32, u32)> {
+    let (step, owner) = name.strip_prefix(".draft-")?.rsplit_once("-a")?;
     folder_step(step)?;
-    attempt.parse().ok()
+    let (attempt, generation) = owner.split_once('g').unwrap_or((owner, "0"));
+    Some((attempt.parse().ok()?, generation.parse().ok()?))
 }
 
 /// All committed checkpoints in `dir`, newest first, unverified. A missing folder has none.
@@ -138,9 +141,10 @@ mod tests {
     }
 
     #[test]
-    fn drafts_name_their_attempt() {
-        assert_eq!(draft_attempt(&draft_folder(100, 7)), Some(7));
-        assert_eq!(draft_attempt(".draft-step-100-a7"), None);
-        assert_eq!(draft_attempt("step-000000000100"), None);
+    fn drafts_name_their_owner() {
+        assert_eq!(draft_owner(&draft_folder(100, 7, 0)), Some((7, 0)));
+        assert_eq!(draft_owner(&draft_folder(100, 7, 12)), Some((7, 12)));
+        assert_eq!(draft_owner(".draft-step-100-a7"), None);
+        assert_eq!(draft_owner("step-000000000100"), None);
     }
 }

@@ -183,7 +183,7 @@ impl Whole {
 
     /// Commits it to a job's checkpoints in the name of `attempt`, which is the fencing token.
     pub fn persist(&self, checkpoints: &Path, attempt: u32) -> Result<PathBuf, CheckpointError> {
-        let draft = begin(checkpoints, self.step(), attempt)?;
+        let draft = begin(checkpoints, self.step(), attempt, 0)?;
         for (slot, name) in self.named() {
             fs::copy(slot, draft.join(name)).map_err(io_error("copy", slot))?;
         }

@@ -1,6 +1,6 @@
 //! The shim's side of its control connections: the one it was born with, and those of later agents through `shim.sock`.
 //!
-//! To an agent go state lines ([`super::state`]); from it come lines `hello VERSION`, `signal NUMBER`, `notify NUMBER` and `kill`. An agent that connects late
+//! To an agent go state lines ([`super::state`]); from it come lines `hello VERSION`, `signal NUMBER`, `notify NUMBER`, `rank NUMBER` and `kill`. An agent that connects late
 //! is told everything that was said so far. Nothing here blocks: an agent that does not read is dropped, and can connect again.
 
 use std::io::{self, Read, Write};
@@ -24,6 +24,8 @@ pub(super) enum Order {
     Signal(i32),
     /// Send this signal to the rank's own process and to nothing that it started.
     Notify(i32),
+    /// From now on the output is that of this rank.
+    Rename(u32),
     /// Kill the group.
     Kill,
 }
@@ -115,6 +117,7 @@ fn parse(line: &[u8]) -> Option<Order> {
         ("kill", None) => Some(Order::Kill),
         ("signal", Some(text)) => number(text).map(Order::Signal),
         ("notify", Some(text)) => number(text).map(Order::Notify),
+        ("rank", Some(text)) => text.parse().ok().map(Order::Rename),
         _ => None,
     }
 }
@@ -128,6 +131,10 @@ mod tests {
         assert_eq!(parse(b"signal 15"), Some(Order::Signal(15)));
         assert_eq!(parse(b"notify 10"), Some(Order::Notify(10)));
         assert_eq!(parse(b"kill"), Some(Order::Kill));
+        assert_eq!(parse(b"rank 65535"), Some(Order::Rename(65_535)));
+        for line in [&b"rank -1"[..], b"rank", b"rank x"] {
+            assert_eq!(parse(line), None, "{line:?}");
+        }
         for line in [&b"hello 1"[..], b"signal", b"signal 0", b"signal 999", b"signal -9", b"notify 65", b"kill all", b"", b"\xff"] {
             assert_eq!(parse(line), None, "{line:?}");
         }

@@ -64,6 +64,11 @@ impl Output {
         self.pipes[1].file = Some(stderr.into());
     }
 
+    /// The rank took another one's place: what comes from now on is that one's.
+    pub(super) fn rename(&mut self, rank: u32) {
+        self.rank = rank;
+    }
+
     /// The last output, for the exit record.
     pub(super) fn tail(&self) -> &[u8] {
         &self.tail

@@ -163,6 +163,7 @@ impl Shim {
             match order {
                 Order::Signal(number) => rank::signal(rank, number),
                 Order::Notify(number) => rank::notify(rank, number),
+                Order::Rename(number) => self.output.rename(number),
                 Order::Kill => rank::signal(rank, Signal::SIGKILL as i32),
             }
         }

@@ -26,7 +26,7 @@ impl CollectiveError {
     /// Whether a rank of the group is gone or does not answer, as far as their words tell.
     pub fn is_peer_lost(&self) -> bool {
         let text = self.0.to_lowercase();
-        ["gloo", "nccl", "connection", "closed by peer", "timed out", "timeout", "aborted", "broken pipe", "socket"]
+        ["gloo", "nccl", "rendezvous", "connection", "closed by peer", "timed out", "timeout", "aborted", "broken pipe", "socket"]
             .iter()
             .any(|word| text.contains(word))
     }
@@ -64,6 +64,8 @@ unsafe extern "C" {
     fn everlit_group_abort(group: *mut c_void) -> c_int;
     fn everlit_group_check(group: *mut c_void) -> c_int;
     fn everlit_group_all_reduce(group: *mut c_void, tensor: *mut c_void) -> c_int;
+    fn everlit_group_send(group: *mut c_void, tensor: *mut c_void, to: c_int) -> c_int;
+    fn everlit_group_receive(group: *mut c_void, tensor: *mut c_void, from: c_int) -> c_int;
     fn everlit_reducer_new(
         group: *mut c_void,
         tensors: *const *mut c_void,
@@ -217,6 +219,22 @@ impl Group {
     pub fn all_reduce(&self, tensor: &Tensor) -> Result<(), CollectiveError> {
         // SAFETY: `raw` and the tensor are valid; libtorch keeps its own reference.
         check(unsafe { everlit_group_all_reduce(self.raw, tensor.as_ptr().cast_mut().cast()) })
+    }
+}
+
+impl Group {
+    /// Sends a tensor in the machine's memory to another rank, which must receive one of the same size.
+    pub fn send(&self, tensor: &Tensor, to: u32) -> Result<(), CollectiveError> {
+        let to = c_int::try_from(to).map_err(|_| CollectiveError("too many ranks".into()))?;
+        // SAFETY: `raw` and the tensor are valid; libtorch keeps its own reference.
+        check(unsafe { everlit_group_send(self.raw, tensor.as_ptr().cast_mut().cast(), to) })
+    }
+
+    /// Fills a tensor with what another rank sends. After an error what is in it is undefined.
+    pub fn receive(&self, tensor: &Tensor, from: u32) -> Result<(), CollectiveError> {
+        let from = c_int::try_from(from).map_err(|_| CollectiveError("too many ranks".into()))?;
+        // SAFETY: `raw` and the tensor are valid; libtorch keeps its own reference.
+        check(unsafe { everlit_group_receive(self.raw, tensor.as_ptr().cast_mut().cast(), from) })
     }
 }
 

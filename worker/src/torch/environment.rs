@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use everlit_api::environment::SNAPSHOT_DIR;
+use everlit_api::environment::{SEAT, SNAPSHOT_DIR, SPARE};
 
 use super::TrainError;
 
@@ -23,8 +23,12 @@ pub struct Environment {
     pub job_id: String,
     /// From 1; `None` when running alone.
     pub attempt: Option<u32>,
-    /// Membership of the process group.
+    /// Membership of the process group that this process was started for; 0: all begin together.
     pub generation: u32,
+    /// This process's number within its attempt.
+    pub seat: u32,
+    /// It waits until it is given a rank.
+    pub spare: bool,
     /// Where the agent looks for signs of life.
     pub heartbeat_file: Option<PathBuf>,
     /// Where checkpoints are committed.
@@ -54,7 +58,8 @@ impl Environment {
         };
         let rank = number("RANK")?.unwrap_or(0);
         let world = number("WORLD_SIZE")?.unwrap_or(1);
-        if rank >= world {
+        let spare = text(SPARE).is_some();
+        if rank >= world && !spare {
             return Err(TrainError::Config(format!("RANK is {rank}, but WORLD_SIZE is {world}")));
         }
         let rendezvous = text("EVERLIT_RENDEZVOUS");
@@ -73,6 +78,8 @@ impl Environment {
             job_id: text("EVERLIT_JOB_ID").unwrap_or_default(),
             attempt: number("EVERLIT_ATTEMPT")?,
             generation: number("EVERLIT_GENERATION")?.unwrap_or(0),
+            seat: number(SEAT)?.unwrap_or(rank),
+            spare,
             heartbeat_file: text("EVERLIT_HEARTBEAT_FILE").map(PathBuf::from),
             checkpoint_dir: text("EVERLIT_CHECKPOINT_DIR").map(PathBuf::from),
             snapshot_dir: text(SNAPSHOT_DIR).map(PathBuf::from),

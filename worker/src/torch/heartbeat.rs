@@ -3,7 +3,7 @@
 //! The training loop only changes numbers under a mutex; a thread of its own writes the file, at most ten times a second
 //! and at least once a second, so that a slow disk never slows a step. The same thread looks at SIGTERM: before training
 //! there is nothing to save and the process ends at once; in a step that does not return (a peer is gone or stuck) it
-//! aborts the process group, which gives the training loop its error.
+//! aborts the process group, which gives the training loop its error. So it does when another membership holds.
 
 use std::fs;
 use std::path::PathBuf;
@@ -15,6 +15,7 @@ use everlit_api::manifest::{Heartbeat, Phase, SaveError};
 use everlit_api::time::Timestamp;
 
 use super::c10d::Group;
+use super::rendezvous::Meeting;
 use super::{EXIT_TERMINATED, environment::Environment, signals};
 
 const WRITE_INTERVAL_MIN: Duration = Duration::from_millis(100);
@@ -35,12 +36,16 @@ struct State {
     longest_step: Duration,
     longest_save: Option<Duration>,
     group: Option<Arc<Group>>,
+    /// Whether `group` was aborted.
+    aborted: bool,
 }
 
 struct Shared {
     state: Mutex<State>,
     wake: Condvar,
     path: Option<PathBuf>,
+    /// Where later memberships are said.
+    meeting: Option<Meeting>,
 }
 
 /// The sign of life of this process. Dropping it writes the last state.
@@ -56,6 +61,7 @@ impl Pulse {
             seq: 0,
             pid: std::process::id(),
             rank: environment.rank,
+            seat: (environment.seat != environment.rank).then_some(environment.seat),
             attempt: environment.attempt.unwrap_or(0),
             generation: environment.generation,
             phase: Some(Phase::Init),
@@ -64,14 +70,16 @@ impl Pulse {
             samples: None,
             loss: None,
             metrics: Default::default(),
-            saves_on_signal: environment.checkpoint_dir.is_some(),
+            saves_on_signal: environment.checkpoint_dir.is_some() && !environment.spare,
+            in_place: None,
             save_error: None,
             time: None,
         };
         let (since, longest_step) = (Instant::now(), Duration::ZERO);
-        let state = State { beat, changed: false, ended: false, since, longest_step, longest_save: None, group: None };
+        let state = State { beat, changed: false, ended: false, since, longest_step, longest_save: None, group: None, aborted: false };
         let path = environment.heartbeat_file.clone();
-        let shared = Arc::new(Shared { state: Mutex::new(state), wake: Condvar::new(), path });
+        let meeting = environment.rendezvous.as_deref().and_then(|address| Meeting::at(address).ok());
+        let shared = Arc::new(Shared { state: Mutex::new(state), wake: Condvar::new(), path, meeting });
         shared.write();
         let own = shared.clone();
         let thread = std::thread::Builder::new().name("heartbeat".into()).spawn(move || own.run()).ok();
@@ -134,9 +142,49 @@ impl Pulse {
         state.changed = true;
     }
 
-    /// The group to abort when a step is blocked after SIGTERM.
+    /// The group to abort when a step is blocked after SIGTERM, or another membership holds.
     pub fn watch(&self, group: Arc<Group>) {
-        self.shared.lock().group = Some(group);
+        let mut state = self.shared.lock();
+        (state.group, state.aborted) = (Some(group), false);
+    }
+
+    /// The group is gone; nothing is done until the next membership.
+    pub fn leave(&self) {
+        let mut state = self.shared.lock();
+        state.group = None;
+        state.beat.phase = Some(Phase::Load);
+        state.changed = true;
+        state.since = Instant::now();
+    }
+
+    /// Another membership: what was done in the one before says nothing about this one.
+    pub fn join(&self, environment: &Environment, generation: u32) {
+        let mut state = self.shared.lock();
+        state.beat.rank = environment.rank;
+        state.beat.seat = (environment.seat != environment.rank).then_some(environment.seat);
+        state.beat.generation = generation;
+        state.beat.step = None;
+        state.beat.saves_on_signal = environment.checkpoint_dir.is_some();
+        state.changed = true;
+    }
+
+    /// For a thread that tells one thing later.
+    pub fn handle(&self) -> PulseHandle {
+        PulseHandle { shared: self.shared.clone() }
+    }
+}
+
+/// What another thread may tell.
+pub struct PulseHandle {
+    shared: Arc<Shared>,
+}
+
+impl PulseHandle {
+    /// Whether this rank can go on with others in place of lost ones.
+    pub fn in_place(&self, can: bool) {
+        let mut state = self.shared.lock();
+        state.beat.in_place = Some(can);
+        state.changed = true;
     }
 }
 
@@ -160,16 +208,19 @@ impl Shared {
     fn run(&self) {
         let mut written = Instant::now();
         let mut terminating: Option<Instant> = None;
-        let mut aborted = false;
         loop {
             let state = self.lock();
             if state.ended {
                 return;
             }
-            let (state, _) = self.wake.wait_timeout(state, WRITE_INTERVAL_MIN).unwrap_or_else(PoisonError::into_inner);
+            let (mut state, _) = self.wake.wait_timeout(state, WRITE_INTERVAL_MIN).unwrap_or_else(PoisonError::into_inner);
             if signals::terminate_requested() {
                 let told = *terminating.get_or_insert_with(Instant::now);
-                self.on_terminating(&state, told, &mut aborted);
+                on_terminating(&mut state, told);
+            }
+            let generation = state.beat.generation;
+            if state.group.is_some() && self.meeting.as_ref().is_some_and(|meeting| meeting.after(generation).is_some()) {
+                abort(&mut state);
             }
             let age = written.elapsed();
             let due = (state.changed && age >= WRITE_INTERVAL_MIN) || age >= WRITE_INTERVAL_MAX;
@@ -177,26 +228,6 @@ impl Shared {
             if due {
                 self.write();
                 written = Instant::now();
-            }
-        }
-    }
-
-    fn on_terminating(&self, state: &State, told: Instant, aborted: &mut bool) {
-        let patience = match (state.beat.phase, state.longest_save) {
-            (Some(Phase::Init | Phase::Load), _) => end_now("told to end before the first step: nothing to save"),
-            (Some(Phase::Checkpoint), longest) => SAVE_BLOCKED_AFTER.max(3 * longest.unwrap_or(SAVE_UNKNOWN)),
-            (Some(Phase::Train), _) => BLOCKED_AFTER.max(3 * state.longest_step),
-            _ => return,
-        };
-        let blocked = state.since.max(told).elapsed();
-        if let Some(group) = &state.group {
-            if blocked >= patience && !*aborted {
-                *aborted = true;
-                if let Err(error) = group.abort() {
-                    eprintln!("could not abort the process group: {error}");
-                }
-            } else if blocked >= patience + BLOCKED_AFTER {
-                end_now("told to end while a peer was stuck: not saved");
             }
         }
     }
@@ -213,6 +244,34 @@ impl Shared {
         let draft = path.with_extension("tmp");
         // A heartbeat that can't be written shows as silence, which is the truth about this node's disk.
         let _ = fs::write(&draft, text).and_then(|()| fs::rename(&draft, path));
+    }
+}
+
+fn on_terminating(state: &mut State, told: Instant) {
+    let patience = match (state.beat.phase, state.longest_save) {
+        (Some(Phase::Init | Phase::Load), _) => end_now("told to end before the first step, or between two memberships: not saved"),
+        (Some(Phase::Checkpoint), longest) => SAVE_BLOCKED_AFTER.max(3 * longest.unwrap_or(SAVE_UNKNOWN)),
+        (Some(Phase::Train), _) => BLOCKED_AFTER.max(3 * state.longest_step),
+        _ => return,
+    };
+    let blocked = state.since.max(told).elapsed();
+    if state.group.is_none() || blocked < patience {
+        return;
+    }
+    if !state.aborted {
+        abort(state);
+    } else if blocked >= patience + BLOCKED_AFTER {
+        end_now("told to end while a peer was stuck: not saved");
+    }
+}
+
+/// Gives a step that does not return its error.
+fn abort(state: &mut State) {
+    if let Some(group) = state.group.as_ref().filter(|_| !state.aborted) {
+        if let Err(error) = group.abort() {
+            eprintln!("could not abort the process group: {error}");
+        }
+        state.aborted = true;
     }
 }
 

@@ -1,7 +1,8 @@
 //! How ranks find each other: a folder that the agent makes for each attempt, and in it one small file per key.
 //!
 //! A value appears by rename, whole or not at all, and stays when its writer dies. Keys live under the generation, so a
-//! new membership never sees an old one's. Waiting is short polling: a rank waits here once per start, for milliseconds.
+//! new membership never sees an old one's. Waiting is short polling: a rank waits here once per membership, for milliseconds.
+//! Who is in a membership after the first the agent says, in one file; a wait for others ends when a later one is said.
 //! Knows no sockets; Gloo stores its addresses through this.
 
 use std::fs;
@@ -9,15 +10,43 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use everlit_api::agent::{MEMBERS_NAME, Members};
+
 use super::TrainError;
 
 const POLL_FIRST: Duration = Duration::from_micros(500);
 const POLL_MAX: Duration = Duration::from_millis(10);
 
+/// Where the agent says who is in the newest membership.
+#[derive(Debug, Clone)]
+pub struct Meeting {
+    file: PathBuf,
+}
+
+impl Meeting {
+    /// From `dir:<path>`, as the agent gives it.
+    pub fn at(address: &str) -> Result<Self, TrainError> {
+        Ok(Self { file: folder_of(address)?.join(MEMBERS_NAME) })
+    }
+
+    /// The newest membership, if it came after `generation`.
+    pub fn after(&self, generation: u32) -> Option<Members> {
+        let members: Members = serde_json::from_slice(&fs::read(&self.file).ok()?).ok()?;
+        (members.generation > generation).then_some(members)
+    }
+}
+
+fn folder_of(address: &str) -> Result<&Path, TrainError> {
+    let path = address.strip_prefix("dir:").filter(|path| !path.is_empty());
+    path.map(Path::new).ok_or_else(|| TrainError::Config(format!("EVERLIT_RENDEZVOUS is `{address}`, not `dir:<path>`")))
+}
+
 /// One rank's view of a membership.
 #[derive(Debug)]
 pub struct Rendezvous {
     folder: PathBuf,
+    meeting: Meeting,
+    generation: u32,
     rank: u32,
     world: u32,
 }
@@ -25,11 +54,9 @@ pub struct Rendezvous {
 impl Rendezvous {
     /// From `dir:<path>`, as the agent gives it.
     pub fn open(address: &str, generation: u32, rank: u32, world: u32) -> Result<Self, TrainError> {
-        let path = address.strip_prefix("dir:").filter(|path| !path.is_empty());
-        let path = path.ok_or_else(|| TrainError::Config(format!("EVERLIT_RENDEZVOUS is `{address}`, not `dir:<path>`")))?;
-        let folder = Path::new(path).join(format!("g{generation}"));
+        let folder = folder_of(address)?.join(format!("g{generation}"));
         fs::create_dir_all(&folder).map_err(|error| TrainError::failed(format!("could not create `{}`: {error}", folder.display())))?;
-        Ok(Self { folder, rank, world })
+        Ok(Self { folder, meeting: Meeting::at(address)?, generation, rank, world })
     }
 
     /// This rank.
@@ -49,7 +76,7 @@ impl Rendezvous {
         fs::rename(&draft, self.folder.join(file_name(key)))
     }
 
-    /// Waits for a value.
+    /// Waits for a value; an error of kind `Interrupted` says that a later membership holds by now.
     pub fn get(&self, key: &str, timeout: Duration) -> io::Result<Vec<u8>> {
         let path = self.folder.join(file_name(key));
         let deadline = Instant::now() + timeout;
@@ -61,6 +88,9 @@ impl Rendezvous {
             }
             if Instant::now() >= deadline {
                 return Err(io::ErrorKind::TimedOut.into());
+            }
+            if pause == POLL_MAX && self.meeting.after(self.generation).is_some() {
+                return Err(io::ErrorKind::Interrupted.into());
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(POLL_MAX);
@@ -84,6 +114,9 @@ impl Rendezvous {
             match self.get(&key(rank), deadline.saturating_duration_since(Instant::now())) {
                 Ok(text) => texts.push(String::from_utf8_lossy(&text).into_owned()),
                 Err(error) if error.kind() == io::ErrorKind::TimedOut => missing.push(rank),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                    return Err(TrainError::PeerLost(format!("rendezvous: another membership holds, rank {rank} did not say `{what}`")));
+                }
                 Err(error) => return Err(TrainError::failed(format!("rendezvous: could not read rank {rank}'s {what}: {error}"))),
             }
         }
@@ -139,5 +172,22 @@ mod tests {
         }
         assert_eq!(open(2).gather("hello", "2", Duration::from_millis(100)).unwrap(), ["0", "1", "2"]);
         assert!(!Rendezvous::open(&address, 1, 0, 3).unwrap().has("hello/0"), "a generation sees only its own");
+    }
+
+    #[test]
+    fn a_wait_ends_when_a_later_membership_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = format!("dir:{}", dir.path().display());
+        let write = |generation| {
+            let members = serde_json::to_vec(&Members { generation, seats: vec![0, 2] }).unwrap();
+            fs::write(dir.path().join(MEMBERS_NAME), members).unwrap();
+        };
+        write(1);
+        let own = Rendezvous::open(&address, 1, 0, 2).unwrap();
+        assert!(own.gather("hello", "", Duration::from_millis(50)).unwrap_err().to_string().contains("within 0 s: 1"));
+        write(2);
+        assert!(own.gather("hello", "", Duration::from_secs(600)).unwrap_err().to_string().contains("another membership"));
+        assert_eq!(Meeting::at(&address).unwrap().after(1).unwrap().generation, 2);
+        assert_eq!(Meeting::at(&address).unwrap().after(2), None);
     }
 }

@@ -91,7 +91,8 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
     let workdir = top.read("workdir", path);
     let log_metrics = policies::log_metrics(&mut top);
     let resources = top.object("resources", policies::resources);
-    let restart = top.object("restart", policies::restart);
+    let in_place = kind == JobKind::Train && command.is_none() && world_size > 1;
+    let restart = top.object("restart", |fields| policies::restart(fields, in_place));
     let heartbeat = top.object("heartbeat", policies::heartbeat);
     let checkpoint = top.object("checkpoint", checkpoint);
     let data = top.object("data", |data| DataSpec { shards: data.list("shards", SHARDS_MAX, path).unwrap_or_default() });

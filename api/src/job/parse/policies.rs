@@ -13,6 +13,7 @@ use crate::time::Millis;
 const CPUS_MAX: f64 = 65_536.0;
 const GPUS_MAX: u64 = 1024;
 const RESTARTS_MAX: u64 = 1_000_000;
+const SPARES_MAX: u64 = 64;
 const LOG_METRICS_MAX: usize = 16;
 const PATTERN_BYTES_MAX: usize = 1024;
 /// Compiled bytes of one pattern at most.
@@ -41,10 +42,15 @@ fn is_zero(value: &Value) -> bool {
     value.as_u64() == Some(0)
 }
 
-pub(super) fn restart(fields: &mut Reader<'_, '_>) -> RestartPolicy {
+/// `in_place`: the job is the built-in program in training, with ranks that hold each other's state.
+pub(super) fn restart(fields: &mut Reader<'_, '_>, in_place: bool) -> RestartPolicy {
     let defaults = RestartPolicy::default();
-    if fields.read("spares", |v| integer(v, 0, RESTARTS_MAX)).is_some_and(|spares| spares > 0) {
-        fields.refuse("spares", "spare ranks are not built: leave it out or set it to 0".into());
+    let needs = "needs the built-in training program with a world_size of at least 2";
+    if !in_place && fields.get("spares").and_then(Value::as_u64).is_some_and(|spares| spares > 0) {
+        fields.fault("spares", format!("{needs}: leave it out or set it to 0"));
+    }
+    if !in_place && fields.get("scope").and_then(Value::as_str) == Some("in_place") {
+        fields.fault("scope", format!("in_place {needs}: use \"auto\" or \"gang\""));
     }
     fields.not_built("on", |v| v.as_object().is_some_and(serde_json::Map::is_empty), "an action per cause is not built");
     RestartPolicy {
@@ -53,6 +59,7 @@ pub(super) fn restart(fields: &mut Reader<'_, '_>) -> RestartPolicy {
             as u32,
         backoff: fields.object("backoff", backoff),
         scope: scope(fields),
+        spares: fields.read_or("spares", 0, |v| integer(v, 0, SPARES_MAX)) as u32,
         heal_after: fields.read_or("heal_after", defaults.heal_after, |v| duration(v, SECOND, MONTH)),
         no_retry_exit_codes: fields
             .list("no_retry_exit_codes", 256, |v| integer(v, 0, 255).map(|code| code as i32))
@@ -61,11 +68,12 @@ pub(super) fn restart(fields: &mut Reader<'_, '_>) -> RestartPolicy {
 }
 
 fn scope(fields: &mut Reader<'_, '_>) -> RestartScope {
-    if let Some(other @ ("rank" | "in_place")) = fields.get("scope").and_then(Value::as_str) {
-        fields.refuse("scope", format!("scope {other} is not built: use \"auto\" or \"gang\""));
+    if fields.get("scope").and_then(Value::as_str) == Some("rank") {
+        fields.refuse("scope", "scope rank is not built: use \"auto\", \"gang\" or \"in_place\"".into());
         return RestartScope::Auto;
     }
-    fields.read_or("scope", RestartScope::Auto, |v| choice(v, &[("auto", RestartScope::Auto), ("gang", RestartScope::Gang)]))
+    let scopes = [("auto", RestartScope::Auto), ("gang", RestartScope::Gang), ("in_place", RestartScope::InPlace)];
+    fields.read_or("scope", RestartScope::Auto, |v| choice(v, &scopes))
 }
 
 fn backoff(fields: &mut Reader<'_, '_>) -> Backoff {

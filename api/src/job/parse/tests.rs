@@ -74,7 +74,7 @@ fn what_is_not_built_is_refused_as_such() {
         json!({
             "world_size": 4, "min_world_size": 2, "kind": "serve", "image": "x", "replicas": 1, "engine": "vllm", "model": "m", "port": 1,
             "health": {}, "autoscale": {}, "log_policies": [{}], "checkpoint": {"to": "s3://b"},
-            "restart": {"scope": "rank", "spares": 1, "on": {"exit": "stop"}},
+            "restart": {"scope": "rank", "spares": 0, "on": {"exit": "stop"}},
             "resources": {"gpu_memory": "8Gi", "gpus": 0.5},
         }),
         expect![[r#"
@@ -82,9 +82,8 @@ fn what_is_not_built_is_refused_as_such() {
             - /kind kind serve is not built: only "train" and "evaluate" are
             - /resources/gpu_memory sharing a GPU by memory is not built: use resources.gpus
             - /resources/gpus fractions of a GPU are not built: give a whole number
-            - /restart/spares spare ranks are not built: leave it out or set it to 0
             - /restart/on an action per cause is not built
-            - /restart/scope scope rank is not built: use "auto" or "gang"
+            - /restart/scope scope rank is not built: use "auto", "gang" or "in_place"
             - /checkpoint/to checkpoints go to the node's data folder; object storage is not built
             - /image containers are not built: give a command that is installed on the nodes
             - /replicas belongs to kind serve, which is not built
@@ -302,6 +301,19 @@ fn resources_read_sizes_and_refuse_nonsense() {
 }
 
 #[test]
+fn only_what_can_recover_in_place_has_spares() {
+    check(
+        json!({"command": ["true"], "world_size": 2, "restart": {"scope": "in_place", "spares": 1}}),
+        expect![[r#"
+            x /restart/spares needs the built-in training program with a world_size of at least 2: leave it out or set it to 0
+            x /restart/scope in_place needs the built-in training program with a world_size of at least 2: use "auto" or "gang"
+        "#]],
+    );
+    let restart = parse(&json!({"world_size": 2, "restart": {"scope": "in_place", "spares": 1}})).unwrap().restart;
+    assert_eq!((restart.scope, restart.spares), (RestartScope::InPlace, 1));
+}
+
+#[test]
 fn policies_are_checked() {
     check(
         json!({"restart": {"max_restarts": -1, "max_start_failures": 0, "no_retry_exit_codes": [1, 256, "x"], "backoff": {"initial": "1m"}, "scope": "all"},
@@ -310,7 +322,7 @@ fn policies_are_checked() {
             x /restart/max_restarts must be a whole number from 0 to 1000000
             x /restart/max_start_failures must be a whole number from 1 to 1000000
             x /restart/backoff/initial is longer than restart.backoff.max (30s)
-            x /restart/scope must be one of "auto", "gang"
+            x /restart/scope must be one of "auto", "gang", "in_place"
             x /restart/no_retry_exit_codes/1 must be a whole number from 0 to 255
             x /restart/no_retry_exit_codes/2 must be a whole number from 0 to 255, not a text
             x /heartbeat/timeout must be from 1s to 1d
@@ -488,13 +500,13 @@ prop_compose! {
 prop_compose! {
     fn policies()(
         max_restarts in 0u32..1000, max_start_failures in 1u32..1000, initial in 0u64..86_400_000, more in 0u64..1000, factor in 1.0f64..100.0,
-        jitter in 0.0f64..1.0, scope in proptest::sample::select(vec![RestartScope::Auto, RestartScope::Gang]), heal in 1_000u64..2_000_000_000,
+        jitter in 0.0f64..1.0, scope in proptest::sample::select(vec![RestartScope::Auto, RestartScope::Gang]), spares in 0u32..64, heal in 1_000u64..2_000_000_000,
         codes in proptest::collection::vec(0i32..256, 0..5), timeout in 1_000u64..86_400_000,
         idle in proptest::option::of(1_000u64..2_000_000_000), required in any::<bool>(),
     ) -> (RestartPolicy, HeartbeatPolicy) {
         let max = (initial + more).min(86_400_000);
         let backoff = Backoff { initial: Millis(initial), factor, max: Millis(max), jitter };
-        let restart = RestartPolicy { max_restarts, max_start_failures, backoff, scope, heal_after: Millis(heal), no_retry_exit_codes: codes };
+        let restart = RestartPolicy { max_restarts, max_start_failures, backoff, scope, spares, heal_after: Millis(heal), no_retry_exit_codes: codes };
         let (idle_timeout, progress_timeout) = (idle.map(Millis), idle.map(|ms| Millis(ms + 1)));
         (restart, HeartbeatPolicy { timeout: Millis(timeout), startup_timeout: Millis(timeout), idle_timeout, progress_timeout, required })
     }
@@ -515,13 +527,16 @@ prop_compose! {
 
 prop_compose! {
     fn spec()(world in 1u32..=WORLD_SIZE_MAX)(
-        world in Just(world), (worker, command) in program(world), (restart, heartbeat) in policies(), texts in texts(),
+        world in Just(world), (worker, command) in program(world), (mut restart, heartbeat) in policies(), texts in texts(),
         cpus in 0.0f64..100.0, memory in 0u64..1 << 50, gpus in 0u32..=1024, every_steps in 1..=STEPS_MAX, keep in 1u32..=1000,
         every in proptest::option::of(proptest::option::of(1_000u64..=86_400_000)), measures in any::<bool>(),
         grace in 0u64..86_400_000, limit in proptest::option::of(1_000u64..3_153_600_000_000),
     ) -> JobSpec {
         let every = every.map(|time| time.map_or(CheckpointInterval::Auto(Auto::Auto), |ms| CheckpointInterval::Time(Millis(ms))));
         let measurable = measures && worker.is_some() && texts.resume_from.is_some();
+        if measurable || worker.is_none() || world < 2 {
+            restart.spares = 0;
+        }
         JobSpec {
             kind: if measurable { JobKind::Evaluate } else { JobKind::Train },
             world_size: world, worker, command, restart, heartbeat, resources: Resources { cpus, memory, gpus },

@@ -1,6 +1,7 @@
 //! INV-3: nothing is acted on before it is durable.
 
 use everlit_api::agent::ToAgent;
+use everlit_coordinator::engine::state::Role;
 
 use super::Seen;
 use crate::world::World;
@@ -9,7 +10,12 @@ pub fn saw(world: &World, seen: &Seen<'_>) -> Result<(), String> {
     let store = &world.coordinator.store;
     match seen {
         Seen::Told { frame: ToAgent::StartGang(spec), .. } => {
-            let known = store.read(spec.job).map_or(0, |job| job.attempt);
+            let stored = store.read(spec.job);
+            let known = stored.as_ref().map_or(0, |job| job.attempt);
+            let membership = stored.and_then(|job| job.gang).filter(|gang| gang.attempt == spec.attempt).map(|gang| gang.generation);
+            if membership.is_some_and(|known| known < spec.generation) {
+                return Err(format!("INV-3: membership {} of job {} is ordered and not on the disk", spec.generation, spec.job.as_u128()));
+            }
             if known < spec.attempt && !store.deleted.contains(&spec.job) {
                 return Err(format!(
                     "INV-3: attempt {} of job {} is ordered and not on the disk ({known})",
@@ -21,7 +27,8 @@ pub fn saw(world: &World, seen: &Seen<'_>) -> Result<(), String> {
         Seen::Told { frame: ToAgent::Forget { incarnations }, .. } => {
             for own in incarnations {
                 let Some(job) = store.active.get(&own.job).and_then(|_| store.read(own.job)) else { continue };
-                let over = job.attempt > own.attempt || job.gang.is_none() || job.retry_at.is_some();
+                let outsider = job.gang.as_ref().is_some_and(|gang| gang.role(own.rank) == Role::Former);
+                let over = job.attempt > own.attempt || job.gang.is_none() || job.retry_at.is_some() || outsider;
                 if !over {
                     return Err(format!("INV-3: the end of {own} is to be forgotten and its attempt's end is not on the disk"));
                 }

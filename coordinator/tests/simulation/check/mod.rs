@@ -75,7 +75,12 @@ impl Seen<'_> {
                 format!("written [{}] {}", rows.join(", "), events.join(" | "))
             }
             Self::Told { node, frame: ToAgent::StartGang(spec) } => {
-                format!("told {node}: start attempt {} of {}", spec.attempt, spec.job.as_u128())
+                let seats: Vec<u32> = spec.own_seats().map(|(_, seat)| seat).collect();
+                let (attempt, generation, spares) = (spec.attempt, spec.generation, &spec.spares);
+                format!(
+                    "told {node}: start attempt {attempt} of {}, membership {generation} {seats:?}, spares {spares:?}",
+                    spec.job.as_u128()
+                )
             }
             other => format!("{other:?}"),
         }

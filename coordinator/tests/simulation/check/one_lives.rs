@@ -2,13 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use everlit_api::ids::JobId;
+use everlit_api::ids::{Incarnation, JobId};
 
 use super::Seen;
+use crate::node::SimNode;
 use crate::world::World;
 
 /// A node that has been linked for so long has been told what is not wanted there, and has acted on it.
 const TOLD_MS: u64 = 30_000;
+
+fn is_former(node: &SimNode, own: Incarnation, fresh: Incarnation) -> bool {
+    (own.job, own.attempt) == (fresh.job, fresh.attempt) && own != fresh && node.spec(own).is_some_and(|spec| !spec.wants(own.rank))
+}
 
 #[derive(Debug, Default)]
 pub struct OneLives {
@@ -27,6 +32,10 @@ impl OneLives {
             }
             Seen::RankUp { incarnation } => {
                 for (number, node) in world.nodes.iter().enumerate() {
+                    // One attempt is on one node: what is no member there any more is gone before its successor starts.
+                    if let Some(former) = node.living().find(|own| is_former(node, *own, *incarnation)) {
+                        return Err(format!("INV-1: {incarnation} starts while {former}, which it replaces, lives"));
+                    }
                     let told = world.reached_since(number).is_some_and(|since| world.now >= since + TOLD_MS);
                     let other = node
                         .living()

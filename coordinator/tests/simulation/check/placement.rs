@@ -20,7 +20,7 @@ pub fn saw(world: &World, seen: &Seen<'_>) -> Result<(), String> {
             return Err(format!("INV-9: {placed} of {} ranks of job {} are placed", job.spec.world_size, job.id.as_u128()));
         }
         for share in &gang.placement {
-            *ranks.entry(share.node.0.as_str()).or_default() += share.count;
+            *ranks.entry(share.node.0.as_str()).or_default() += share.count + job.spec.restart.spares;
             for gpu in &share.gpus {
                 if !gpus.insert((share.node.0.clone(), *gpu)) {
                     return Err(format!("INV-9: GPU {gpu} of {} is granted twice", share.node));

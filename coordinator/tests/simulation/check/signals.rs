@@ -34,7 +34,9 @@ impl Signals {
                 let unwanted = known.is_none_or(|job| job.gang.is_none_or(|gang| gang.attempt != attempt));
                 let drain = self.drains.get(&world.nodes[*node].id).copied().flatten().is_some_and(|at| world.now <= at + DRAIN_MS);
                 let disturbed = world.disturbed.contains(&(job, attempt)) || self.reasons.contains(&(job, attempt));
-                if !(unwanted || drain || disturbed) {
+                // A spare waits for its gang, and is not needed when that is through.
+                let through = world.nodes[*node].members(job, attempt).iter().all(|own| world.nodes[*node].has_ended(own));
+                if !(unwanted || drain || disturbed || through) {
                     return Err(format!("INV-4: signal {signal} to {incarnation}, to which nothing has happened"));
                 }
             }

@@ -140,6 +140,15 @@ pub enum Action {
     Say(FromAgent),
     /// Decide where a gang starts and make its folders; answer `GangPrepared` or `GangRefused`.
     Prepare(Box<GangSpec>),
+    /// Bring a membership about: tell the ranks that live, and start those that were never started.
+    Regroup {
+        /// The gang as it is now.
+        spec: Box<GangSpec>,
+        /// What the attempt began from.
+        resumed: Resumed,
+        /// Seats to start.
+        fresh: Vec<u32>,
+    },
     /// Start the ranks of a prepared gang.
     Spawn {
         /// Which job.

@@ -16,6 +16,7 @@ use everlit_api::time::{Millis, Timestamp};
 use super::limits::{BEATS_EVERY_MS, DRAIN_PATIENCE_MS, FORGET_PATIENCE_MS};
 
 mod event;
+mod membership;
 mod pace;
 mod rank;
 mod saves;
@@ -40,6 +41,8 @@ struct Gang {
     ranks: BTreeMap<u32, Rank>,
     /// The snapshot that it resumed from is not needed any more.
     snapshot_freed: bool,
+    /// A membership that holds once nobody lives who is not in it.
+    membership: Option<Box<GangSpec>>,
 }
 
 #[derive(Debug, PartialEq)]
@@ -56,7 +59,7 @@ impl Gang {
 
     fn new(spec: GangSpec, stage: Stage, ranks: impl IntoIterator<Item = u32>) -> Self {
         let ranks = ranks.into_iter().map(|rank| (rank, Rank::default())).collect();
-        Self { spec, stage, resumed: None, kill_at: None, ranks, snapshot_freed: false }
+        Self { spec, stage, resumed: None, kill_at: None, ranks, snapshot_freed: false, membership: None }
     }
 }
 
@@ -162,7 +165,7 @@ impl Engine {
         match event {
             Event::Linked => self.on_linked(now, &mut out),
             Event::Unlinked => self.on_unlinked(now, &mut out),
-            Event::GangOrdered(spec) => self.on_gang_ordered(*spec, &mut out),
+            Event::GangOrdered(spec) => self.on_gang_ordered(now, *spec, &mut out),
             Event::StopOrdered { job, attempt, grace } => self.on_stop_ordered(now, job, attempt, grace, &mut out),
             Event::ForgetOrdered(incarnations) => self.on_forget_ordered(&incarnations, &mut out),
             Event::RemoveOrdered(job) => drop(self.leaving.insert(job, true)),
@@ -244,14 +247,15 @@ impl Engine {
         }
     }
 
-    fn on_gang_ordered(&mut self, spec: GangSpec, out: &mut Vec<Action>) {
+    fn on_gang_ordered(&mut self, now: u64, spec: GangSpec, out: &mut Vec<Action>) {
         let (job, attempt) = (spec.job, spec.attempt);
         if let Some(gang) = self.gangs.get(&(job, attempt)) {
             if let Stage::Refused { reason, permanent } = &gang.stage {
                 let (reason, permanent) = (reason.clone(), *permanent);
                 out.push(Action::Say(FromAgent::StartFailed { job, attempt, reason, permanent }));
+                return;
             }
-            return;
+            return self.on_membership_ordered(now, spec);
         }
         if self.newest.get(&job).is_some_and(|newest| attempt <= *newest) {
             return;
@@ -270,8 +274,8 @@ impl Engine {
         self.gangs.retain(|(own, older), gang| *own != job || *older >= attempt || !matches!(gang.stage, Stage::Refused { .. }));
         let mut kept = spec.clone();
         kept.env.clear();
-        let ranks = spec.first_rank..spec.first_rank.saturating_add(spec.count);
-        self.gangs.insert((job, attempt), Gang::new(kept, Stage::Preparing, ranks));
+        let seats: Vec<u32> = spec.own_seats().map(|(_, seat)| seat).chain(spec.spares.iter().copied()).collect();
+        self.gangs.insert((job, attempt), Gang::new(kept, Stage::Preparing, seats));
         out.push(Action::Prepare(Box::new(spec)));
     }
 
@@ -282,6 +286,7 @@ impl Engine {
         gang.resumed = Some(resumed.clone());
         out.push(Action::Say(FromAgent::Resumed(resumed)));
         if gang.kill_at.is_none() {
+            gang.ranks.values_mut().for_each(|own| own.spawned = true);
             out.push(Action::Spawn { job, attempt });
             return;
         }
@@ -296,6 +301,7 @@ impl Engine {
         *newest = spec.attempt.max(*newest);
         let mut gang = Gang::new(spec, Stage::Running, ranks);
         gang.resumed = resumed;
+        gang.ranks.values_mut().for_each(|own| own.spawned = true);
         self.gangs.insert((gang.spec.job, gang.spec.attempt), gang);
     }
 

@@ -22,6 +22,8 @@ pub(super) struct Rank {
     pub(super) end: Option<(RankExit, bool)>,
     pub(super) beat: Option<(u64, Beat)>,
     pub(super) judged: Option<Verdict>,
+    /// Its start was ordered, by this agent or by one before it.
+    pub(super) spawned: bool,
     /// SIGTERM or SIGKILL was sent.
     pub(super) termed: bool,
     pub(super) killed: bool,

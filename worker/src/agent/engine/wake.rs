@@ -120,6 +120,7 @@ impl Engine {
             if now >= due { self.say_news(now, out) } else { self.wake(due) }
         }
         self.term_stopped(now, out);
+        self.settle_memberships(out);
         self.look_at_ranks(now, out);
     }
 
@@ -196,9 +197,11 @@ fn is_ours(gang: &Gang) -> bool {
 /// one of them stopped the others. One verdict ends the gang.
 fn decide_stuck(now: u64, gang: &Gang, pace: &Pace) -> (Option<u32>, Option<u64>) {
     let ours = is_ours(gang);
-    let due = || gang.ranks.iter().filter_map(|(rank, own)| Some((rank, own, own.stuck_at(&gang.spec.heartbeat, pace, ours)?)));
+    // A spare waits; that is all it does.
+    let members = || gang.ranks.iter().filter(|(seat, _)| gang.spec.rank_of(**seat).is_some());
+    let due = || members().filter_map(|(seat, own)| Some((seat, own, own.stuck_at(&gang.spec.heartbeat, pace, ours)?)));
     let Some(first) = due().map(|(.., at)| at).min() else { return (None, None) };
-    if first > now || gang.ranks.values().any(|own| own.judged == Some(Verdict::Stuck)) {
+    if first > now || members().any(|(_, own)| own.judged == Some(Verdict::Stuck)) {
         return (None, (first > now).then_some(first));
     }
     // Beats come every other second, so those who stopped together are seen to stop within that.

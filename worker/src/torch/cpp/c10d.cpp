@@ -329,6 +329,21 @@ int everlit_group_all_reduce(void* group, void* tensor) {
   });
 }
 
+// Point to point, in order; blocks until the bytes are out or in.
+int everlit_group_send(void* group, void* tensor, int to) {
+  return guarded([&] {
+    std::vector<at::Tensor> list = tensors(&tensor, 1);
+    static_cast<Group*>(group)->gloo->send(list, to, 0)->wait();
+  });
+}
+
+int everlit_group_receive(void* group, void* tensor, int from) {
+  return guarded([&] {
+    std::vector<at::Tensor> list = tensors(&tensor, 1);
+    static_cast<Group*>(group)->gloo->recv(list, from, 0)->wait();
+  });
+}
+
 // `buckets[i]` is the bucket of parameter `order[i]`; buckets count up from 0 along `order`.
 int everlit_reducer_new(void* group, void* const* list, size_t count, const size_t* order, const size_t* buckets,
                         void** out) {

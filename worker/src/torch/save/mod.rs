@@ -103,8 +103,8 @@ pub struct Saver {
     /// The buffer that was asked for last.
     newest: usize,
     newest_step: Option<u64>,
-    /// The newest step that the writer was told of, and its buffer.
-    told: Option<(u64, usize)>,
+    /// The newest step that the writer was told of (`None`: of a membership that is over), and its buffer.
+    told: Option<(Option<u64>, usize)>,
     /// Time that training was held up by the last snapshot.
     stall: Duration,
 }
@@ -184,8 +184,9 @@ impl Saver {
 
     /// Tells the writer to persist the newest snapshot, unless it was told before. No rank's writer is at work.
     pub fn persist_newest(&mut self) {
-        let Some(step) = self.newest_step.filter(|step| self.told.map(|(told, _)| told) != Some(*step)) else { return };
-        self.told = Some((step, self.newest));
+        let told = self.told.and_then(|(told, _)| told);
+        let Some(step) = self.newest_step.filter(|step| told != Some(*step)) else { return };
+        self.told = Some((Some(step), self.newest));
         let mut progress = self.shared.lock();
         progress.order = Order::Persist(self.newest);
         progress.persisting = true;
@@ -206,6 +207,18 @@ impl Saver {
         }
         drop(progress);
         std::mem::take(&mut self.stall) + begun.elapsed()
+    }
+
+    /// The membership is over: a save under way is given up, and what was copied for it counts for nothing. Its writer may still be at
+    /// work on one buffer.
+    pub fn abandon(&mut self) {
+        self.wait_copied();
+        let mut progress = self.shared.lock();
+        progress.cancel = progress.persisting;
+        progress.failure = None;
+        drop(progress);
+        self.newest_step = None;
+        self.told = self.told.map(|(_, slot)| (None, slot));
     }
 
     /// The step of the newest snapshot that was asked for.

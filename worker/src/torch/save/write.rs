@@ -50,9 +50,9 @@ pub fn persist(
     mut manifest: Manifest,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Persisted, CheckpointError> {
-    let draft = target.dir.join(checkpoint::draft_folder(manifest.step, manifest.attempt));
+    let draft = target.dir.join(checkpoint::draft_folder(manifest.step, manifest.attempt, manifest.generation));
     if target.rank == 0 {
-        checkpoint::begin(&target.dir, manifest.step, manifest.attempt)?;
+        checkpoint::begin(&target.dir, manifest.step, manifest.attempt, manifest.generation)?;
     } else if !wait_for(&draft, cancelled)? {
         return Ok(Persisted::Cancelled);
     }

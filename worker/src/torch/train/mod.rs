@@ -10,7 +10,7 @@ use everlit_api::job::{BatchSize, WorkerSpec};
 use everlit_api::manifest::{Manifest, ModelDescription, Phase};
 use tch::{Device, Tensor};
 
-use super::c10d::{self, Backend, Group, Reducer};
+use super::c10d::{self, Backend, Group};
 use super::data::{self, Corpus};
 use super::environment::Environment;
 use super::heartbeat::Pulse;
@@ -33,8 +33,10 @@ use schedule::Schedule;
 mod evaluate;
 mod figures;
 mod interval;
+mod membership;
 mod run;
 mod schedule;
+mod self_test;
 
 /// All ranks of a gang are started together; one that is not here after this never comes.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(60);
@@ -55,7 +57,7 @@ struct Position {
 
 /// Trains as `config` says. Answers when the last step is done and saved. `gradient_out`: where rank 0 writes the first reduced gradient.
 pub fn train(config: &TrainConfig, environment: &Environment, gradient_out: Option<&Path>) -> Result<(), TrainError> {
-    guard(prepare(config, environment, gradient_out).and_then(|trainer| trainer.map_or(Ok(()), Trainer::train)))
+    guard(prepare(config, environment.clone(), gradient_out).and_then(|trainer| trainer.map_or(Ok(()), Trainer::train)))
 }
 
 /// The group was aborted for SIGTERM, or fell apart while all ranks were ending: no failure of this rank.
@@ -161,21 +163,30 @@ fn rendezvous(environment: &Environment) -> Result<Option<Arc<Rendezvous>>, Trai
 /// Everything up to the first step. `None`: the last step was done before.
 fn prepare<'a>(
     config: &'a TrainConfig,
-    environment: &'a Environment,
+    mut environment: Environment,
     gradient_out: Option<&'a Path>,
 ) -> Result<Option<Trainer<'a>>, TrainError> {
     let worker = &config.worker;
-    let pulse = Pulse::start(environment, worker.steps);
-    let Start { rendezvous, model, room } = start(worker, environment, &pulse)?;
+    let pulse = Pulse::start(&environment, worker.steps);
+    let Start { rendezvous, model, room } = start(worker, &environment, &pulse)?;
     let paths = data::locate(&config.shards, worker.data.as_deref())?;
     let corpus = Corpus::open(&paths, model.window(), worker.seed, evaluate::held_out(worker, false))?;
-    let attempt = own_attempt(environment)?;
+    let attempt = own_attempt(&environment)?;
     let state = State::new(model, worker.weight_decay)?;
-    let resumed = resume(worker, environment, &corpus, &state)?;
-    let position = resumed.as_ref().map_or(Position::default(), |(_, old)| Position { step: old.step, samples: old.samples });
-    let batch = batch_size(worker, environment, &room, resumed.as_ref().map(|(_, old)| old), rendezvous.as_deref())?;
-    announce(worker, environment, &state, batch, resumed.as_ref().map(|(path, _)| path), position);
-    if position.step >= worker.steps {
+    let data = Data::of(&corpus);
+    let control = Tensor::zeros(CONTROL, (tch::Kind::Float, state.model.device())).set_requires_grad(true);
+    if environment.spare {
+        (environment.rank, environment.generation) = membership::wait_for_place(&environment)?;
+        environment.local_rank = environment.rank;
+        environment.spare = false;
+        pulse.join(&environment, environment.generation);
+    }
+    let Beginning { group, position, batch, saved } = if environment.generation > 0 {
+        join_running(worker, &environment, &state, &data)?
+    } else {
+        begin(worker, &environment, &state, &corpus, &room, rendezvous)?
+    };
+    if position.step >= worker.steps && environment.generation == 0 {
         pulse.step(position.step, position.samples, None, 0.0);
         say(&format!("rank {}: step {} of {} was done before", environment.rank, position.step, worker.steps));
         return Ok(None);
@@ -186,46 +197,91 @@ fn prepare<'a>(
         0 => None,
         _ => Some(Evaluation::open(worker, state.model.window(), &paths, micro.min(EVALUATION_MICRO))?),
     };
-    let data = Data::of(&corpus);
-    let control = Tensor::zeros(CONTROL, (tch::Kind::Float, state.model.device())).set_requires_grad(true);
-    let (group, reducer) = match rendezvous {
-        Some(rendezvous) => join(rendezvous, environment, &state, &control, &data, batch, position)?,
-        None => (None, None),
-    };
-    if let Some(group) = &group {
-        pulse.watch(group.clone());
-    }
     let plan = Plan { from: position.samples, batch, micro, rank, world, steps: worker.steps - position.step };
     let loader = Loader::start(corpus, plan)?;
     let saver = match &environment.checkpoint_dir {
-        Some(dir) => Some(Saver::start(saver_settings(config, environment, dir, attempt), &state)?),
+        Some(dir) => Some(Saver::start(saver_settings(config, &environment, dir, attempt), &state)?),
         None => None,
     };
-    // What was resumed from memory is on no disk yet.
-    let from_memory = environment.snapshot_dir.as_deref().zip(resumed.as_ref()).is_some_and(|(dir, (path, _))| path.starts_with(dir));
-    Ok(Some(Trainer {
+    let mut trainer = Trainer {
         saver,
-        reducer,
+        reducer: None,
         control,
         figures: Figures::new(&state.model, worker, world),
         clock: Clock::new(config.checkpoint.every, config.mean_seconds_between_failures),
         schedule: Schedule::of(worker),
-        ranks: Ranks { group },
+        ranks: Ranks { group: None },
         config,
+        generation: environment.generation,
+        can_rejoin: environment.heartbeat_file.is_some() && environment.rendezvous.is_some(),
         environment,
         pulse,
         attempt,
         batch,
         data,
         loader,
+        held: None,
         evaluation,
         position,
-        from_memory,
+        entered: false,
         gradient_out,
         saves: 0,
         skipped: 0,
         state,
-    }))
+    };
+    if let Some(group) = group {
+        trainer.enter(group)?;
+    }
+    // What all ranks have and no disk has, is saved at once.
+    trainer.entered = !saved && trainer.environment.checkpoint_dir.is_some();
+    Ok(Some(trainer))
+}
+
+/// Where a rank begins.
+struct Beginning {
+    /// `None` for a single rank.
+    group: Option<Arc<Group>>,
+    position: Position,
+    /// Samples of one update.
+    batch: u64,
+    /// Its state is on the disk, or comes from the seed.
+    saved: bool,
+}
+
+/// All ranks begin together: from a checkpoint, a snapshot or the seed.
+fn begin(
+    worker: &WorkerSpec,
+    environment: &Environment,
+    state: &State,
+    corpus: &Corpus,
+    room: &Room,
+    rendezvous: Option<Arc<Rendezvous>>,
+) -> Result<Beginning, TrainError> {
+    let resumed = resume(worker, environment, corpus, state)?;
+    let position = resumed.as_ref().map_or(Position::default(), |(_, old)| Position { step: old.step, samples: old.samples });
+    let batch = batch_size(worker, environment, room, resumed.as_ref().map(|(_, old)| old), rendezvous.as_deref())?;
+    let from = match &resumed {
+        Some((path, _)) => format!("resuming at step {} from {}", position.step, path.display()),
+        None => "starting from the seed".into(),
+    };
+    announce(worker, environment, state, batch, &from);
+    let from_memory = environment.snapshot_dir.as_deref().zip(resumed.as_ref()).is_some_and(|(dir, (path, _))| path.starts_with(dir));
+    let group = match rendezvous.filter(|_| position.step < worker.steps) {
+        Some(rendezvous) => {
+            let listing = corpus.listing_sha256();
+            let own = format!("step {}, data {listing}, batch {batch}, weights {:016x}", position.step, state.fingerprint());
+            Some(meet(rendezvous, environment, state.model.device(), &own)?)
+        }
+        None => None,
+    };
+    Ok(Beginning { group, position, batch, saved: !from_memory })
+}
+
+/// The others are under way: this rank takes its state from them.
+fn join_running(worker: &WorkerSpec, environment: &Environment, state: &State, data: &Data) -> Result<Beginning, TrainError> {
+    let met = membership::meet_again(environment, environment.generation, state, data, None)?;
+    announce(worker, environment, state, met.batch, &format!("taking over at step {}", met.position.step));
+    Ok(Beginning { group: Some(met.group), position: met.position, batch: met.batch, saved: false })
 }
 
 fn saver_settings(config: &TrainConfig, environment: &Environment, dir: &Path, attempt: u32) -> Settings {
@@ -367,11 +423,7 @@ fn name(worker: &WorkerSpec) -> String {
     }
 }
 
-fn announce(worker: &WorkerSpec, environment: &Environment, state: &State, batch: u64, resumed: Option<&PathBuf>, position: Position) {
-    let from = match resumed {
-        Some(path) => format!("resuming at step {} from {}", position.step, path.display()),
-        None => "starting from the seed".into(),
-    };
+fn announce(worker: &WorkerSpec, environment: &Environment, state: &State, batch: u64, from: &str) {
     say(&format!(
         "rank {} of {}: model {} with {} parameters, {} steps of {batch} samples, {} threads, {from}",
         environment.rank,
@@ -383,26 +435,11 @@ fn announce(worker: &WorkerSpec, environment: &Environment, state: &State, batch
     ));
 }
 
-type Joined = (Option<Arc<Group>>, Option<Reducer>);
-
-/// Meets the other ranks, makes sure that all begin with the same bits, and connects.
-fn join(
-    rendezvous: Arc<Rendezvous>,
-    environment: &Environment,
-    state: &State,
-    control: &Tensor,
-    data: &Data,
-    batch: u64,
-    position: Position,
-) -> Result<Joined, TrainError> {
-    let own = format!("step {}, data {}, batch {batch}, weights {:016x}", position.step, data.listing_sha256, state.fingerprint());
-    let group = meet(rendezvous, environment, state.model.device(), &own)?;
-    let mut tensors = state.trained();
+/// What is reduced together, fixed for good: the trained tensors, then `control`.
+fn buckets(state: &State, control: &Tensor) -> Vec<Vec<usize>> {
     let mut sizes: Vec<u64> = state.model.parameters().iter().map(|parameter| parameter.bytes()).collect();
-    tensors.push(control);
     sizes.push(control.numel() as u64 * 4);
-    let reducer = Reducer::new(group.clone(), &tensors, &sharing::buckets(&sizes))?;
-    Ok((Some(group), Some(reducer)))
+    sharing::buckets(&sizes)
 }
 
 /// Waits for all ranks to say the same, and connects.

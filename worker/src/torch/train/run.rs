@@ -13,7 +13,7 @@ use everlit_api::time::Timestamp;
 use everlit_worker::train_config::TrainConfig;
 use tch::{Kind, Tensor};
 
-use super::super::c10d::{self, Reducer};
+use super::super::c10d::{self, Backend, Reducer};
 use super::super::data::Corpus;
 use super::super::environment::Environment;
 use super::super::heartbeat::Pulse;
@@ -29,7 +29,7 @@ use super::evaluate::Evaluation;
 use super::figures::Figures;
 use super::interval::Clock;
 use super::schedule::Schedule;
-use super::{Position, describe, say};
+use super::{Position, backend, describe, say, self_test};
 
 /// Numbers that ride in the reduction.
 pub(super) const CONTROL: i64 = 9;
@@ -80,16 +80,23 @@ pub(super) struct Trainer<'a> {
     pub(super) schedule: Schedule,
     pub(super) ranks: Ranks,
     pub(super) config: &'a TrainConfig,
-    pub(super) environment: &'a Environment,
+    pub(super) environment: Environment,
+    /// The membership that it is in.
+    pub(super) generation: u32,
+    /// Somebody says who is in the next membership when this one breaks.
+    pub(super) can_rejoin: bool,
     pub(super) pulse: Pulse,
     pub(super) attempt: u32,
     /// Samples of one update over all ranks.
     pub(super) batch: u64,
     pub(super) data: Data,
     pub(super) loader: Loader,
+    /// The samples of an update that is not done yet.
+    pub(super) held: Option<Batch>,
     pub(super) evaluation: Option<Evaluation>,
     pub(super) position: Position,
-    pub(super) from_memory: bool,
+    /// All ranks have just come together with a state that is on no disk.
+    pub(super) entered: bool,
     pub(super) gradient_out: Option<&'a Path>,
     /// Saves of this rank that were seen to have worked.
     pub(super) saves: u64,
@@ -100,12 +107,39 @@ pub(super) struct Trainer<'a> {
 
 impl Trainer<'_> {
     pub(super) fn train(mut self) -> Result<(), TrainError> {
+        self.pulse.phase(Phase::Train);
+        let mut tested = self.ranks.group.is_none() || !self.can_rejoin;
+        loop {
+            match self.run(&mut tested) {
+                Err(error @ TrainError::PeerLost(_)) => self.rejoin(error)?,
+                Ok(()) => break,
+                other => return other,
+            }
+        }
+        let (rank, step) = (self.environment.rank, self.position.step);
+        say(&format!("rank {rank}: done after step {step} and {} samples", self.position.samples));
+        Ok(())
+    }
+
+    /// What follows an update, for one after which the ranks have come together anew: some of it may have been done before.
+    fn catch_up(&mut self) -> Result<(), TrainError> {
+        let last = self.position.step == self.config.worker.steps;
+        let busy = self.saver.as_ref().is_some_and(Saver::is_busy);
+        self.copy_state(busy)?;
+        if last {
+            self.settle()?;
+            self.pulse.step(self.position.step, self.position.samples, None, 0.0);
+        }
+        if self.position.step > 0 { self.evaluate(last) } else { Ok(()) }
+    }
+
+    /// Steps until the last one is saved. `tested`: whether this process was tried for going on in place.
+    fn run(&mut self, tested: &mut bool) -> Result<(), TrainError> {
         let total = self.config.worker.steps;
         let mut stall = Duration::ZERO;
         let mut printed = Instant::now();
-        self.pulse.phase(Phase::Train);
-        if self.from_memory && self.environment.checkpoint_dir.is_some() {
-            self.begin_save(false)?;
+        if std::mem::take(&mut self.entered) {
+            self.catch_up()?;
         }
         while self.position.step < total {
             let rate = self.schedule.rate(self.position.step);
@@ -114,6 +148,9 @@ impl Trainer<'_> {
             self.position.samples += self.batch;
             let last = self.position.step == total;
             self.tell(&heard, rate);
+            if !std::mem::replace(tested, true) {
+                self.try_in_place();
+            }
             if self.environment.rank == 0 && (last || heard.stop || printed.elapsed() >= PRINT_INTERVAL) {
                 let speed = self.figures.samples_per_second();
                 say(&format!("step={} loss={:.4} samples/s={speed:.0} lr={rate:.3e}", self.position.step, heard.loss));
@@ -126,17 +163,44 @@ impl Trainer<'_> {
             }
             self.evaluate(last)?;
         }
-        say(&format!("rank {}: done after step {} and {} samples", self.environment.rank, total, self.position.samples));
         Ok(())
+    }
+
+    /// Finds out, beside training, whether this process can go on with others in place of lost ranks.
+    fn try_in_place(&self) {
+        let Some(folder) = self.environment.rendezvous.as_deref().and_then(|address| address.strip_prefix("dir:")) else { return };
+        if backend(self.state.model.device(), &self.environment) != Backend::Gloo {
+            return;
+        }
+        let folder = Path::new(folder).join(format!("self-test-{}", self.environment.seat));
+        let (host, rank, pulse) = (self.environment.gloo_host.clone(), self.environment.rank, self.pulse.handle());
+        let test = move || {
+            let tried = self_test::run(&folder, &host);
+            if let Err(why) = &tried {
+                eprintln!("rank {rank}: can not go on in place of lost ranks: {why}");
+            }
+            pulse.in_place(tried.is_ok());
+        };
+        if let Err(error) = std::thread::Builder::new().name("self-test".into()).spawn(test) {
+            eprintln!("rank {rank}: no thread for a test of going on in place: {error}");
+        }
     }
 
     /// One update of this rank's weights with the gradient of the whole batch.
     fn step(&mut self, rate: f64, stall: &mut Duration) -> Result<Heard, TrainError> {
-        let (batch, wait) = self.loader.next()?;
+        let (batch, wait) = match self.held.take() {
+            Some(batch) => (batch, Duration::ZERO),
+            None => self.loader.next()?,
+        };
         let told = self.flags(wait, *stall);
-        let heard = self.backward(&batch, told)?;
-        let norm = c10d::gradient_norm(&self.state.trained())?;
-        self.ranks.check()?;
+        let (heard, norm) = match self.reduce(&batch, told) {
+            Ok(reduced) => reduced,
+            Err(error) => {
+                // Should the ranks go on with others, these samples come again: their update was not made.
+                self.held = Some(batch);
+                return Err(error);
+            }
+        };
         if self.gradient_out.is_some() {
             self.write_gradient()?;
         }
@@ -153,6 +217,14 @@ impl Trainer<'_> {
         }
         self.pulse.metric("grad_norm", norm);
         Ok(heard)
+    }
+
+    /// Everything before the state changes: the gradient of the whole batch, its norm, and what was heard.
+    fn reduce(&self, batch: &Batch, told: [f32; 6]) -> Result<(Heard, f64), TrainError> {
+        let heard = self.backward(batch, told)?;
+        let norm = c10d::gradient_norm(&self.state.trained())?;
+        self.ranks.check()?;
+        Ok((heard, norm))
     }
 
     /// What this rank says to all.
@@ -272,15 +344,21 @@ impl Trainer<'_> {
     }
 
     fn begin_save(&mut self, any_busy: bool) -> Result<(), TrainError> {
+        self.copy_state(any_busy)?;
+        if let Some(saver) = self.saver.as_mut().filter(|_| !any_busy) {
+            saver.persist_newest();
+        }
+        self.clock.restart();
+        Ok(())
+    }
+
+    /// Begins to copy the state as it is, unless that was done.
+    fn copy_state(&mut self, any_busy: bool) -> Result<(), TrainError> {
         let manifest = self.manifest();
         let Some(saver) = &mut self.saver else { return Ok(()) };
         if saver.newest_step() != Some(manifest.step) {
             saver.snapshot(manifest, any_busy)?;
         }
-        if !any_busy {
-            saver.persist_newest();
-        }
-        self.clock.restart();
         Ok(())
     }
 
@@ -318,7 +396,7 @@ impl Trainer<'_> {
         if !(last || self.position.step.is_multiple_of(every)) {
             return Ok(());
         }
-        let loss = evaluation.run(&self.state.model, self.environment, &self.ranks, &self.pulse)?;
+        let loss = evaluation.run(&self.state.model, &self.environment, &self.ranks, &self.pulse)?;
         self.pulse.metric("evaluation_loss", loss);
         self.pulse.phase(Phase::Train);
         self.figures.restart();
@@ -334,7 +412,7 @@ impl Trainer<'_> {
             format: MANIFEST_FORMAT,
             job_id: self.environment.job_id.clone(),
             attempt: self.attempt,
-            generation: self.environment.generation,
+            generation: self.generation,
             step: self.position.step,
             epoch: samples / self.data.windows,
             world_size: self.environment.world,

@@ -1,0 +1,135 @@
+//! Which rung of the recovery ladder a failure gets: in place, or the gang. Pure, and the reason comes with the choice.
+//!
+//! In place the survivors keep process, model and data, and another process takes the lost rank's place; at most the step in flight is
+//! lost. It is chosen only where it can be expected to hold: every survivor lives, has done a step and has shown in a test of its own that
+//! it can; and it gets one try between two new steps. Everything else falls to the rung above, which needs none of this.
+
+use everlit_api::job::{JobKind, RestartScope};
+use everlit_api::rank::Cause;
+
+use super::state::Job;
+
+/// What is done about a failed rank.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Rung {
+    /// Another process takes its place.
+    InPlace,
+    /// All ranks are started again, for this reason.
+    Gang(String),
+}
+
+/// The rung for `rank` of the current attempt, which `cause` took.
+pub(super) fn decide_rung(job: &Job, rank: u32, cause: Cause) -> Rung {
+    match refuse_in_place(job, rank, cause) {
+        None => Rung::InPlace,
+        Some(why) => Rung::Gang(why),
+    }
+}
+
+fn refuse_in_place(job: &Job, rank: u32, cause: Cause) -> Option<String> {
+    let gang = job.gang.as_ref()?;
+    if job.spec.worker.is_none() || job.spec.kind != JobKind::Train {
+        return Some("only the built-in training program recovers in place".into());
+    }
+    if job.spec.restart.scope == RestartScope::Gang {
+        return Some("restart.scope is gang".into());
+    }
+    if job.spec.world_size < 2 {
+        return Some("no other rank holds its state".into());
+    }
+    if !matches!(cause, Cause::Exit | Cause::Signal | Cause::Silent | Cause::Stuck | Cause::Infrastructure) {
+        return Some("what ended it would end its successor".into());
+    }
+    if gang.regroup.is_some() {
+        return Some("a recovery in place was under way".into());
+    }
+    if gang.running_at.is_none() || job.progress.step.is_none() {
+        return Some("not every rank had done a step".into());
+    }
+    if job.progress.reached <= gang.floor {
+        return Some("no new step since the last start".into());
+    }
+    let mut others = job.ranks.list().iter().enumerate().filter(|(other, _)| *other as u32 != rank);
+    let unfit = others.find_map(|(other, own)| {
+        if own.pid.is_none() || own.exit.is_some() {
+            Some(format!("rank {other} is gone too"))
+        } else if own.in_place != Some(true) {
+            Some(format!("rank {other} has not shown that it can go on in place"))
+        } else {
+            None
+        }
+    });
+    unfit
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use everlit_api::job::JobSpec;
+    use everlit_api::time::Timestamp;
+    use expect_test::expect;
+
+    use super::super::state::{Gang, Ranks, Regroup};
+    use super::*;
+
+    fn job(change: impl FnOnce(&mut Job, &mut JobSpec)) -> Job {
+        let mut spec = JobSpec::default_for(3);
+        let mut job = Job { ranks: Ranks::pending(3), ..Job::default() };
+        for rank in 0..3 {
+            job.ranks.start(rank, 100 + rank);
+            job.ranks.get_mut(rank).expect("three").in_place = Some(true);
+        }
+        job.progress.step = Some(7);
+        job.progress.reached = 7;
+        job.gang = Some(Gang {
+            attempt: 1,
+            generation: 0,
+            placement: Vec::new(),
+            port: 1,
+            placed_at: Timestamp(0),
+            running_at: Some(Timestamp(1)),
+            resumed_step: Some(0),
+            floor: 6,
+            ending: None,
+            seats: Vec::new(),
+            spares: Vec::new(),
+            next_seat: 3,
+            regroup: None,
+        });
+        change(&mut job, &mut spec);
+        job.spec = Arc::new(spec);
+        job
+    }
+
+    #[test]
+    fn in_place_is_chosen_where_it_can_hold_and_the_reason_is_told_where_not() {
+        assert_eq!(decide_rung(&job(|_, _| ()), 1, Cause::Signal), Rung::InPlace);
+        let cases: [(&str, fn(&mut Job, &mut JobSpec)); 8] = [
+            ("program", |_, spec| spec.worker = None),
+            ("scope", |_, spec| spec.restart.scope = RestartScope::Gang),
+            ("alone", |_, spec| spec.world_size = 1),
+            ("again", |job, _| {
+                job.gang.as_mut().expect("some").regroup = Some(Regroup { rank: 0, since: Timestamp(2), cause: Cause::Exit });
+            }),
+            ("start", |job, _| job.progress.step = None),
+            ("repeat", |job, _| job.gang.as_mut().expect("some").floor = 7),
+            ("untested", |job, _| job.ranks.get_mut(2).expect("three").in_place = None),
+            ("two", |job, _| job.ranks.replace(0, None)),
+        ];
+        let told = cases.map(|(name, change)| format!("{name}: {:?}\n", decide_rung(&job(change), 1, Cause::Signal)));
+        expect![[r#"
+            program: Gang("only the built-in training program recovers in place")
+            scope: Gang("restart.scope is gang")
+            alone: Gang("no other rank holds its state")
+            again: Gang("a recovery in place was under way")
+            start: Gang("not every rank had done a step")
+            repeat: Gang("no new step since the last start")
+            untested: Gang("rank 2 has not shown that it can go on in place")
+            two: Gang("rank 0 is gone too")
+        "#]]
+        .assert_eq(&told.concat());
+        let causes = [Cause::CannotStart, Cause::NoStart, Cause::Idle, Cause::Straggler];
+        assert!(causes.iter().all(|cause| decide_rung(&job(|_, _| ()), 1, *cause) != Rung::InPlace));
+    }
+}

@@ -1,0 +1,76 @@
+//! A running gang gets other members: who is not one any more is killed, and once nobody of those lives the others are told.
+//!
+//! That order is the point: a process that hangs must be gone before another has its rank, or two could write as one (INV-1). A membership
+//! replaces the one before it, whether or not that ever held; one that this agent heard of already is nothing new.
+
+use everlit_api::agent::{GangSpec, Resumed};
+
+use super::rank::Rank;
+use super::{Action, Engine, Gang, SIGKILL, Stage};
+
+impl Engine {
+    /// The coordinator says who is in a gang that is known here.
+    pub(super) fn on_membership_ordered(&mut self, now: u64, spec: GangSpec) {
+        let Some(gang) = self.gangs.get_mut(&(spec.job, spec.attempt)) else { return };
+        let stopping = gang.kill_at.is_some() || self.ending.is_some();
+        if stopping || gang.stage != Stage::Running || !is_news(gang, &spec) {
+            return;
+        }
+        let seats = spec.own_seats().map(|(_, seat)| seat).chain(spec.spares.iter().copied());
+        for seat in seats {
+            let own = gang.ranks.entry(seat).or_default();
+            // Who was a spare is judged anew as a rank.
+            if gang.spec.rank_of(seat) != spec.rank_of(seat) {
+                own.judged = None;
+            }
+        }
+        let mut kept = spec.clone();
+        kept.env.clear();
+        gang.spec = kept;
+        gang.membership = Some(Box::new(spec));
+        self.wake(now);
+    }
+
+    /// Kills who is out, and goes on with those that wait for nobody any more.
+    pub(super) fn settle_memberships(&mut self, out: &mut Vec<Action>) {
+        for gang in self.gangs.values_mut() {
+            let Some(spec) = gang.membership.take_if(|_| gang.kill_at.is_none()) else { continue };
+            let mut waits = false;
+            let (job, attempt) = (spec.job, spec.attempt);
+            for (seat, own) in gang.ranks.iter_mut().filter(|(seat, own)| own.end.is_none() && own.spawned && !spec.wants(**seat)) {
+                waits = true;
+                if own.is_alive() && !own.killed {
+                    own.killed = true;
+                    let incarnation = everlit_api::ids::Incarnation { job, attempt, rank: *seat };
+                    out.push(Action::Signal { incarnation, signal: SIGKILL });
+                }
+            }
+            if waits {
+                gang.membership = Some(spec);
+                continue;
+            }
+            let never = |own: &&mut Rank| !own.spawned && own.end.is_none();
+            let fresh: Vec<u32> = gang
+                .ranks
+                .iter_mut()
+                .map(|(seat, own)| (*seat, own))
+                .filter(|(_, own)| never(own))
+                .map(|(seat, own)| {
+                    own.spawned = true;
+                    seat
+                })
+                .collect();
+            let resumed = gang.resumed.clone().unwrap_or_else(|| nowhere(&spec));
+            out.push(Action::Regroup { spec, resumed, fresh });
+        }
+    }
+}
+
+fn is_news(gang: &Gang, spec: &GangSpec) -> bool {
+    let later = spec.generation > gang.spec.generation;
+    later || (spec.generation == gang.spec.generation && spec.spares.iter().any(|seat| !gang.ranks.contains_key(seat)))
+}
+
+fn nowhere(spec: &GangSpec) -> Resumed {
+    Resumed { job: spec.job, attempt: spec.attempt, step: None, path: None, from_memory: false, quarantined: Vec::new() }
+}

@@ -1,0 +1,254 @@
+//! Going on in place: other ranks in place of lost ones, without a new process and without a checkpoint.
+//!
+//! A rank whose group broke drops it, waits for the agent to say who is in the next membership, and meets those. All say which step their
+//! state is of; who is behind, or has nothing yet, takes it from the most advanced. A rank with a state of its own takes the new one into a
+//! second buffer, so that a source that dies on the way tears nobody: what is in hand stays whole until all of the new one is. A step that
+//! did not get its update is done again with the same samples, so the bits are those of a run that nothing happened to.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use everlit_api::manifest::Phase;
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use super::super::c10d::{self, Backend, Group, Reducer};
+use super::super::environment::Environment;
+use super::super::rendezvous::{Meeting, Rendezvous};
+use super::super::state::State;
+use super::super::{TrainError, signals};
+use super::run::{Data, Trainer};
+use super::{COLLECTIVE_TIMEOUT, HELLO_TIMEOUT, Position, backend, buckets, say};
+
+/// A coordinator that lives says what follows within milliseconds. One that is away restarts the gang when it is back.
+const NEWS_TIMEOUT: Duration = Duration::from_secs(15);
+const NEWS_POLL: Duration = Duration::from_millis(2);
+
+/// What each rank says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Standing {
+    /// Updates done, and samples used for them; `None`: it has no state yet.
+    position: Option<(u64, u64)>,
+    /// Samples of one update, where that is known.
+    batch: Option<u64>,
+    data: String,
+    device: String,
+}
+
+/// A membership that all are in, at the same step with the same state.
+pub(super) struct Met {
+    pub(super) group: Arc<Group>,
+    pub(super) position: Position,
+    pub(super) batch: u64,
+}
+
+/// Waits for a place among the ranks.
+pub(super) fn wait_for_place(environment: &Environment) -> Result<(u32, u32), TrainError> {
+    let meeting = Meeting::at(environment.rendezvous.as_deref().unwrap_or_default())?;
+    loop {
+        if let Some(members) = meeting.after(0)
+            && let Some(rank) = members.seats.iter().position(|seat| *seat == environment.seat)
+        {
+            return Ok((rank as u32, members.generation));
+        }
+        std::thread::sleep(NEWS_POLL);
+    }
+}
+
+/// Meets the ranks of a membership and makes this rank's state that of the most advanced. `own`: position and batch, if it has a state.
+pub(super) fn meet_again(
+    environment: &Environment,
+    generation: u32,
+    state: &State,
+    data: &Data,
+    own: Option<(Position, u64)>,
+) -> Result<Met, TrainError> {
+    let address = environment.rendezvous.as_deref().unwrap_or_default();
+    let rendezvous = Arc::new(Rendezvous::open(address, generation, environment.rank, environment.world)?);
+    let device = state.model.device();
+    let standing = Standing {
+        position: own.map(|(position, _)| (position.step, position.samples)),
+        batch: own.map(|(_, batch)| batch),
+        data: data.listing_sha256.clone(),
+        device: format!("{device:?}"),
+    };
+    let text = serde_json::to_string(&standing).map_err(TrainError::failed)?;
+    let all: Result<Vec<Standing>, _> =
+        rendezvous.gather("standing", &text, HELLO_TIMEOUT)?.iter().map(|text| serde_json::from_str(text)).collect();
+    let all = all.map_err(TrainError::failed)?;
+    let (source, newest) = decide_source(&all).map_err(TrainError::Failed)?;
+    let group = Arc::new(Group::connect(rendezvous.clone(), &environment.gloo_host, Backend::Gloo, HELLO_TIMEOUT, COLLECTIVE_TIMEOUT)?);
+    let behind: Vec<u32> = (0..environment.world).filter(|rank| all[*rank as usize].position != all[source as usize].position).collect();
+    if !behind.is_empty() {
+        hand_over(environment.rank, source, &behind, state, &group, &rendezvous, own.is_some())?;
+    }
+    let batch = all[source as usize].batch.unwrap_or_default();
+    Ok(Met { group, position: newest, batch })
+}
+
+/// Whose state all go on with: the most advanced, the lowest rank among equals.
+fn decide_source(all: &[Standing]) -> Result<(u32, Position), String> {
+    let with_state = all.iter().enumerate().filter_map(|(rank, standing)| Some((rank as u32, standing.position?)));
+    let most = with_state.min_by_key(|(rank, (step, _))| (std::cmp::Reverse(*step), *rank));
+    let Some((source, (step, samples))) = most else { return Err("no rank of this membership has the state".into()) };
+    let own = &all[source as usize];
+    let differs = |other: &&Standing| {
+        (&other.data, &other.device) != (&own.data, &own.device) || other.batch.is_some_and(|batch| Some(batch) != own.batch)
+    };
+    if let Some(other) = all.iter().find(differs) {
+        return Err(format!("the ranks do not train alike: {other:?} beside {own:?}"));
+    }
+    Ok((source, Position { step, samples }))
+}
+
+/// The source's state goes to those who are behind; `keeps`: this rank has one of its own until the new one is whole.
+fn hand_over(
+    rank: u32,
+    source: u32,
+    behind: &[u32],
+    state: &State,
+    group: &Group,
+    rendezvous: &Rendezvous,
+    keeps: bool,
+) -> Result<(), TrainError> {
+    let named = state.named();
+    if rank == source {
+        for (_, tensor) in &named {
+            for to in behind {
+                group.send(&tensor.detach(), *to)?;
+            }
+        }
+        let sum = format!("{:016x}", state.fingerprint());
+        return rendezvous.set("state", sum.as_bytes()).map_err(TrainError::failed);
+    }
+    if !behind.contains(&rank) {
+        return Ok(());
+    }
+    let second: Vec<Tensor> = named.iter().map(|(_, tensor)| if keeps { tensor.detach().empty_like() } else { tensor.detach() }).collect();
+    for tensor in &second {
+        group.receive(tensor, source)?;
+    }
+    if keeps {
+        for ((_, tensor), new) in named.iter().zip(&second) {
+            tensor.detach().f_copy_(new)?;
+        }
+    }
+    let sum = rendezvous.get("state", HELLO_TIMEOUT).map_err(|error| TrainError::PeerLost(format!("rendezvous: {error}")))?;
+    let own = format!("{:016x}", state.fingerprint());
+    if sum != own.as_bytes() {
+        return Err(TrainError::Failed(format!("the state taken from rank {source} is not what that rank has")));
+    }
+    Ok(())
+}
+
+impl Trainer<'_> {
+    /// The group broke. Comes back in a later membership, or with why there is none.
+    pub(super) fn rejoin(&mut self, error: TrainError) -> Result<(), TrainError> {
+        let Some(group) = self.ranks.group.take() else { return Err(error) };
+        if !self.can_rejoin || backend(self.state.model.device(), &self.environment) != Backend::Gloo || signals::terminate_requested() {
+            return Err(error);
+        }
+        let begun = Instant::now();
+        self.pulse.leave();
+        self.reducer = None;
+        group.abort()?;
+        drop(group);
+        let mut reducible = self.state.trained();
+        reducible.push(&self.control);
+        c10d::drop_gradients(&reducible)?;
+        if let Some(saver) = &mut self.saver {
+            saver.abandon();
+        }
+        let mut why = error;
+        loop {
+            self.generation = self.next_membership(&why)?;
+            self.pulse.join(&self.environment, self.generation);
+            match self.meet() {
+                Ok(()) => break,
+                // Another one of them was lost before all had met.
+                Err(lost @ TrainError::PeerLost(_)) => why = lost,
+                Err(other) => return Err(other),
+            }
+        }
+        say(&format!(
+            "rank {}: goes on in place after step {} in membership {}, {:.3} s after {why}",
+            self.environment.rank,
+            self.position.step,
+            self.generation,
+            begun.elapsed().as_secs_f64(),
+        ));
+        Ok(())
+    }
+
+    /// The next membership that this rank is in.
+    fn next_membership(&self, why: &TrainError) -> Result<u32, TrainError> {
+        let meeting = Meeting::at(self.environment.rendezvous.as_deref().unwrap_or_default())?;
+        let deadline = Instant::now() + NEWS_TIMEOUT;
+        loop {
+            if let Some(members) = meeting.after(self.generation) {
+                let own = members.seats.get(self.environment.rank as usize) == Some(&self.environment.seat);
+                return if own {
+                    Ok(members.generation)
+                } else {
+                    Err(TrainError::Failed(format!("another process is rank {} by now ({why})", self.environment.rank)))
+                };
+            }
+            if signals::terminate_requested() || Instant::now() >= deadline {
+                return Err(why.clone());
+            }
+            std::thread::sleep(NEWS_POLL);
+        }
+    }
+
+    fn meet(&mut self) -> Result<(), TrainError> {
+        let own = Some((self.position, self.batch));
+        let met = meet_again(&self.environment, self.generation, &self.state, &self.data, own)?;
+        let ahead = met.position.step - self.position.step;
+        self.skip_data(ahead)?;
+        self.position = met.position;
+        self.enter(met.group)
+    }
+
+    /// Takes up training with a group whose ranks all have this state.
+    pub(super) fn enter(&mut self, group: Arc<Group>) -> Result<(), TrainError> {
+        let mut tensors = self.state.trained();
+        tensors.push(&self.control);
+        self.reducer = Some(Reducer::new(group.clone(), &tensors, &buckets(&self.state, &self.control))?);
+        self.pulse.watch(group.clone());
+        self.pulse.phase(Phase::Train);
+        self.ranks.group = Some(group);
+        self.entered = true;
+        Ok(())
+    }
+
+    /// Leaves out the samples of updates that this rank did not do itself.
+    fn skip_data(&mut self, updates: u64) -> Result<(), TrainError> {
+        for _ in 0..updates {
+            if self.held.take().is_none() {
+                self.loader.next()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn standing(position: Option<(u64, u64)>, batch: Option<u64>) -> Standing {
+        Standing { position, batch, data: "d".into(), device: "Cpu".into() }
+    }
+
+    #[test]
+    fn all_go_on_with_the_most_advanced_and_the_lowest_rank_among_equals() {
+        let at = |step: u64| standing(Some((step, step * 8)), Some(8));
+        let fresh = standing(None, None);
+        let position = |step| Position { step, samples: step * 8 };
+        assert_eq!(decide_source(&[fresh.clone(), at(4), at(5), at(5)]), Ok((2, position(5))));
+        assert_eq!(decide_source(&[at(4), fresh.clone()]), Ok((0, position(4))));
+        assert!(decide_source(&[fresh.clone(), fresh.clone()]).is_err());
+        let other = Standing { data: "e".into(), ..fresh };
+        assert!(decide_source(&[at(4), other]).unwrap_err().contains("do not train alike"));
+    }
+}
