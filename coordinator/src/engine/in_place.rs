@@ -54,6 +54,7 @@ impl Engine {
         gang.floor = gang.floor.max(job.progress.reached);
         gang.regroup = Some(Regroup { rank, since: turn.now, cause: broken.cause });
         let (generation, attempt) = (gang.generation, gang.attempt);
+        turn.ordered.insert(Incarnation { rank: gang.seat(rank), ..former });
         job.ranks.replace(rank, spare.as_ref().and_then(|spare| spare.pid));
         job.rates.clear();
         let with = if spare.is_some() { "a spare" } else { "a new process" };
@@ -88,10 +89,12 @@ impl Engine {
     /// The end of a process that is no member: a spare, or one whose place another has.
     pub(super) fn on_outsider_exited(&mut self, turn: &mut Turn, exited: &Exited) {
         let id = exited.incarnation.job;
-        if let Some(gang) = self.jobs.get_mut(&id).and_then(|job| job.gang.as_mut()) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let through = job.ranks.all_ended();
+        if let Some(gang) = &mut job.gang {
             let before = gang.spares.len();
             gang.spares.retain(|spare| spare.seat != exited.incarnation.rank);
-            if gang.spares.len() < before && gang.ending.is_none() {
+            if gang.spares.len() < before && gang.ending.is_none() && !through {
                 let facts = Facts::from([("attempt", gang.attempt.into()), ("exit", serde_json::json!(exited.exit))]);
                 let reason = format!("a spare ended with {}; it is replaced after the next recovery", exited.exit.describe());
                 turn.event(Some(id), "spare_lost", reason, facts);
@@ -192,7 +195,7 @@ mod tests {
     fn a_seat_is_never_given_twice_and_a_living_spare_comes_first() {
         let spare = |seat, pid| Spare { seat, pid, phase: None, beat_at: None };
         let mut gang: Gang = serde_json::from_value(serde_json::json!({
-            "attempt": 1, "generation": 0, "placement": [], "port": 1, "placed_at": "2026-01-01T00:00:00Z", "running_at": null,
+            "attempt": 1, "generation": 0, "placement": [{"node": "n1", "first_rank": 0, "count": 2}], "port": 1, "placed_at": "2026-01-01T00:00:00Z", "running_at": null,
             "resumed_step": null, "floor": 0, "ending": null,
         }))
         .expect("a row of before there were seats");

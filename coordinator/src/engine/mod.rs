@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use everlit_api::ids::{JobId, NodeId};
+use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::time::Timestamp;
 
 mod beats;
@@ -81,6 +81,8 @@ struct Turn {
     now: Timestamp,
     step: Step,
     touched: BTreeSet<JobId>,
+    /// Processes whose start this turn has ordered: no agent can name them yet.
+    ordered: BTreeSet<Incarnation>,
 }
 
 impl Turn {
@@ -112,7 +114,7 @@ impl Engine {
 
     /// One event, at one time.
     pub fn handle(&mut self, now: Timestamp, event: Event) -> Step {
-        let mut turn = Turn { now, step: Step::default(), touched: BTreeSet::new() };
+        let mut turn = Turn { now, step: Step::default(), touched: BTreeSet::new(), ordered: BTreeSet::new() };
         self.dispatch(&mut turn, event);
         self.run_timers(&mut turn);
         self.finish(turn)

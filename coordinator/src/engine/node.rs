@@ -102,7 +102,7 @@ impl Engine {
             let missing: Vec<_> = ranks
                 .filter(|rank| job.ranks.get(*rank).is_some_and(|r| r.exit.is_none()))
                 .map(|rank| (rank, incarnation(gang.seat(rank))))
-                .filter(|(_, i)| !seen.contains(i))
+                .filter(|(_, i)| !seen.contains(i) && !turn.ordered.contains(i))
                 .collect();
             let (started, ending) = (gang.running_at.is_some(), gang.ending.is_some());
             // The agent may not have heard of the newest membership: it hears again, and starts what it never started.

@@ -158,7 +158,8 @@ impl Gang {
         if self.spares.iter().any(|spare| spare.seat == seat) {
             return Role::Spare;
         }
-        if self.seats.is_empty() || self.seats.get(seat as usize) == Some(&seat) {
+        let began = self.seats.is_empty() && seat < self.placement.iter().map(|share| share.count).sum();
+        if began || self.seats.get(seat as usize) == Some(&seat) {
             return Role::Rank(seat);
         }
         // Few ranks ever change their seat, and only those are looked for.

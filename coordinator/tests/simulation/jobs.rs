@@ -65,7 +65,9 @@ impl Script {
             worker.iter_mut().for_each(|worker| worker.device = Device::Cpu);
             (spec.worker, spec.command) = (worker, Vec::new());
             spec.resources.gpus = 0;
-            spec.restart.spares = random.below(3) as u32;
+            // What no node could ever hold would wait for ever.
+            let slots = nodes.iter().map(|node| node.capacity.slots).max().unwrap_or(0);
+            spec.restart.spares = (random.below(3) as u32).min(slots - world);
         }
         let steps = random.between(5, 150);
         let (step_ms, save_every, peers_notice) = (random.between(50, 3_000), random.between(1, 20), random.percent(70));

@@ -36,6 +36,8 @@ struct Outcome {
     happenings: u64,
     jobs: usize,
     faults: BTreeMap<Fault, u64>,
+    /// Ranks that were replaced, and recoveries in place that were seen through.
+    in_place: (u64, u64),
 }
 
 fn run(seed: u64, loud: bool) -> Outcome {
@@ -46,7 +48,8 @@ fn run(seed: u64, loud: bool) -> Outcome {
         let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
         Err(format!("at {} ms: {}", world.now, text.unwrap_or_default()))
     });
-    Outcome { result, trace: world.trace, happenings: world.count, jobs: world.checkers.jobs(), faults: world.faults.counts.clone() }
+    let (trace, happenings, jobs, in_place) = (world.trace, world.count, world.checkers.jobs(), world.in_place);
+    Outcome { result, trace, happenings, jobs, faults: world.faults.counts.clone(), in_place }
 }
 
 /// `A..B`, the end excluded.
@@ -106,6 +109,7 @@ struct Sum {
     next: AtomicU64,
     failed: AtomicBool,
     done: Mutex<(u64, u64, usize, BTreeMap<Fault, u64>)>,
+    in_place: Mutex<(u64, u64)>,
 }
 
 impl Sum {
@@ -125,6 +129,7 @@ impl Sum {
         done.0 += 1;
         done.1 += outcome.happenings;
         done.2 += outcome.jobs;
+        drop(self.in_place.lock().map(|mut sum| *sum = (sum.0 + outcome.in_place.0, sum.1 + outcome.in_place.1)));
         for (fault, count) in &outcome.faults {
             *done.3.entry(*fault).or_default() += count;
         }
@@ -137,6 +142,8 @@ impl Sum {
         let done = self.done.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let fired: Vec<String> = Fault::ALL.iter().map(|fault| format!("{fault:?} {}", done.3.get(fault).unwrap_or(&0))).collect();
         println!("faults fired: {}", fired.join(", "));
+        let in_place = *self.in_place.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        println!("ranks replaced in place: {}, of which {} until all stepped again", in_place.0, in_place.1);
         println!(
             "simulation: {} seeds ({}..{} and {kept} kept), {} jobs, {} happenings, no violation, {:.1} s",
             done.0,
@@ -147,8 +154,8 @@ impl Sum {
             took.as_secs_f64()
         );
         let silent: Vec<&Fault> = Fault::ALL.iter().filter(|fault| !done.3.contains_key(fault)).collect();
-        if seeds.1 - seeds.0 >= ALL_FIRE_FROM && !silent.is_empty() {
-            println!("never fired: {silent:?}");
+        if seeds.1 - seeds.0 >= ALL_FIRE_FROM && (!silent.is_empty() || in_place.1 == 0) {
+            println!("never fired: {silent:?}, or no recovery in place");
             return ExitCode::FAILURE;
         }
         ExitCode::SUCCESS

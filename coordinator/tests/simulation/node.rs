@@ -380,10 +380,9 @@ impl World {
             }
             return;
         }
-        let own = &mut self.nodes[node];
-        own.gangs.insert((job, attempt), (spec, resumed));
+        self.nodes[node].gangs.insert((job, attempt), (spec, resumed));
         for seat in fresh.iter().map(incarnation) {
-            own.runs.insert(seat, Run::default());
+            self.nodes[node].runs.insert(seat, Run::default());
             self.soon(2, 300, Happening::RankUp { node, life, boot, incarnation: seat });
         }
         self.meet(node, boot, job, attempt);

@@ -151,6 +151,8 @@ pub struct World {
     pub violation: Option<String>,
     /// A hash over all that happened: the same seed gives the same.
     pub trace: u64,
+    /// Ranks that were replaced, and recoveries in place that were seen through.
+    pub in_place: (u64, u64),
     /// Happenings so far.
     pub count: u64,
     pub next_pid: u32,
@@ -180,6 +182,7 @@ impl World {
             checkers: Checkers::default(),
             violation: None,
             trace: 0xCBF2_9CE4_8422_2325,
+            in_place: (0, 0),
             count: 0,
             next_pid: 100,
             loud: false,
@@ -224,6 +227,10 @@ impl World {
     pub fn saw(&mut self, seen: &Seen<'_>) {
         if self.loud {
             println!("{:>9}     {}", self.now, seen.text());
+        }
+        if let Seen::Written(record) = seen {
+            let count = |name| record.events.iter().filter(|event| event.event == name).count() as u64;
+            self.in_place = (self.in_place.0 + count("rank_replaced"), self.in_place.1 + count("recovered_in_place"));
         }
         let mut checkers = std::mem::take(&mut self.checkers);
         let result = checkers.saw(self, seen);

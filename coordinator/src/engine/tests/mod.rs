@@ -3,6 +3,7 @@
 
 mod checkpoints;
 mod faults;
+mod in_place;
 mod lives;
 mod nodes;
 
@@ -186,8 +187,10 @@ fn frame_text(frame: ToAgent) -> String {
     match frame {
         ToAgent::StartGang(gang) => {
             let resume = gang.resume_from.map(|r| format!(" resume_from {r:?}")).unwrap_or_default();
+            let members = if gang.generation > 0 { format!(" membership {} {:?}", gang.generation, gang.seats) } else { String::new() };
+            let spares = if gang.spares.is_empty() { String::new() } else { format!(" spares {:?}", gang.spares) };
             format!(
-                "start job {} attempt {} ranks {}+{} port {}{resume}",
+                "start job {} attempt {} ranks {}+{} port {}{members}{spares}{resume}",
                 gang.job.as_u128(),
                 gang.attempt,
                 gang.first_rank,

@@ -4,6 +4,7 @@
 //! replaces the one before it, whether or not that ever held; one that this agent heard of already is nothing new.
 
 use everlit_api::agent::{GangSpec, Resumed};
+use everlit_api::ids::Incarnation;
 
 use super::rank::Rank;
 use super::{Action, Engine, Gang, SIGKILL, Stage};
@@ -31,6 +32,13 @@ impl Engine {
         self.wake(now);
     }
 
+    /// A membership may have waited for news of this process.
+    pub(super) fn look_at_membership(&mut self, now: u64, own: Incarnation) {
+        if self.gangs.get(&(own.job, own.attempt)).is_some_and(|gang| gang.membership.is_some()) {
+            self.wake(now);
+        }
+    }
+
     /// Kills who is out, and goes on with those that wait for nobody any more.
     pub(super) fn settle_memberships(&mut self, out: &mut Vec<Action>) {
         for gang in self.gangs.values_mut() {
@@ -41,7 +49,7 @@ impl Engine {
                 waits = true;
                 if own.is_alive() && !own.killed {
                     own.killed = true;
-                    let incarnation = everlit_api::ids::Incarnation { job, attempt, rank: *seat };
+                    let incarnation = Incarnation { job, attempt, rank: *seat };
                     out.push(Action::Signal { incarnation, signal: SIGKILL });
                 }
             }

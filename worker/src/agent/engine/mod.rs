@@ -308,6 +308,7 @@ impl Engine {
     fn on_rank_started(&mut self, now: u64, incarnation: Incarnation, pid: u32, at: Timestamp, out: &mut Vec<Action>) {
         let Some(rank) = self.rank_mut(incarnation) else { return };
         rank.on_started(now, pid, at);
+        self.look_at_membership(now, incarnation);
         self.look_soon(now, incarnation);
         out.push(Action::Say(FromAgent::Started(Started { incarnation, pid, at })));
         self.term_stopped(now, out);
@@ -318,6 +319,7 @@ impl Engine {
         let (exit, lost) = if rank.drained { (drained(exit), true) } else { (exit, lost) };
         rank.end = Some((exit.clone(), lost));
         self.last_end = now;
+        self.look_at_membership(now, incarnation);
         // The last step before the end is worth as much as the end.
         self.say_news(now, out);
         out.push(Action::Say(FromAgent::Exited(Exited { incarnation, exit, lost })));
@@ -364,7 +366,7 @@ impl Engine {
 
     fn has_living(&self, job: JobId) -> bool {
         let mut own = self.gangs.range((job, 0)..=(job, u32::MAX));
-        own.any(|(_, gang)| gang.stage == Stage::Preparing || gang.ranks.values().any(Rank::is_alive))
+        own.any(|(_, gang)| gang.stage == Stage::Preparing || gang.ranks.values().any(Rank::may_live))
     }
 
     fn drop_job(&mut self, job: JobId) {

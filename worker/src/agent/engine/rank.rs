@@ -60,6 +60,11 @@ impl Rank {
         self.pid.is_some() && self.end.is_none()
     }
 
+    /// It lives, or its start was ordered and nothing was heard of it yet.
+    pub(super) fn may_live(&self) -> bool {
+        (self.spawned || self.pid.is_some()) && self.end.is_none()
+    }
+
     pub(super) fn on_started(&mut self, now: u64, pid: u32, at: Timestamp) {
         self.pid = Some(pid);
         self.started_at = Some(at);

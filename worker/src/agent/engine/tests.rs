@@ -1,5 +1,6 @@
 //! Scenarios: a time, an event, the whole list of actions.
 
+mod membership;
 mod saves;
 mod stuck;
 
@@ -42,6 +43,9 @@ fn show(action: &Action) -> String {
         Action::Say(other) => format!("say {other:?}"),
         Action::Prepare(spec) => format!("prepare a{} env {}", spec.attempt, spec.env.len()),
         Action::Spawn { attempt, .. } => format!("spawn a{attempt}"),
+        Action::Regroup { spec, fresh, .. } => {
+            format!("regroup a{} g{} env {} fresh {fresh:?}", spec.attempt, spec.generation, spec.env.len())
+        }
         Action::Signal { incarnation, signal } => format!("signal a{} r{} {signal}", incarnation.attempt, incarnation.rank),
         Action::Notify { incarnation, signal } => format!("notify a{} r{} {signal}", incarnation.attempt, incarnation.rank),
         Action::FreeSnapshots { committed, attempt, .. } => format!("free snapshots up to step {committed} and before a{attempt}"),

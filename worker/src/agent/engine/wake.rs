@@ -99,9 +99,14 @@ impl Engine {
             self.alone_since = Some(now);
             self.wake(now + self.linger_ms);
         }
+        self.look_at_all(now, out);
+        // Last: a pass over everything begins with no wish to be woken.
         if self.ending.is_some() {
             self.on_ending(now, alive, out);
         }
+    }
+
+    fn look_at_all(&mut self, now: u64, out: &mut Vec<Action>) {
         let Some(asked) = self.wake_at.filter(|at| *at <= now) else { return };
         // A wish to be woken at once is no appointment that was missed.
         let late = if asked > 0 { now - asked } else { 0 };

@@ -16,7 +16,8 @@ use super::environment::Environment;
 use super::heartbeat::Pulse;
 use super::loader::{Loader, Plan};
 use super::memory::{self, Room};
-use super::model::{self, Model};
+use super::model::{self, Model, Pass};
+use super::random::Stream;
 use super::ranks::Ranks;
 use super::rendezvous::Rendezvous;
 use super::save::{Saver, Settings};
@@ -176,6 +177,7 @@ fn prepare<'a>(
     let data = Data::of(&corpus);
     let control = Tensor::zeros(CONTROL, (tch::Kind::Float, state.model.device())).set_requires_grad(true);
     if environment.spare {
+        warm_up(worker, &environment, &state)?;
         (environment.rank, environment.generation) = membership::wait_for_place(&environment)?;
         environment.local_rank = environment.rank;
         environment.spare = false;
@@ -275,6 +277,18 @@ fn begin(
         None => None,
     };
     Ok(Beginning { group, position, batch, saved: !from_memory })
+}
+
+/// The first pass of a process takes several times as long as the next: one on no data, whose gradient is dropped.
+fn warm_up(worker: &WorkerSpec, environment: &Environment, state: &State) -> Result<(), TrainError> {
+    let own = match worker.batch_size {
+        BatchSize::Samples(batch) => batch.div_ceil(environment.world.into()),
+        BatchSize::Auto(_) => 1,
+    };
+    let samples = worker.micro_batch_size.map_or(own, |micro| micro.min(own)).max(1);
+    let nothing = Tensor::zeros([samples as i64, state.model.window() as i64], (tch::Kind::Int64, Device::Cpu));
+    state.model.loss(&nothing, Pass::Train(Stream::new(0, "warm-up"))).f_backward()?;
+    Ok(c10d::drop_gradients(&state.trained())?)
 }
 
 /// The others are under way: this rank takes its state from them.

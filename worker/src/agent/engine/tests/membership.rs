@@ -1,0 +1,213 @@
+//! A running gang gets other members: nobody starts beside who is replaced, and each start is ordered once.
+
+use super::*;
+
+const KILLED: &str = "signal 9";
+
+fn regroup(s: &Scene, generation: u32, seats: &[u32], spares: &[u32]) -> Event {
+    let env = [("TOKEN".to_string(), "secret".to_string())].into();
+    Event::GangOrdered(Box::new(GangSpec { generation, seats: seats.into(), spares: spares.into(), env, ..s.spec.clone() }))
+}
+
+fn ended(s: &Scene, seat: u32) -> Event {
+    let exit = RankExit { signal: Some(9), error: None, ..no_exit(KILLED, Timestamp(9)) };
+    Event::RankEnded { incarnation: s.own(seat), exit, lost: false }
+}
+
+fn started(s: &Scene, seat: u32) -> Event {
+    Event::RankStarted { incarnation: s.own(seat), pid: 100 + seat, at: Timestamp(9) }
+}
+
+#[test]
+fn a_dead_rank_s_successor_starts_once_and_the_others_are_not_touched() {
+    let mut s = scene(2);
+    s.running();
+    s.at(
+        10,
+        ended(&s, 1),
+        expect![[r#"
+        say exited r1 signal 9 (SIGKILL) lost false
+    "#]],
+    );
+    s.at(
+        20,
+        regroup(&s, 1, &[0, 2], &[]),
+        expect![[r#"
+        regroup a1 g1 env 1 fresh [2]
+    "#]],
+    );
+    // Said again, and said late: nothing new.
+    s.at(21, regroup(&s, 1, &[0, 2], &[]), expect![[""]]);
+    s.at(22, regroup(&s, 0, &[], &[]), expect![[""]]);
+    s.at(
+        30,
+        started(&s, 2),
+        expect![[r#"
+        say started r2 pid 102
+    "#]],
+    );
+    s.at(
+        40,
+        Event::ForgetOrdered(vec![s.own(1)]),
+        expect![[r#"
+        remove runs r1
+    "#]],
+    );
+    s.at(
+        50,
+        Event::StopOrdered { job: s.spec.job, attempt: 1, grace: Millis(0) },
+        expect![[r#"
+        signal a1 r0 9
+        signal a1 r2 9
+    "#]],
+    );
+}
+
+#[test]
+fn who_hangs_is_killed_and_gone_before_its_successor_starts() {
+    let mut s = scene(2);
+    s.running();
+    s.at(
+        10,
+        regroup(&s, 1, &[0, 2], &[]),
+        expect![[r#"
+        signal a1 r1 9
+    "#]],
+    );
+    s.at(
+        20,
+        ended(&s, 1),
+        expect![[r#"
+        say exited r1 signal 9 (SIGKILL) lost false
+        regroup a1 g1 env 1 fresh [2]
+    "#]],
+    );
+}
+
+#[test]
+fn a_later_membership_replaces_one_that_never_held() {
+    let mut s = scene(2);
+    s.running();
+    s.at(
+        10,
+        regroup(&s, 1, &[0, 2], &[]),
+        expect![[r#"
+        signal a1 r1 9
+    "#]],
+    );
+    s.at(
+        11,
+        regroup(&s, 2, &[3, 2], &[]),
+        expect![[r#"
+        signal a1 r0 9
+    "#]],
+    );
+    s.at(
+        20,
+        ended(&s, 1),
+        expect![[r#"
+        say exited r1 signal 9 (SIGKILL) lost false
+    "#]],
+    );
+    s.at(
+        21,
+        ended(&s, 0),
+        expect![[r#"
+        say exited r0 signal 9 (SIGKILL) lost false
+        regroup a1 g2 env 1 fresh [2, 3]
+    "#]],
+    );
+}
+
+#[test]
+fn spares_start_with_the_gang_and_one_more_when_it_is_asked_for() {
+    let mut s = scene(2);
+    s.spec.spares = vec![2];
+    s.running();
+    s.at(
+        5,
+        started(&s, 2),
+        expect![[r#"
+        say started r2 pid 102
+    "#]],
+    );
+    s.at(
+        10,
+        ended(&s, 0),
+        expect![[r#"
+        say exited r0 signal 9 (SIGKILL) lost false
+    "#]],
+    );
+    s.at(
+        20,
+        regroup(&s, 1, &[2, 1], &[]),
+        expect![[r#"
+        regroup a1 g1 env 1 fresh []
+    "#]],
+    );
+    s.at(
+        30,
+        regroup(&s, 1, &[2, 1], &[3]),
+        expect![[r#"
+        regroup a1 g1 env 1 fresh [3]
+    "#]],
+    );
+}
+
+#[test]
+fn a_gang_that_is_stopped_or_an_agent_that_ends_starts_nobody() {
+    let mut s = scene(2);
+    s.running();
+    s.at(
+        10,
+        Event::StopOrdered { job: s.spec.job, attempt: 1, grace: Millis(5_000) },
+        expect![[r#"
+        signal a1 r0 15
+        signal a1 r1 15
+    "#]],
+    );
+    s.at(
+        11,
+        ended(&s, 1),
+        expect![[r#"
+        say exited r1 signal 9 (SIGKILL) lost false
+    "#]],
+    );
+    s.at(20, regroup(&s, 1, &[0, 2], &[]), expect![[""]]);
+}
+
+#[test]
+fn an_agent_after_this_one_goes_on_with_the_membership_that_it_finds() {
+    let mut s = scene(2);
+    let spec = GangSpec { generation: 1, seats: vec![0, 2], ..s.spec.clone() };
+    s.at(0, Event::GangFound { spec: Box::new(spec), resumed: None, ranks: vec![0, 1, 2] }, expect![[""]]);
+    s.at(
+        1,
+        started(&s, 0),
+        expect![[r#"
+        say started r0 pid 100
+    "#]],
+    );
+    s.at(
+        1,
+        ended(&s, 1),
+        expect![[r#"
+        say exited r1 signal 9 (SIGKILL) lost false
+    "#]],
+    );
+    s.at(
+        1,
+        started(&s, 2),
+        expect![[r#"
+        say started r2 pid 102
+    "#]],
+    );
+    s.at(10, regroup(&s, 1, &[0, 2], &[]), expect![[""]]);
+    s.at(
+        20,
+        regroup(&s, 2, &[3, 2], &[]),
+        expect![[r#"
+        signal a1 r0 9
+    "#]],
+    );
+}
