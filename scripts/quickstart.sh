@@ -21,7 +21,7 @@ finish() {
 trap finish EXIT
 wait_for 20 curl -sf "$URL/readyz" -o /dev/null || die "the coordinator did not get ready; $DATA/up.log says why"
 
-BODY='{"name": "quickstart", "world_size": 2, "worker": {"steps": '$STEPS'}, "restart": {"scope": "gang"}}'
+BODY='{"name": "quickstart", "world_size": 2, "worker": {"steps": '$STEPS'}}'
 say "submitting: curl -s -X POST $URL/jobs -H 'Content-Type: application/json' -d '$BODY'"
 JOB_ID=$(curl -s -X POST "$URL/jobs" -H "Content-Type: application/json" -d "$BODY" | json job_id)
 [ -n "$JOB_ID" ] || die "the job was not accepted; $DATA/up.log says why"

@@ -76,40 +76,48 @@ def killed_at_random_moments_a_run_ends_with_the_undisturbed_bytes():
         undisturbed = everlit.submit(**job)
         assert everlit.final(undisturbed, 600)["state"] == "succeeded"
         wanted = checksum(newest(checkpoints(everlit, undisturbed)))
-        killed = everlit.submit(**job, restart={"max_restarts": 1000, "max_start_failures": 1000, "backoff": FAST})
-        folder = checkpoints(everlit, killed)
-        kills = saves = 0
-        while kills < KILLS:
-            summary = everlit.running(killed, 120)
-            # Every other kill waits for a save to be under way.
-            if kills % 2:
-                deadline = time.monotonic() + 5
-                while time.monotonic() < deadline and not list(folder.glob(".draft-*")):
-                    time.sleep(0.0005)
-            else:
-                time.sleep(chance.uniform(0.05, 1.5))
-            summary = everlit.summary(killed)
-            if summary["state"] == "succeeded":
-                break
-            pids = [r["pid"] for r in summary["ranks"] if r["pid"]]
-            if not pids:
-                continue
-            saving = bool(list(folder.glob(".draft-*")))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(chance.choice(pids), signal.SIGKILL)
-                kills += 1
-                saves += saving
-                until("a restart", lambda: everlit.summary(killed)["restarts"] >= kills or everlit.summary(killed)["state"] == "succeeded", 60)
-        summary = everlit.final(killed, 900)
-        assert summary["state"] == "succeeded", summary["reason"]
-        got = checksum(newest(folder))
-        memory = [e for e in everlit.events(killed) if "shared memory" in json.dumps(e)]
-        print(f"     {kills} kills, {saves} of them in a save, {len(memory)} resumes from shared memory")
-        print(f"     undisturbed {wanted}\n     killed      {got}")
-        assert kills == KILLS, f"only {kills} kills before the run was over"
-        assert got == wanted and summary["restarts"] >= kills
-        old, new = (manifest(newest(checkpoints(everlit, j))) for j in (undisturbed, killed))
-        assert (old["samples"], old["data"]) == (new["samples"], new["data"])
+        for scope in ("auto", "gang"):
+            kill_one_job(everlit, chance, job, scope, undisturbed, wanted)
+
+
+def kill_one_job(everlit, chance, job, scope, undisturbed, wanted):
+    killed = everlit.submit(**job, restart={"scope": scope, "max_restarts": 1000, "max_start_failures": 1000, "backoff": FAST})
+    folder = checkpoints(everlit, killed)
+    kills = saves = 0
+    while kills < KILLS:
+        summary = everlit.running(killed, 120)
+        # Every other kill waits for a save to be under way.
+        if kills % 2:
+            deadline = time.monotonic() + 5
+            while time.monotonic() < deadline and not list(folder.glob(".draft-*")):
+                time.sleep(0.0005)
+        else:
+            time.sleep(chance.uniform(0.05, 1.5))
+        summary = everlit.summary(killed)
+        if summary["state"] == "succeeded":
+            break
+        pids = [r["pid"] for r in summary["ranks"] if r["pid"]]
+        if not pids:
+            continue
+        saving = bool(list(folder.glob(".draft-*")))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(chance.choice(pids), signal.SIGKILL)
+            kills += 1
+            saves += saving
+            until("a restart", lambda: everlit.summary(killed)["restarts"] >= kills or everlit.summary(killed)["state"] == "succeeded", 60)
+    summary = everlit.final(killed, 900)
+    assert summary["state"] == "succeeded", summary["reason"]
+    got = checksum(newest(folder))
+    names = [e["event"] for e in everlit.events(killed)]
+    memory = [e for e in everlit.events(killed) if "shared memory" in json.dumps(e)]
+    in_place = names.count("recovered_in_place")
+    assert (in_place > 0) == (scope == "auto"), names
+    print(f"     {scope}: {kills} kills, {saves} of them in a save, {in_place} recoveries in place, {len(memory)} resumes from shared memory")
+    print(f"     undisturbed {wanted}\n     killed      {got}")
+    assert kills == KILLS, f"only {kills} kills before the run was over"
+    assert got == wanted and summary["restarts"] >= kills
+    old, new = (manifest(newest(checkpoints(everlit, j))) for j in (undisturbed, killed))
+    assert (old["samples"], old["data"]) == (new["samples"], new["data"])
 
 
 def another_world_size_goes_on_with_the_same_batches():
@@ -207,7 +215,7 @@ def a_snapshot_in_memory_outlives_its_ranks():
         return
     with Everlit() as everlit:
         worker = {**PROVED, "steps": 4000, "evaluation": {}}
-        job = everlit.submit(world_size=2, worker=worker, checkpoint={"every_steps": 10}, restart={"backoff": FAST})
+        job = everlit.submit(world_size=2, worker=worker, checkpoint={"every_steps": 10}, restart={"scope": "gang", "backoff": FAST})
         folder = checkpoints(everlit, job)
         until("a checkpoint", lambda: newest(folder), 60)
         subprocess.run(["mount", "--bind", folder, folder], check=True)
