@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures what README states, on the built programs and loopback: a table, and the same as JSON in target/bench/results.json.
-# `scripts/bench.sh [AREA…]` with areas: control, logs, train, recovery, idle, steps, checkpoint (all by default). The area
-# steps runs PyTorch beside us and fetches it once (scripts/fetch-python-torch.sh, about 4 GB).
+# `scripts/bench.sh [AREA…]` with areas: control, logs, train, recovery, idle, steps, checkpoint (all by default). The areas
+# steps and recovery run PyTorch beside us and fetches it once (scripts/fetch-python-torch.sh, about 4 GB).
 . "$(dirname "$0")/common.sh"
 need python3
 scripts/build.sh >/dev/null || exit 1
@@ -14,7 +14,7 @@ for line in sys.stdin:
 [ -n "$LOAD" ] || die "the load program could not be built"
 PYTHON_TORCH=
 case " ${*:-steps} " in
-  *" steps "*) PYTHON_TORCH=$(scripts/fetch-python-torch.sh | tail -n 1) || die "PyTorch could not be fetched" ;;
+  *" steps "* | *" recovery "*) PYTHON_TORCH=$(scripts/fetch-python-torch.sh | tail -n 1) || die "PyTorch could not be fetched" ;;
 esac
 mkdir -p "$TARGET/bench"
-EVERLIT_PYTHON=$PYTHON_TORCH EVERLIT_BIN=$BIN EVERLIT_LOAD=$LOAD EVERLIT_RESULTS=$TARGET/bench/results.json PYTHONPATH=scripts/e2e python3 scripts/bench/main.py "$@"
+EVERLIT_TEXT=$BIN/sample-text/$(ls "$BIN/sample-text" | head -n 1) EVERLIT_PYTHON=$PYTHON_TORCH EVERLIT_BIN=$BIN EVERLIT_LOAD=$LOAD EVERLIT_RESULTS=$TARGET/bench/results.json PYTHONPATH=scripts/e2e python3 scripts/bench/main.py "$@"

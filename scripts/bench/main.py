@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import recovery
 import training
 from lib import Everlit, is_alive, parent, until
 
@@ -102,31 +103,6 @@ def finish(everlit, job):
     everlit.final(job)
 
 
-def recovery():
-    """kill -9 of a rank until every rank has done a step again, less the delay of the backoff that the events tell."""
-    with Everlit() as everlit:
-        job = everlit.submit(world_size=2, worker={"steps": 1_000_000}, checkpoint={"every_steps": 20}, restart={"backoff": {"jitter": 0}})
-        times, highest = [], 20
-        for attempt in range(1, RUNS + 1):
-            until("a saved step", lambda: (s := everlit.summary(job))["attempt"] == attempt and s["state"] == "running" and s["step"] and s["last_checkpoint"], 120, 0.02)
-            # Past everything that was done before: a gang that fails without a new step waits longer each time.
-            highest = everlit.at_step(job, highest + 3)["step"]
-            pid = everlit.summary(job)["ranks"][attempt % 2]["pid"]
-            started = time.monotonic()
-            os.kill(pid, signal.SIGKILL)
-
-            def stepping():
-                summary = everlit.summary(job)
-                return summary["attempt"] == attempt + 1 and all(r["step"] for r in summary["ranks"])
-
-            until("every rank's next step", stepping, 60, 0.005)
-            took = time.monotonic() - started
-            delay = [e["data"]["delay_ms"] for e in everlit.events(job) if e["event"] == "restart_scheduled"][-1] / 1000
-            times.append(took - delay)
-        finish(everlit, job)
-        row("kill -9 of a rank to the next step of all, less backoff", times, "s", 1.2)
-
-
 def idle():
     with Everlit() as everlit:
         job = everlit.submit(command=["sleep", "1000"], world_size=8)
@@ -156,7 +132,7 @@ AREAS = {
     "control": control,
     "logs": logs,
     "train": train,
-    "recovery": recovery,
+    "recovery": lambda: recovery.recovery(row),
     "idle": idle,
     "steps": lambda: training.steps(row),
     "checkpoint": lambda: training.checkpoint(row),

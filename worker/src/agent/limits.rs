@@ -27,6 +27,14 @@ pub(super) const STUCK_UNKNOWN_MS: u64 = 30 * 60 * 1000;
 /// The built-in program: a step may take so much, and so many times the longest of the newest ones.
 pub(super) const STUCK_FLOOR_MS: u64 = 2_000;
 pub(super) const STUCK_FACTOR: u64 = 6;
+/// The same when one rank gives no sign of life at all while others do: nothing else than that rank can be the cause.
+pub(super) const STUCK_EARLY_FLOOR_MS: u64 = 500;
+pub(super) const STUCK_EARLY_FACTOR: u64 = 4;
+/// The built-in program writes a heartbeat four times a second at least: without one for so long it does not run, with one so young it does.
+pub(super) const QUIET_MS: u64 = 750;
+pub(super) const FRESH_MS: u64 = 500;
+/// Between two looks at a gang that may be stuck early.
+pub(super) const EARLY_LOOK_MS: u64 = 50;
 /// The same for its other phases.
 pub(super) const STUCK_PHASE_FLOOR_MS: u64 = 60_000;
 pub(super) const STUCK_PHASE_FACTOR: u64 = 10;

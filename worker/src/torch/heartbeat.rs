@@ -1,7 +1,7 @@
 //! The heartbeat file, and the watch over a rank that was told to end.
 //!
 //! The training loop only changes numbers under a mutex; a thread of its own writes the file, at most ten times a second
-//! and at least once a second, so that a slow disk never slows a step. The same thread looks at SIGTERM: before training
+//! and at least four times, so that a slow disk never slows a step. The same thread looks at SIGTERM: before training
 //! there is nothing to save and the process ends at once; in a step that does not return (a peer is gone or stuck) it
 //! aborts the process group, which gives the training loop its error. So it does when another membership holds.
 
@@ -19,7 +19,8 @@ use super::rendezvous::Meeting;
 use super::{EXIT_TERMINATED, environment::Environment, signals};
 
 const WRITE_INTERVAL_MIN: Duration = Duration::from_millis(100);
-const WRITE_INTERVAL_MAX: Duration = Duration::from_secs(1);
+/// The agent knows by it that a rank runs (`QUIET_MS` there).
+const WRITE_INTERVAL_MAX: Duration = Duration::from_millis(250);
 /// A step that takes this long after SIGTERM, and three times the longest so far, is blocked.
 const BLOCKED_AFTER: Duration = Duration::from_secs(3);
 /// A save has more time: its disk may be slow.

@@ -11,7 +11,7 @@ use everlit_api::job::HeartbeatPolicy;
 use everlit_api::manifest::Phase;
 
 use crate::agent::limits::{
-    PACE_GAPS_MAX, PACE_GAPS_MIN, STUCK_FACTOR, STUCK_FLOOR_MS, STUCK_PHASE_FACTOR, STUCK_PHASE_FLOOR_MS, STUCK_SCRIPT_FACTOR,
+    PACE_GAPS_MAX, PACE_GAPS_MIN, STUCK_EARLY_FACTOR, STUCK_EARLY_FLOOR_MS, STUCK_FACTOR, STUCK_FLOOR_MS, STUCK_PHASE_FACTOR, STUCK_PHASE_FLOOR_MS, STUCK_SCRIPT_FACTOR,
     STUCK_SCRIPT_FLOOR_MS, STUCK_UNKNOWN_MS,
 };
 
@@ -37,6 +37,14 @@ impl Pace {
     pub(super) fn note_phase(&mut self, phase: Phase, took: u64) {
         let longest = self.longest.entry(phase).or_default();
         *longest = took.max(*longest);
+    }
+
+    /// Longest time without a new step of the built-in program when one of its ranks gives no sign of life and others do; `None` while the
+    /// pace is not known, or given.
+    pub(super) fn early_deadline_ms(&self, policy: &HeartbeatPolicy) -> Option<u64> {
+        let known = self.gaps.len() >= PACE_GAPS_MIN && policy.progress_timeout.is_none();
+        let gap = self.gaps.iter().copied().max().filter(|_| known)?;
+        Some(STUCK_EARLY_FLOOR_MS + gap.saturating_mul(STUCK_EARLY_FACTOR))
     }
 
     /// Longest time without a new step or phase; `settled`: the rank has done steps since it started; `ours`: the built-in program.

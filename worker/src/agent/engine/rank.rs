@@ -6,7 +6,7 @@
 use everlit_api::agent::{Beat, RankReport};
 use everlit_api::ids::Incarnation;
 use everlit_api::job::HeartbeatPolicy;
-use everlit_api::manifest::SaveError;
+use everlit_api::manifest::{Phase, SaveError};
 use everlit_api::rank::{RankExit, Verdict};
 use everlit_api::time::Timestamp;
 
@@ -122,6 +122,15 @@ impl Rank {
         let phase = self.beat.as_ref().and_then(|(_, beat)| beat.phase);
         let settled = self.steps >= SETTLED_STEPS;
         judged.then(|| self.progress_at.saturating_add(pace.deadline_ms(policy, phase, settled, ours)))
+    }
+
+    /// Time without a heartbeat and time without a step, of one that is in the midst of its steps.
+    pub(super) fn quiet(&self, now: u64) -> Option<(u64, u64)> {
+        let steps = self.is_alive() && self.steps >= SETTLED_STEPS && !self.killed && !self.termed;
+        // A program of before it said this beats once a second.
+        let trains = self.beat.as_ref().is_some_and(|(_, beat)| beat.phase == Some(Phase::Train) && beat.in_place.is_some());
+        let (_, at) = self.seq.filter(|_| steps && trains)?;
+        Some((now.saturating_sub(at), now.saturating_sub(self.progress_at)))
     }
 
     /// Who is to blame when several are stuck: whose heartbeats stopped, the longest first; else who is furthest behind.

@@ -8,7 +8,7 @@ use everlit_api::ids::Incarnation;
 use everlit_api::rank::Verdict;
 use everlit_api::time::Millis;
 
-use crate::agent::limits::{BEAT_EVERY_MS, LATE_MS};
+use crate::agent::limits::{BEAT_EVERY_MS, EARLY_LOOK_MS, FRESH_MS, LATE_MS, QUIET_MS};
 
 use super::pace::Pace;
 use super::rank::{Look, Rank};
@@ -25,6 +25,8 @@ impl Engine {
         let Some(rank) = gang.ranks.get(&incarnation.rank) else { return };
         let pace = self.paces.get(&incarnation.job);
         let stuck_at = pace.and_then(|pace| rank.stuck_at(&gang.spec.heartbeat, pace, is_ours(gang)));
+        let early_at = pace.and_then(|pace| pace.early_deadline_ms(&gang.spec.heartbeat)).filter(|_| is_ours(gang)).map(|ms| now + ms);
+        let stuck_at = stuck_at.into_iter().chain(early_at).min();
         let look = rank.look(now, &gang.spec.heartbeat, gang.spec.world_size);
         stuck_at.into_iter().for_each(|at| self.wake(at.max(now)));
         match look {
@@ -137,6 +139,9 @@ impl Engine {
             let (job, attempt) = (gang.spec.job, gang.spec.attempt);
             let (stuck, next_stuck) = decide_stuck(now, gang, self.paces.get(&job).unwrap_or(&unknown));
             next_stuck.into_iter().for_each(&mut at_latest);
+            let (early, next_early) = decide_stuck_early(now, gang, self.paces.get(&job).unwrap_or(&unknown));
+            next_early.into_iter().for_each(&mut at_latest);
+            let stuck = stuck.or(early);
             if let Some(own) = stuck.and_then(|rank| gang.ranks.get_mut(&rank)) {
                 own.judged = Some(Verdict::Stuck);
                 let incarnation = Incarnation { job, attempt, rank: stuck.unwrap_or_default() };
@@ -213,6 +218,30 @@ fn decide_stuck(now: u64, gang: &Gang, pace: &Pace) -> (Option<u32>, Option<u64>
     let together = due().filter(|(.., at)| *at <= now + BEAT_EVERY_MS);
     let blamed = together.min_by_key(|(rank, own, _)| (own.blame(now, BEAT_EVERY_MS), **rank)).map(|(rank, ..)| *rank);
     (blamed, None)
+}
+
+/// The rank that gives no sign of life while its gang makes no step and others of it do; and else when to look again. Faster than a deadline
+/// for a gang that lives and stands still, since here it is known who holds it up. All quiet at once is the machine's fault, not a rank's.
+fn decide_stuck_early(now: u64, gang: &Gang, pace: &Pace) -> (Option<u32>, Option<u64>) {
+    let Some(deadline) = pace.early_deadline_ms(&gang.spec.heartbeat).filter(|_| is_ours(gang)) else { return (None, None) };
+    let members = gang.ranks.iter().filter(|(seat, _)| gang.spec.rank_of(**seat).is_some());
+    let mut quiets = Vec::new();
+    for (seat, own) in members {
+        let Some(quiet) = own.quiet(now).filter(|_| own.judged.is_none()) else { return (None, None) };
+        quiets.push((*seat, quiet));
+    }
+    let Some(standstill) = quiets.iter().map(|(_, (_, standstill))| *standstill).min().filter(|_| quiets.len() > 1) else {
+        return (None, None);
+    };
+    if standstill < deadline {
+        return (None, Some(now + deadline - standstill));
+    }
+    let fresh = quiets.iter().any(|(_, (silence, _))| *silence < FRESH_MS);
+    let blamed = quiets.iter().filter(|(_, (silence, _))| *silence >= QUIET_MS).max_by_key(|(_, (silence, _))| *silence);
+    match blamed.filter(|_| fresh) {
+        Some((seat, _)) => (Some(*seat), None),
+        None => (None, Some(now + EARLY_LOOK_MS)),
+    }
 }
 
 fn gang_kill_at(engine: &Engine, incarnation: Incarnation) -> Option<u64> {

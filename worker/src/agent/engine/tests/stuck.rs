@@ -58,6 +58,39 @@ fn judged_at(s: &mut Scene, beating: &[(u32, u64)], phase: Phase, until: u64) ->
 }
 
 #[test]
+fn a_rank_without_any_sign_of_life_is_found_early_when_another_lives() {
+    let mut s = stepping(40);
+    let lively = |s: &Scene, rank, seq| {
+        let Event::HeartbeatRead { incarnation, mut beat, .. } = told(s, rank, seq, Phase::Train, 40) else { unreachable!() };
+        beat.in_place = Some(true);
+        Event::HeartbeatRead { incarnation, seq, beat, save_error: None }
+    };
+    s.now -= 100;
+    (0..2).for_each(|rank| drop(s.engine.handle(s.now, lively(&s, rank, 50))));
+    let from = s.now;
+    // Rank 0 beats on four times a second, and both stand still.
+    let mut found = Vec::new();
+    for tick in 1..40_u64 {
+        s.now = from + tick * 50;
+        let mut actions = if tick % 5 == 0 { s.engine.handle(s.now, lively(&s, 0, 100 + tick)) } else { Vec::new() };
+        actions.extend(s.engine.handle(s.now, Event::DeadlinePassed));
+        let judged = actions.into_iter().filter_map(|action| match action {
+            Action::Say(FromAgent::Judged { incarnation, age_ms, .. }) => Some((incarnation.rank, age_ms)),
+            _ => None,
+        });
+        found.extend(judged);
+    }
+    assert_eq!(found, [(1, 900)]);
+}
+
+#[test]
+fn when_all_are_quiet_at_once_nobody_is_blamed_early() {
+    let mut s = stepping(40);
+    let until = s.now + 2_000;
+    assert_eq!(judged(&mut s, &[], Phase::Train, 40, until), Vec::<String>::new());
+}
+
+#[test]
 fn a_stopped_rank_is_blamed_for_the_standstill_of_both() {
     let mut s = stepping(100);
     assert_eq!(judged(&mut s, &[0], Phase::Train, 100, 9_000 + 9_000), ["12600 r1 Stuck 2600"]);

@@ -1,0 +1,180 @@
+"""Recovery figures: kill -9 of one of two ranks until both are through their next step, ours and torchrun's in turn in one run."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+
+from lib import Everlit, free_port, is_alive, until
+
+PYTHON = os.environ.get("EVERLIT_PYTHON")
+# Kills of each kind; in place they are quick, so there are many of them.
+KILLS = int(os.environ.get("EVERLIT_RECOVERY_KILLS", "200"))
+PEER_KILLS = int(os.environ.get("EVERLIT_PEER_KILLS", "21"))
+ROUNDS = 3
+HERE = pathlib.Path(__file__).resolve().parent
+TEXT = os.environ.get("EVERLIT_TEXT")
+# A gang without a step for so long does not come back by itself.
+STUCK_SECONDS = 45
+
+
+def parts(total):
+    return [total // ROUNDS + (n < total % ROUNDS) for n in range(ROUNDS)]
+
+
+def percentile(values, share):
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def ours(kills, lost, less_backoff, **restart):
+    """Seconds from each kill of a rank of the built-in program, ranks in turn, to a step of all."""
+    times = []
+    with Everlit() as everlit:
+        policy = {"max_restarts": 100_000, "backoff": {"jitter": 0}, **restart}
+        job = everlit.submit(world_size=2, worker={"steps": 1_000_000}, checkpoint={"every_steps": 20}, restart=policy)
+        for n in range(kills):
+            before = until("steps of its own", lambda: ready(everlit, job, n, restart), 120, 0.02)
+            started = time.monotonic()
+            os.kill(before["ranks"][n % 2]["pid"], signal.SIGKILL)
+
+            def again():
+                now = everlit.summary(job)
+                through = now["state"] == "running" and now["restarts"] == n + 1
+                return through and all(r["pid"] and r["step"] for r in now["ranks"])
+
+            until("every rank's next step", again, 120, 0.005)
+            took = time.monotonic() - started
+            if less_backoff:
+                took -= [e["data"]["delay_ms"] for e in newest_events(everlit, job) if e["event"] == "restart_scheduled"][-1] / 1000
+            times.append(took)
+        lost.append(everlit.summary(job)["lost_steps"])
+        everlit.post(f"/jobs/{job}/stop", {"force": True})
+        everlit.final(job)
+    return times
+
+
+def ready(everlit, job, restarts, restart):
+    """Between two kills: every rank has done a few steps, saved, and, in place, a spare waits."""
+    summary = everlit.summary(job)
+    if summary["state"] != "running" or summary["restarts"] != restarts or not all(r["pid"] and r["step"] for r in summary["ranks"]):
+        return None
+    marks = everlit.__dict__.setdefault("marks", {})
+    first, since = marks.setdefault(restarts, (summary["step"], time.monotonic()))
+    spares = all(s["pid"] and s["phase"] == "load" for s in summary["spares"]) and len(summary["spares"]) == restart.get("spares", 0)
+    # A new spare is warm a second after its start.
+    settled = time.monotonic() - since > (1.5 if restart.get("spares") else 0.5)
+    return summary if summary["step"] >= first + 3 and spares and settled and summary["last_checkpoint"] else None
+
+
+def newest_events(everlit, job):
+    events, after = [], ""
+    while True:
+        page = everlit.get(f"/jobs/{job}/events?limit=500{after}")
+        events += page["data"]
+        if not page["has_more"]:
+            return events
+        after = f"&after={page['last_id']}"
+
+
+def reported(folder, rank):
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        path = folder / f"rank-{rank}"
+        pid, step = path.read_text().split()
+        return int(pid), int(step), path.stat().st_mtime
+    return None
+
+
+def stepping(folder, since):
+    """Process ids of both ranks when both have done a step since a time, and live."""
+    found = [reported(folder, rank) for rank in (0, 1)]
+    if all(found) and all(at > since and is_alive(pid) for pid, _, at in found):
+        return [pid for pid, _, _ in found]
+    return None
+
+
+def kill_in_turn(folder, kills, again):
+    """Kills ranks of a script in turn. Seconds to the next step of both; those that did not come back by themselves are None."""
+    times = []
+    for n in range(kills):
+        pids = until("both ranks step", lambda: stepping(folder, time.time() - 2), 120, 0.02)
+        time.sleep(1)
+        pids = stepping(folder, time.time() - 2) or pids
+        since, started = time.time(), time.monotonic()
+        os.kill(pids[n % 2], signal.SIGKILL)
+        try:
+            until("the next step of both", lambda: stepping(folder, since + 0.05) and reported(folder, n % 2)[0] != pids[n % 2], STUCK_SECONDS, 0.01)
+            times.append(time.monotonic() - started)
+        except AssertionError:
+            times.append(None)
+            again()
+    return times
+
+
+def torchrun(kills):
+    with tempfile.TemporaryDirectory() as temp:
+        folder = pathlib.Path(temp)
+        state = {}
+
+        def start():
+            end(state.get("process"))
+            command = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1000", "--master-port", str(free_port())]
+            state["process"] = subprocess.Popen(
+                [*command, str(HERE / "ddp_restart.py"), str(folder), TEXT], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            )
+
+        start()
+        try:
+            return kill_in_turn(folder, kills, start)
+        finally:
+            end(state["process"])
+
+
+def end(process):
+    """A launcher and its ranks, which are sessions and groups of their own below it."""
+    if process is None or process.poll() is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(40)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def script_under_us(kills):
+    with Everlit() as everlit, tempfile.TemporaryDirectory() as temp:
+        command = [PYTHON, str(HERE / "ddp_restart.py"), temp, TEXT]
+        job = everlit.submit(world_size=2, command=command, restart={"max_restarts": 1000, "backoff": {"jitter": 0}})
+        times = kill_in_turn(pathlib.Path(temp), kills, lambda: everlit.post(f"/jobs/{job}/restart"))
+        everlit.post(f"/jobs/{job}/stop", {"force": True})
+        everlit.final(job)
+        return times
+
+
+def recovery(row):
+    in_place, spare, gang, peer, script = [], [], [], [], []
+    lost = []
+    for few, some, peers in zip(parts(KILLS), parts(max(3, KILLS // 8)), parts(PEER_KILLS)):
+        in_place += ours(few, lost, False)
+        spare += ours(few, lost, False, spares=1)
+        gang += ours(some, [], True, scope="gang")
+        if PYTHON:
+            peer += torchrun(peers)
+            script += script_under_us(peers)
+    for name, times, target in [("in place", in_place, 1.0), ("in place with a spare", spare, 0.5)]:
+        row(f"kill -9 of a rank to the next step of all, {name}", times, "s", target)
+        row(f"  99th percentile of {len(times)} kills", [percentile(times, 0.99)], "s", target)
+    row("  steps lost in place, all kills together", [sum(lost)], "steps", len(in_place) + len(spare))
+    row("the gang from its snapshot, less backoff", gang, "s", 1.2)
+    if PYTHON:
+        back = [t for t in peer if t]
+        row("torchrun with a DDP script, where it came back", back or [STUCK_SECONDS], "s", 1_000)
+        row(f"  kills of {len(peer)} after which it did not step for {STUCK_SECONDS} s", [peer.count(None)], "kills", 1_000)
+        row("ours over torchrun's", [statistics.median(in_place) / statistics.median(back or [STUCK_SECONDS])], "x", 0.25)
+        row("the same script under us, with the backoff of 0.5 s", [t for t in script if t] or [STUCK_SECONDS], "s", 1_000)
+        row(f"  kills of {len(script)} that it did not survive", [script.count(None)], "kills", 0)
