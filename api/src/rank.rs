@@ -43,6 +43,20 @@ pub struct RankExit {
     /// The message of torchrun's error file, when the program wrote one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
+    /// The kernel killed a process for want of memory when this one ended by SIGKILL.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub out_of_memory: bool,
+}
+
+/// What the threads of a living rank were doing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Stacks {
+    /// The process's seat in its attempt: its rank, unless it took another one's place.
+    pub rank: u32,
+    /// Its process id.
+    pub pid: u32,
+    /// One line for the process, then lines for each thread: its name and state, what it waits for in the kernel, where in which library.
+    pub text: String,
 }
 
 impl RankExit {
@@ -87,6 +101,8 @@ pub enum Cause {
     Exit,
     /// A signal that we did not send ended a rank.
     Signal,
+    /// The kernel killed a rank for want of memory.
+    OutOfMemory,
     /// No heartbeat within the timeout.
     Silent,
     /// Neither a heartbeat nor output after the start.

@@ -266,6 +266,69 @@ pub struct AttemptView {
     pub backoff_ms: Option<u64>,
 }
 
+/// Why an attempt ended as it did, or what it has been through so far.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Postmortem {
+    /// Whose.
+    pub job_id: JobId,
+    /// From 1.
+    pub attempt: u32,
+    /// When it was placed.
+    pub started_at: Timestamp,
+    /// When its last rank ended.
+    pub ended_at: Option<Timestamp>,
+    /// Step of the checkpoint that it started from.
+    pub resumed_from_step: Option<u64>,
+    /// Highest step that it reached.
+    pub reached_step: Option<u64>,
+    /// Why it ended.
+    pub cause: Option<Cause>,
+    /// The rank that failed first, by the kernel's order.
+    pub first_failed_rank: Option<u32>,
+    /// In one sentence.
+    pub reason: Option<String>,
+    /// What followed its end, and why.
+    pub decision: Option<String>,
+    /// What failed, in the order in which it was seen.
+    pub failures: Vec<FailureView>,
+    /// What ranks wrote last.
+    pub ranks: Vec<RankWords>,
+    /// Why lines are missing, when some are.
+    pub lines_missing: Option<String>,
+}
+
+/// One failure of an attempt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct FailureView {
+    /// When it was seen.
+    pub time: Timestamp,
+    /// Which rank.
+    pub rank: Option<u32>,
+    /// What kind.
+    pub cause: Option<Cause>,
+    /// In one sentence.
+    pub reason: String,
+    /// How the rank ended, unless it was killed for this.
+    pub exit: Option<crate::rank::RankExit>,
+    /// What ranks were doing before one that hung was killed.
+    pub stacks: Vec<crate::rank::Stacks>,
+    /// What the gang's nodes were doing, by name.
+    pub nodes: BTreeMap<String, NodeLoad>,
+    /// What was decided.
+    pub decision: Option<String>,
+    /// Until every rank stepped again, when that was seen, in milliseconds.
+    pub recovered_ms: Option<u64>,
+}
+
+/// What a rank wrote last.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RankWords {
+    /// Which.
+    pub rank: u32,
+    /// At most 200 lines, the newest last.
+    pub lines: Vec<String>,
+}
+
 /// One checkpoint of a job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct CheckpointView {

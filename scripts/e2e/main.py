@@ -136,7 +136,33 @@ def a_stopped_rank_is_found_by_its_gang_s_own_pace():
         assert summary["attempt"] == 1 and summary["restarts"] == 1 and summary["lost_steps"] == 0, summary
         assert summary["ranks"][0]["pid"] == before["ranks"][0]["pid"] and not is_alive(before["ranks"][1]["pid"]), summary
         print(f"     seen after {seen:.1f} s, beyond the old step after {back:.1f} s: {event['reason']}")
+        told = everlit.get(f"/jobs/{job}/attempts/1/postmortem")
+        failure = told["failures"][0]
+        assert failure["cause"] == "stuck" and failure["stacks"][0]["rank"] == 1 and "stopped" in failure["stacks"][0]["text"], failure
+        assert failure["recovered_ms"] and failure["nodes"] and all(rank["lines"] for rank in told["ranks"]), told
+        assert everlit.refused("GET", f"/jobs/{job}/attempts/9/postmortem")[0] == 404
         everlit.post(f"/jobs/{job}/stop?force=true")
+
+
+def a_rank_that_the_kernel_kills_for_want_of_memory_is_told_as_such():
+    group = pathlib.Path("/sys/fs/cgroup/memory/everlit-e2e")
+    if os.geteuid() != 0 or not group.parent.joinpath("memory.limit_in_bytes").exists():
+        print("     SKIPPED: needs root and the memory controller of cgroups version 1")
+        return
+    group.mkdir(exist_ok=True)
+    try:
+        group.joinpath("memory.limit_in_bytes").write_text(str(64 << 20))
+        with Everlit() as everlit:
+            script = f"echo before it; echo $$ > {group}/cgroup.procs && exec {sys.executable} -c 'x = bytearray(1 << 29)'"
+            job = everlit.submit(command=["sh", "-c", script], restart={"max_restarts": 0})
+            summary = everlit.final(job)
+            assert summary["state"] == "failed" and "want of memory" in summary["reason"], summary["reason"]
+            told = everlit.get(f"/jobs/{job}/attempts/1/postmortem")
+            assert told["cause"] == "out_of_memory" and told["failures"][0]["exit"]["signal"] == 9, told
+            assert told["ranks"] == [{"rank": 0, "lines": ["before it"]}] and "restarts are used" in told["decision"], told
+            print(f"     {told['reason']}; {told['decision']}")
+    finally:
+        group.rmdir()
 
 
 def typed_as_it_stands():
@@ -336,6 +362,7 @@ CHECKS = [
     a_foreign_program_is_restarted_read_and_resumed,
     a_crash_loop_is_visible_and_ends_with_the_rank_s_words,
     a_stopped_rank_is_found_by_its_gang_s_own_pace,
+    a_rank_that_the_kernel_kills_for_want_of_memory_is_told_as_such,
     typed_as_it_stands,
     the_coordinator_s_death_is_not_noticed,
     ctrl_c_saves_and_the_next_up_resumes,

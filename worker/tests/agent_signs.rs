@@ -19,7 +19,7 @@ fn beat(bench: &mut Bench, spec: &GangSpec, number: u32, mut enough: impl FnMut(
 
 fn judged(bench: &mut Bench, spec: &GangSpec) -> (Verdict, u64) {
     bench.wait_for("a verdict", |frame| match frame {
-        FromAgent::Judged { incarnation, verdict, age_ms } if *incarnation == rank(spec, 0) => Some((*verdict, *age_ms)),
+        FromAgent::Judged { incarnation, verdict, age_ms, .. } if *incarnation == rank(spec, 0) => Some((*verdict, *age_ms)),
         _ => None,
     })
 }

@@ -54,7 +54,7 @@ fn a_crash_before_the_rename_leaves_the_older_checkpoint_as_the_newest() {
 fn begin_empties_what_the_same_attempt_left() {
     let temp = tempfile::tempdir().unwrap();
     let (first, _) = draft(temp.path(), 100, 2);
-    let second = begin(temp.path(), 100, 2).unwrap();
+    let second = begin(temp.path(), 100, 2, 0).unwrap();
     assert_eq!(first, second);
     assert!(names(&second).is_empty());
 }
@@ -66,7 +66,7 @@ fn a_fenced_attempt_neither_begins_nor_commits() {
     let (draft, manifest) = draft(dir, 100, 1);
     raise_fence(dir, 2).unwrap();
     let fenced = |error| matches!(error, CheckpointError::Fenced { attempt: 1, fence: 2 });
-    assert!(fenced(begin(dir, 150, 1).unwrap_err()));
+    assert!(fenced(begin(dir, 150, 1, 0).unwrap_err()));
     assert!(fenced(commit(dir, &draft, &manifest).unwrap_err()));
     assert!(list(dir).unwrap().is_empty());
     assert!(!dir.join(step_folder(100)).exists());
@@ -164,4 +164,17 @@ fn commits_of_two_attempts_at_once_leave_one_whole_checkpoint() {
     let won: Vec<u32> = threads.into_iter().filter_map(|thread| thread.join().unwrap().ok()).collect();
     assert!(won.contains(&4), "the newest attempt is never refused: {won:?}");
     assert_eq!(verify(&dir.join(step_folder(100))).unwrap().attempt, 4);
+}
+
+#[test]
+fn a_membership_has_a_draft_of_its_own_and_clears_those_before_it() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path();
+    let first = begin(dir, 100, 2, 0).unwrap();
+    std::fs::write(first.join("part"), "of one that was lost").unwrap();
+    let second = begin(dir, 100, 2, 1).unwrap();
+    assert!(first != second && !first.exists() && second.exists());
+    let other = begin(dir, 150, 3, 0).unwrap();
+    begin(dir, 160, 2, 2).unwrap();
+    assert!(other.exists() && !second.exists(), "another attempt's draft is not this one's to clear");
 }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{Incarnation, JobId, NodeId};
 use crate::job::{CheckpointPolicy, HeartbeatPolicy, LogMetric};
 use crate::manifest::{Phase, SaveError};
-use crate::rank::{RankExit, Verdict};
+use crate::rank::{RankExit, Stacks, Verdict};
 use crate::status::{Capacity, NodeLoad};
 use crate::time::{Millis, Timestamp};
 
@@ -52,6 +52,9 @@ pub enum FromAgent {
         verdict: Verdict,
         /// Time without a sign of life.
         age_ms: u64,
+        /// What it and the ranks beside it were doing, taken before anything is done about it.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        stacks: Vec<Stacks>,
     },
     /// Which checkpoint an attempt starts from, decided once per attempt before its ranks start.
     Resumed(Resumed),

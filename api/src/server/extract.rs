@@ -45,6 +45,22 @@ impl<S: Send + Sync> FromRequestParts<S> for Job {
     }
 }
 
+/// The job and the attempt named in the path.
+pub(super) struct Attempt(pub(super) JobId, pub(super) u32);
+
+impl<S: Send + Sync> FromRequestParts<S> for Attempt {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let Ok(Path((job, attempt))) = Path::<(String, String)>::from_request_parts(parts, state).await else {
+            return Err(Refusal::new(Code::NotFound, "the path is not valid UTF-8"));
+        };
+        let job = job.parse().map_err(|bad| Refusal::new(Code::NotFound, format!("there is no such job: {bad}")))?;
+        let attempt = attempt.parse().map_err(|_| Refusal::new(Code::NotFound, "attempts are numbered from 1"))?;
+        Ok(Self(job, attempt))
+    }
+}
+
 /// The node named in the path.
 pub(super) struct Node(pub(super) NodeId);
 

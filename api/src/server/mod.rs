@@ -23,6 +23,7 @@ mod history;
 mod jobs;
 mod logs;
 mod nodes;
+mod postmortem;
 mod sse;
 #[cfg(test)]
 mod tests;
@@ -58,6 +59,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(events::stream_of_job))
         .routes(routes!(events::stream_of_all))
         .routes(routes!(history::attempts))
+        .routes(routes!(postmortem::one))
         .routes(routes!(history::checkpoints))
         .routes(routes!(history::metrics))
         .routes(routes!(history::explain))

@@ -6,7 +6,7 @@ use everlit_api::agent::{Beat, CheckpointNews, Exited, FromAgent, Hello, Resumed
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::JobSpec;
 use everlit_api::manifest::SaveError;
-use everlit_api::rank::Verdict;
+use everlit_api::rank::{Stacks, Verdict};
 use everlit_api::status::NodeLoad;
 
 /// One fact or wish.
@@ -85,6 +85,8 @@ pub enum Event {
         verdict: Verdict,
         /// Time without a sign of life.
         age_ms: u64,
+        /// What ranks were doing then.
+        stacks: Vec<Stacks>,
     },
     /// An agent decided what an attempt starts from.
     AttemptResumed(Resumed),
@@ -135,7 +137,7 @@ impl Event {
             FromAgent::Started(started) => Self::RankStarted(started),
             FromAgent::Exited(exited) => Self::RankExited(exited),
             FromAgent::Beats { beats } => Self::RanksBeat(beats),
-            FromAgent::Judged { incarnation, verdict, age_ms } => Self::RankJudged { incarnation, verdict, age_ms },
+            FromAgent::Judged { incarnation, verdict, age_ms, stacks } => Self::RankJudged { incarnation, verdict, age_ms, stacks },
             FromAgent::Resumed(resumed) => Self::AttemptResumed(resumed),
             FromAgent::Checkpoint(news) => Self::CheckpointSeen { node, news },
             FromAgent::Quarantined { job, step, reason } => Self::CheckpointQuarantined { job, step, reason },

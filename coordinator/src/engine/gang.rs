@@ -4,7 +4,7 @@
 
 use everlit_api::agent::{Exited, Started, ToAgent};
 use everlit_api::ids::{Incarnation, JobId};
-use everlit_api::rank::{Cause, RankExit, RankState, Verdict};
+use everlit_api::rank::{Cause, RankExit, RankState, Stacks, Verdict};
 use everlit_api::status::JobState;
 use everlit_api::time::{Millis, Timestamp};
 
@@ -29,6 +29,14 @@ pub(super) struct Broken {
     pub(super) unseen_ms: u64,
     /// Its ranks are killed at once: one that hangs answers to nothing else.
     pub(super) kill: bool,
+    /// What ranks were doing when it was seen.
+    pub(super) stacks: Vec<Stacks>,
+}
+
+impl Broken {
+    pub(super) fn new(cause: Cause, reason: String, unseen_ms: u64, kill: bool) -> Self {
+        Self { cause, reason, unseen_ms, kill, stacks: Vec::new() }
+    }
 }
 
 impl Engine {
@@ -91,7 +99,7 @@ impl Engine {
             }
         } else if !ending {
             let unseen_ms = turn.now.since_ms(exit.at);
-            let broken = Broken { cause: cause_of(&exit, exited.lost), reason: failure_sentence(rank, &exit), unseen_ms, kill: false };
+            let broken = Broken::new(cause_of(&exit, exited.lost), failure_sentence(rank, &exit), unseen_ms, false);
             self.on_rank_broken(turn, id, rank, broken);
         }
         self.end_attempt_when_over(turn, id);
@@ -99,8 +107,9 @@ impl Engine {
 
     /// The gang is broken: the others are stopped, and once all are gone the budget decides. `why`: not in place.
     pub(super) fn fail_gang(&mut self, turn: &mut Turn, id: JobId, rank: Option<u32>, broken: Broken, why: Option<String>) {
+        let load = self.load_of(id);
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        let Broken { cause, reason, unseen_ms, kill } = broken;
+        let Broken { cause, reason, unseen_ms, kill, stacks } = broken;
         job.book.reclaim_undetected(turn.now, unseen_ms);
         let mut facts = Facts::from([("attempt", job.attempt.into()), ("cause", serde_json::json!(cause))]);
         if let Some(rank) = rank {
@@ -110,6 +119,8 @@ impl Engine {
             }
         }
         facts.extend(why.map(|why| ("not_in_place", why.into())));
+        facts.extend((!stacks.is_empty()).then(|| ("stacks", serde_json::json!(stacks))));
+        facts.extend(load);
         turn.event(Some(id), "gang_failed", reason.clone(), facts);
         let grace = if kill { Millis(0) } else { job.spec.stop_grace };
         self.end_gang(turn, id, Ending { then: Then::Judge, at: turn.now, rank, cause: Some(cause), reason }, grace);
@@ -173,7 +184,7 @@ impl Engine {
             turn.tell(&share.node, ToAgent::Forget { incarnations });
         }
         // By now the kernel's order is known: the first to fail is named, not the first that was heard of.
-        if let Some(ending) = gang.ending.as_mut().filter(|e| matches!(e.cause, Some(Cause::Exit | Cause::Signal)))
+        if let Some(ending) = gang.ending.as_mut().filter(|e| matches!(e.cause, Some(Cause::Exit | Cause::Signal | Cause::OutOfMemory)))
             && let Some((rank, exit)) = job.ranks.first_failure()
         {
             ending.rank = Some(rank);
@@ -254,7 +265,7 @@ impl Engine {
         }
     }
 
-    pub(super) fn on_rank_judged(&mut self, turn: &mut Turn, incarnation: Incarnation, verdict: Verdict, age_ms: u64) {
+    pub(super) fn on_rank_judged(&mut self, turn: &mut Turn, incarnation: Incarnation, verdict: Verdict, age_ms: u64, stacks: Vec<Stacks>) {
         let id = incarnation.job;
         let role = self.role(incarnation);
         let Some(job) = self.jobs.get_mut(&id) else { return };
@@ -288,21 +299,36 @@ impl Engine {
                 (Cause::Idle, format!("rank {rank} is idle: neither output nor CPU time for {age_ms} ms (heartbeat.idle_timeout)"))
             }
         };
-        self.on_rank_broken(turn, id, rank, Broken { cause, reason, unseen_ms: age_ms, kill: true });
+        self.on_rank_broken(turn, id, rank, Broken { stacks, ..Broken::new(cause, reason, age_ms, true) });
+    }
+
+    /// What the nodes of a gang were doing, by name.
+    pub(super) fn load_of(&self, id: JobId) -> Option<(&'static str, serde_json::Value)> {
+        let gang = self.jobs.get(&id)?.gang.as_ref()?;
+        let loads = gang.placement.iter().filter_map(|share| Some((share.node.0.clone(), &self.nodes.get(&share.node)?.load)));
+        Some(("nodes", serde_json::json!(loads.collect::<std::collections::BTreeMap<_, _>>())))
     }
 
     pub(super) fn on_straggler_due(&mut self, turn: &mut Turn, id: JobId) {
         let Some(job) = self.jobs.get(&id) else { return };
         if job.ranks.some_succeeded() && job.gang.as_ref().is_some_and(|g| g.ending.is_none()) {
             let reason = format!("some ranks exited 0 and {} others did not within 5 minutes", job.ranks.alive());
-            self.fail_gang(turn, id, None, Broken { cause: Cause::Straggler, reason, unseen_ms: 0, kill: false }, None);
+            self.fail_gang(turn, id, None, Broken::new(Cause::Straggler, reason, 0, false), None);
         }
     }
 
     pub(super) fn on_start_failed(&mut self, turn: &mut Turn, id: JobId, attempt: u32, reason: String, permanent: bool) {
         let Some(job) = self.current(id, attempt) else { return };
         let ending = job.gang.as_ref().is_some_and(|g| g.ending.is_some());
-        let exit = RankExit { code: None, signal: None, error: Some(reason.clone()), at: turn.now, tail: Vec::new(), message: None };
+        let exit = RankExit {
+            code: None,
+            signal: None,
+            error: Some(reason.clone()),
+            at: turn.now,
+            tail: Vec::new(),
+            message: None,
+            out_of_memory: false,
+        };
         for rank in 0..job.spec.world_size {
             job.ranks.end(rank, exit.clone(), false);
         }
@@ -313,13 +339,14 @@ impl Engine {
             return self.end_attempt_when_over(turn, id);
         }
         let cause = if permanent { Cause::CannotStart } else { Cause::Infrastructure };
-        self.fail_gang(turn, id, None, Broken { cause, reason, unseen_ms: 0, kill: false }, None);
+        self.fail_gang(turn, id, None, Broken::new(cause, reason, 0, false), None);
     }
 }
 
 fn cause_of(exit: &RankExit, lost: bool) -> Cause {
     match (exit.code, exit.signal) {
         _ if lost => Cause::Infrastructure,
+        _ if exit.out_of_memory => Cause::OutOfMemory,
         (Some(code), _) if CANNOT_START.contains(&code) => Cause::CannotStart,
         (Some(_), _) => Cause::Exit,
         (_, Some(_)) => Cause::Signal,
@@ -331,6 +358,7 @@ fn cause_of(exit: &RankExit, lost: bool) -> Cause {
 fn failure_sentence(rank: u32, exit: &RankExit) -> String {
     let words = exit.message.as_ref().or(exit.tail.iter().rev().find(|line| !line.trim().is_empty()));
     match (words, &exit.error) {
+        _ if exit.out_of_memory => format!("rank {rank} was killed by the kernel for want of memory (SIGKILL)"),
         (_, Some(error)) => format!("rank {rank}: {error}"),
         (Some(words), None) => {
             format!("rank {rank} ended with {}: {}", exit.describe(), words.trim().chars().take(500).collect::<String>())

@@ -36,6 +36,7 @@ impl Engine {
     }
 
     fn recover_in_place(&mut self, turn: &mut Turn, id: JobId, rank: u32, broken: Broken) {
+        let load = self.load_of(id);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let exit = job.ranks.get(rank).and_then(|own| own.exit.clone());
         let failure = Failure { cause: broken.cause, code: exit.as_ref().and_then(|exit| exit.code), new_step: true, at: turn.now };
@@ -69,6 +70,8 @@ impl Engine {
             ("counted", job.budget.counted.into()),
         ]);
         facts.extend(exit.as_ref().map(|exit| ("exit", serde_json::json!(exit))));
+        facts.extend((!broken.stacks.is_empty()).then(|| ("stacks", serde_json::json!(broken.stacks))));
+        facts.extend(load);
         turn.event(Some(id), "rank_replaced", job.reason.clone(), facts);
         turn.touched.insert(id);
         self.timers.set(Timer::Regroup(id), Timestamp(turn.now.0 + REGROUP_MAX_MS));
@@ -161,7 +164,7 @@ impl Engine {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let Some(regroup) = job.gang.as_mut().and_then(|gang| gang.regroup.take()) else { return };
         let reason = format!("the recovery in place of rank {} did not end within {} min", regroup.rank, REGROUP_MAX_MS / 60_000);
-        let broken = Broken { cause: regroup.cause, reason, unseen_ms: 0, kill: true };
+        let broken = Broken::new(regroup.cause, reason, 0, true);
         self.fail_gang(turn, id, None, broken, Some("a rung that fails leads to the next".into()));
     }
 }

@@ -37,7 +37,7 @@ fn refuse_in_place(job: &Job, rank: u32, cause: Cause) -> Option<String> {
     if job.spec.world_size < 2 {
         return Some("no other rank holds its state".into());
     }
-    if !matches!(cause, Cause::Exit | Cause::Signal | Cause::Silent | Cause::Stuck | Cause::Infrastructure) {
+    if !matches!(cause, Cause::Exit | Cause::Signal | Cause::OutOfMemory | Cause::Silent | Cause::Stuck | Cause::Infrastructure) {
         return Some("what ended it would end its successor".into());
     }
     if gang.regroup.is_some() {

@@ -134,7 +134,7 @@ impl Engine {
             Event::RankStarted(started) => self.on_rank_started(turn, &started),
             Event::RankExited(exited) => self.on_rank_exited(turn, exited),
             Event::RanksBeat(beats) => self.on_ranks_beat(turn, beats),
-            Event::RankJudged { incarnation, verdict, age_ms } => self.on_rank_judged(turn, incarnation, verdict, age_ms),
+            Event::RankJudged { incarnation, verdict, age_ms, stacks } => self.on_rank_judged(turn, incarnation, verdict, age_ms, stacks),
             Event::AttemptResumed(resumed) => self.on_attempt_resumed(turn, resumed),
             Event::CheckpointSeen { node, news } => self.on_checkpoint_seen(turn, &node, news),
             Event::CheckpointQuarantined { job, step, reason } => self.on_checkpoint_quarantined(turn, job, step, &reason),

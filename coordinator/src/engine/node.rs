@@ -255,5 +255,5 @@ fn holds(job: &super::state::Job, node: &NodeId) -> bool {
 }
 
 fn lost_exit(at: Timestamp, why: &str) -> RankExit {
-    RankExit { code: None, signal: None, error: Some(why.into()), at, tail: Vec::new(), message: None }
+    RankExit { code: None, signal: None, error: Some(why.into()), at, tail: Vec::new(), message: None, out_of_memory: false }
 }

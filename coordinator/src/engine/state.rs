@@ -352,6 +352,7 @@ impl Ranks {
             at,
             tail: Vec::new(),
             message: None,
+            out_of_memory: false,
         };
         for rank in 0..self.list.len() as u32 {
             self.end(rank, exit.clone(), false);

@@ -507,7 +507,7 @@ impl World {
         let Some(run) = own.runs.get_mut(&incarnation).filter(|run| run.is_alive() && own.boot == boot) else { return };
         let exit = match lost {
             true => no_exit("its shim died", at),
-            false => RankExit { code, signal, error: None, at, tail: Vec::new(), message: None },
+            false => RankExit { code, signal, error: None, at, tail: Vec::new(), message: None, out_of_memory: false },
         };
         let (exit, lost) = if run.drained { (drained(exit), true) } else { (exit, lost) };
         run.exit = Some((exit.clone(), lost));

@@ -214,7 +214,7 @@ impl Driver {
     fn on_shim(&mut self, incarnation: Incarnation, news: ShimNews) -> Option<&'static str> {
         match news {
             ShimNews::Told(Told::Started { shim, pid, at_ms }) => {
-                self.effects.ranks.set_shim(incarnation, shim);
+                self.effects.ranks.set_processes(incarnation, shim, pid);
                 self.handle(Event::RankStarted { incarnation, pid, at: Timestamp(at_ms) })
             }
             ShimNews::Told(Told::Output {}) => {
@@ -248,7 +248,7 @@ impl Driver {
     }
 
     /// Everything that the rank did before its end comes before its end.
-    fn on_ended(&mut self, incarnation: Incarnation, exit: everlit_api::rank::RankExit, lost: bool) -> Option<&'static str> {
+    fn on_ended(&mut self, incarnation: Incarnation, mut exit: everlit_api::rank::RankExit, lost: bool) -> Option<&'static str> {
         self.look_at(incarnation);
         if let Some(beat) = self.effects.progress_in_tail(incarnation, &exit.tail) {
             self.handle(Event::ProgressRead { incarnation, beat });
@@ -257,6 +257,7 @@ impl Driver {
             self.handle(Event::CheckpointSeen(news));
         }
         self.effects.on_ended(incarnation);
+        exit.out_of_memory = self.effects.memory_was_short(&exit);
         tracing::info!(%incarnation, exit = exit.describe(), lost, "a rank ended");
         self.handle(Event::RankEnded { incarnation, exit, lost })
     }

@@ -13,6 +13,7 @@ use std::time::Duration;
 use everlit_api::agent::log::LogStart;
 use everlit_api::agent::{Beat, CheckpointNews, FromAgent, GangSpec, Hello, Resumed};
 use everlit_api::ids::{Incarnation, JobId};
+use everlit_api::rank::RankExit;
 use everlit_api::status::NodeLoad;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::spawn_blocking;
@@ -22,7 +23,7 @@ use super::checkpoints::{self, Checked, Tracker};
 use super::engine::Action;
 use super::folders::DRAINED_NAME;
 use super::gpu::Gpus;
-use super::limits::{REPORT_EVERY, VERIFY_AT_ONCE};
+use super::limits::{REPORT_EVERY, STACKS_MAX, VERIFY_AT_ONCE};
 use super::link::Link;
 use super::load::LoadMeter;
 use super::logs::Logs;
@@ -30,6 +31,7 @@ use super::metrics::{Progress, Scanner};
 use super::procs;
 use super::progress::Outputs;
 use super::ranks::{Ranks, ShimNews};
+use super::stacks;
 use super::start::{self, Node, Prepared, Refused};
 use super::watch::{Watched, Watcher};
 use crate::checkpoint::{CheckpointError, Quarantined};
@@ -62,6 +64,8 @@ pub(super) struct Effects {
     report_every: Duration,
     report_at: Instant,
     trashed: u64,
+    /// Processes that the kernel had killed for want of memory when it was last looked.
+    killed_for_memory: u64,
 }
 
 impl Effects {
@@ -89,6 +93,7 @@ impl Effects {
             report_every: REPORT_EVERY,
             report_at: Instant::now(),
             trashed: 0,
+            killed_for_memory: procs::killed_for_memory(),
         }
     }
 
@@ -101,7 +106,7 @@ impl Effects {
 
     pub(super) fn carry_out(&mut self, action: Action) {
         match action {
-            Action::Say(frame) => self.say(&frame),
+            Action::Say(frame) => self.say(&self.with_stacks(frame)),
             Action::Prepare(spec) => self.prepare(spec),
             Action::Spawn { job, attempt } => self.spawn(job, attempt),
             Action::Regroup { spec, resumed, fresh } => self.regroup(spec, resumed, fresh),
@@ -214,6 +219,21 @@ impl Effects {
             self.check_checkpoint(job, keep);
         }
         (checked.news.map(Box::new), checked.quarantined)
+    }
+
+    /// A verdict goes with what the judged rank and those beside it are doing: whatever follows from it may kill them.
+    fn with_stacks(&self, mut frame: FromAgent) -> FromAgent {
+        if let FromAgent::Judged { incarnation, stacks: kept, .. } = &mut frame {
+            let beside = self.ranks.beside(*incarnation).into_iter().take(STACKS_MAX);
+            *kept = beside.filter_map(|(own, pid)| stacks::of(own.rank, pid)).collect();
+        }
+        frame
+    }
+
+    /// Whether the kernel killed for want of memory since the last time, when a rank was killed. It counts for the whole machine.
+    pub(super) fn memory_was_short(&mut self, exit: &RankExit) -> bool {
+        let before = std::mem::replace(&mut self.killed_for_memory, procs::killed_for_memory());
+        exit.signal == Some(nix::libc::SIGKILL) && self.killed_for_memory > before
     }
 
     /// A rank without heartbeats wrote something.

@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+/// Ranks of a gang whose threads are looked at when one is judged.
+pub(super) const STACKS_MAX: usize = 8;
 /// News of ranks are sent together, at most this often.
 pub(super) const BEATS_EVERY_MS: u64 = 50;
 /// Without an event from the kernel, heartbeat files are looked at this often.

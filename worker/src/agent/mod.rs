@@ -26,6 +26,7 @@ mod progress;
 mod ranks;
 mod resume;
 mod shim;
+mod stacks;
 mod start;
 mod status;
 mod watch;

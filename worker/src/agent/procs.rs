@@ -70,6 +70,13 @@ pub(super) fn kill_leftovers(run_folder: &Path, shim: Option<i32>) {
     }
 }
 
+/// Processes that the kernel has killed for want of memory since the machine started, in groups of processes (cgroups) too.
+pub(super) fn killed_for_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+}
+
 /// Resident bytes of this process.
 pub(super) fn own_memory() -> u64 {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();

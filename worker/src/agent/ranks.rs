@@ -36,6 +36,7 @@ struct Entry {
     orders: UnixStream,
     folder: PathBuf,
     shim: Option<i32>,
+    pid: Option<u32>,
     seen: Option<Seen>,
     bad: u64,
     /// It wrote a heartbeat, so its output is not searched for progress.
@@ -61,16 +62,25 @@ impl Ranks {
         let reading = tokio::net::UnixStream::from_std(stream.try_clone()?)?;
         let old = self.table.remove(&incarnation);
         let (seen, beats) = old.map_or((None, false), |old| (old.seen, old.beats));
-        self.table.insert(incarnation, Entry { orders: stream, folder: folder.clone(), shim: None, seen, bad: 0, beats });
+        self.table.insert(incarnation, Entry { orders: stream, folder: folder.clone(), shim: None, pid: None, seen, bad: 0, beats });
         tokio::spawn(listen(incarnation, folder, reading, self.news.clone()));
         Ok(())
     }
 
-    /// Remembers the shim's process.
-    pub(super) fn set_shim(&mut self, incarnation: Incarnation, shim: i32) {
+    /// Remembers the processes of a shim and its rank.
+    pub(super) fn set_processes(&mut self, incarnation: Incarnation, shim: i32, pid: u32) {
         if let Some(entry) = self.table.get_mut(&incarnation) {
             entry.shim = Some(shim);
+            entry.pid = Some(pid);
         }
+    }
+
+    /// Living processes of an attempt, a given one first.
+    pub(super) fn beside(&self, first: Incarnation) -> Vec<(Incarnation, u32)> {
+        let gang = Incarnation { rank: 0, ..first }..=Incarnation { rank: u32::MAX, ..first };
+        let mut all: Vec<_> = self.table.range(gang).filter_map(|(own, entry)| Some((*own, entry.pid?))).collect();
+        all.sort_by_key(|(own, _)| (*own != first, own.rank));
+        all
     }
 
     /// The shim's process, which is its rank's session.

@@ -263,6 +263,8 @@ impl Bench {
             job: JobId::from_parts(1_700_000_000_000 + self.next_job, u128::from(self.next_job)),
             attempt: 1,
             generation: 0,
+            seats: Vec::new(),
+            spares: Vec::new(),
             world_size,
             first_rank: 0,
             count: world_size,

@@ -23,7 +23,7 @@ pub fn content(step: u64, name: &str, bytes: usize) -> Vec<u8> {
 
 /// A draft with all files written and its manifest.
 pub fn draft(dir: &Path, step: u64, attempt: u32) -> (PathBuf, Manifest) {
-    let draft = begin(dir, step, attempt).unwrap();
+    let draft = begin(dir, step, attempt, 0).unwrap();
     for (name, bytes) in FILES {
         fs::write(draft.join(name), content(step, name, bytes)).unwrap();
     }

@@ -36,7 +36,8 @@ async fn unknown_ids_are_404_everywhere() {
     let house = House::new();
     let other = crate::ids::JobId::from_parts(1, 1).to_string();
     for bad in ["nonsense", "%2e%2e", "01ARZ3NDEKTSV4RRFFQ69G5FAV", "%ff", other.as_str()] {
-        for rest in ["", "/summary", "/logs", "/logs/stream", "/attempts", "/checkpoints", "/metrics", "/explain"] {
+        for rest in ["", "/summary", "/logs", "/logs/stream", "/attempts", "/attempts/1/postmortem", "/checkpoints", "/metrics", "/explain"]
+        {
             let reply = house.get(&format!("/jobs/{bad}{rest}")).await;
             assert_eq!((reply.status, reply.code().as_str()), (StatusCode::NOT_FOUND, "not_found"), "{bad}{rest}");
         }

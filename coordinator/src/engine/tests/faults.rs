@@ -131,8 +131,15 @@ fn a_lost_shim_is_free() {
     scene.submit(0, 1, spec);
     scene.start_all(1, 1, 1, 1);
     scene.take();
-    let lost =
-        RankExit { code: None, signal: None, error: Some("its shim was killed".into()), at: Timestamp(50), tail: vec![], message: None };
+    let lost = RankExit {
+        code: None,
+        signal: None,
+        error: Some("its shim was killed".into()),
+        at: Timestamp(50),
+        tail: vec![],
+        message: None,
+        out_of_memory: false,
+    };
     scene.at(50, Event::RankExited(Exited { incarnation: rank(1, 1, 0), exit: lost, lost: true }));
     scene.expect(expect![[r#"
         50 job 1: gang_failed: rank 0: its shim was killed
@@ -217,8 +224,15 @@ fn a_shim_that_died_first_is_named_and_free_though_its_news_came_last() {
     scene.start_all(1, 1, 1, 2);
     scene.exits(52, rank(1, 1, 0), exit(1, 51));
     scene.take();
-    let lost =
-        RankExit { code: None, signal: None, error: Some("its shim was killed".into()), at: Timestamp(50), tail: vec![], message: None };
+    let lost = RankExit {
+        code: None,
+        signal: None,
+        error: Some("its shim was killed".into()),
+        at: Timestamp(50),
+        tail: vec![],
+        message: None,
+        out_of_memory: false,
+    };
     scene.at(53, Event::RankExited(Exited { incarnation: rank(1, 1, 1), exit: lost, lost: true }));
     scene.expect(expect![[r#"
         53 job 1: restart_scheduled: attempt 2 in 500 ms: restart without cost to the budget

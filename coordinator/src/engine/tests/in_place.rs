@@ -90,7 +90,7 @@ fn a_spare_takes_the_place_at_once_and_another_spare_is_started_when_that_is_ove
 #[test]
 fn a_rank_that_hangs_is_replaced_and_its_end_is_nobody_s_failure() {
     let mut scene = running(0);
-    scene.at(3_000, Event::RankJudged { incarnation: rank(1, 1, 1), verdict: Verdict::Stuck, age_ms: 2_000 });
+    scene.at(3_000, Event::RankJudged { incarnation: rank(1, 1, 1), verdict: Verdict::Stuck, age_ms: 2_000, stacks: Vec::new() });
     scene.exits(3_010, rank(1, 1, 1), killed(3_010));
     starts(&mut scene, 3_100, 2);
     steps(&mut scene, 3_500, 1, &[0, 2], 8);

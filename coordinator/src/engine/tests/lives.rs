@@ -203,7 +203,7 @@ fn a_silent_rank_ends_the_gang_and_stale_news_changes_nothing() {
     scene.submit(0, 1, command(2));
     scene.start_all(100, 1, 1, 2);
     scene.take();
-    let judged = Event::RankJudged { incarnation: rank(1, 1, 1), verdict: Verdict::Silent, age_ms: 10_000 };
+    let judged = Event::RankJudged { incarnation: rank(1, 1, 1), verdict: Verdict::Silent, age_ms: 10_000, stacks: Vec::new() };
     scene.at(20_000, judged.clone());
     scene.exits(20_010, rank(1, 1, 0), killed(20_009)).exits(20_011, rank(1, 1, 1), killed(20_010));
     scene.at(20_500, Event::Woke);

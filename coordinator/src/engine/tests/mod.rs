@@ -46,11 +46,19 @@ pub(super) fn command(world_size: u32) -> JobSpec {
 }
 
 pub(super) fn exit(code: i32, at: u64) -> RankExit {
-    RankExit { code: Some(code), signal: None, error: None, at: Timestamp(at), tail: vec![format!("last words {code}")], message: None }
+    RankExit {
+        code: Some(code),
+        signal: None,
+        error: None,
+        at: Timestamp(at),
+        tail: vec![format!("last words {code}")],
+        message: None,
+        out_of_memory: false,
+    }
 }
 
 pub(super) fn killed(at: u64) -> RankExit {
-    RankExit { code: None, signal: Some(9), error: None, at: Timestamp(at), tail: vec![], message: None }
+    RankExit { code: None, signal: Some(9), error: None, at: Timestamp(at), tail: vec![], message: None, out_of_memory: false }
 }
 
 pub(super) fn hello(name: &str, ranks: Vec<RankReport>) -> Event {

@@ -65,7 +65,7 @@ impl Gang {
 
 /// The end of a rank that nobody saw.
 pub fn no_exit(error: &str, at: Timestamp) -> RankExit {
-    RankExit { code: None, signal: None, error: Some(error.into()), at, tail: Vec::new(), message: None }
+    RankExit { code: None, signal: None, error: Some(error.into()), at, tail: Vec::new(), message: None, out_of_memory: false }
 }
 
 /// The end of a rank that this agent stopped because it was told to end itself, with nobody to ask: no fault of the rank's, so it is said
@@ -233,7 +233,12 @@ impl Engine {
                 out.push(Action::Say(FromAgent::StartFailed { job: *job, attempt: *attempt, reason, permanent }));
             }
             for (rank, own) in gang.ranks.iter().filter(|(_, own)| own.is_alive()) {
-                let judged = |verdict| FromAgent::Judged { incarnation: gang.incarnation(*rank), verdict, age_ms: own.age(now, verdict) };
+                let judged = |verdict| FromAgent::Judged {
+                    incarnation: gang.incarnation(*rank),
+                    verdict,
+                    age_ms: own.age(now, verdict),
+                    stacks: Vec::new(),
+                };
                 out.extend(own.judged.map(|verdict: Verdict| Action::Say(judged(verdict))));
             }
         }

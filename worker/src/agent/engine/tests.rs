@@ -33,7 +33,7 @@ fn show(action: &Action) -> String {
             let one = |beat: &Beat| format!(" r{} step {:?} age {}", beat.incarnation.map_or(99, |own| own.rank), beat.step, beat.age_ms);
             format!("say beats{}", beats.iter().map(one).collect::<String>())
         }
-        Action::Say(FromAgent::Judged { incarnation, verdict, age_ms }) => {
+        Action::Say(FromAgent::Judged { incarnation, verdict, age_ms, .. }) => {
             format!("say judged r{} {verdict:?} age {age_ms}", incarnation.rank)
         }
         Action::Say(FromAgent::Resumed(resumed)) => format!("say resumed a{} {:?}", resumed.attempt, resumed.step),
@@ -121,7 +121,15 @@ impl Scene {
     }
 
     fn ended(&self, rank: u32, code: i32) -> Event {
-        let exit = RankExit { code: Some(code), signal: None, error: None, at: Timestamp(2), tail: Vec::new(), message: None };
+        let exit = RankExit {
+            code: Some(code),
+            signal: None,
+            error: None,
+            at: Timestamp(2),
+            tail: Vec::new(),
+            message: None,
+            out_of_memory: false,
+        };
         Event::RankEnded { incarnation: self.own(rank), exit, lost: false }
     }
 

@@ -146,7 +146,7 @@ impl Engine {
                 own.judged = Some(Verdict::Stuck);
                 let incarnation = Incarnation { job, attempt, rank: stuck.unwrap_or_default() };
                 let age_ms = own.age(now, Verdict::Stuck);
-                out.push(Action::Say(FromAgent::Judged { incarnation, verdict: Verdict::Stuck, age_ms }));
+                out.push(Action::Say(FromAgent::Judged { incarnation, verdict: Verdict::Stuck, age_ms, stacks: Vec::new() }));
             }
             for (rank, own) in &mut gang.ranks {
                 let incarnation = Incarnation { job, attempt, rank: *rank };
@@ -156,7 +156,7 @@ impl Engine {
                 match own.look(now, &gang.spec.heartbeat, gang.spec.world_size) {
                     Look::Judged(verdict, age_ms) => {
                         own.judged = Some(verdict);
-                        out.push(Action::Say(FromAgent::Judged { incarnation, verdict, age_ms }));
+                        out.push(Action::Say(FromAgent::Judged { incarnation, verdict, age_ms, stacks: Vec::new() }));
                     }
                     Look::ReadCpu => {
                         out.push(Action::ReadCpu(incarnation));

@@ -49,7 +49,7 @@ fn judged_at(s: &mut Scene, beating: &[(u32, u64)], phase: Phase, until: u64) ->
         }
         actions.extend(s.engine.handle(s.now, Event::DeadlinePassed));
         for action in actions {
-            if let Action::Say(FromAgent::Judged { incarnation, verdict, age_ms }) = action {
+            if let Action::Say(FromAgent::Judged { incarnation, verdict, age_ms, .. }) = action {
                 found.push(format!("{} r{} {verdict:?} {age_ms}", s.now, incarnation.rank));
             }
         }
