@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use crate::model::MODEL_PRESETS;
+use crate::rank::Cause;
 use crate::time::Millis;
 
 mod inherit;
@@ -157,6 +158,21 @@ pub struct RestartPolicy {
     pub heal_after: Millis,
     /// Exit codes that end the job at once.
     pub no_retry_exit_codes: Vec<i32>,
+    /// What is done about a failure, by its cause; `restart` where nothing is said.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub on: BTreeMap<Cause, FailureAction>,
+}
+
+/// What is done about a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureAction {
+    /// The cheapest rung of recovery that holds, as the budget allows.
+    Restart,
+    /// The job fails.
+    Fail,
+    /// An event tells of it, with the ranks' stacks, and nothing is done; only for what is concluded of ranks that live.
+    Alert,
 }
 
 impl Default for RestartPolicy {
@@ -169,6 +185,7 @@ impl Default for RestartPolicy {
             spares: 0,
             heal_after: Millis::secs(600),
             no_retry_exit_codes: vec![78],
+            on: BTreeMap::new(),
         }
     }
 }

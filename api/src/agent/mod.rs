@@ -357,6 +357,12 @@ pub struct GangSpec {
     pub shards: Vec<String>,
     /// Where to start from.
     pub resume_from: Option<ResumeFrom>,
+    /// The checkpoint of this step failed too many resumes: it is put aside if there is an older good one.
+    #[serde(default)]
+    pub rejected_step: Option<u64>,
+    /// The snapshot in shared memory failed a resume: the newest checkpoint is taken instead.
+    #[serde(default)]
+    pub skip_memory: bool,
     /// When state is saved and how much is kept.
     pub checkpoint: CheckpointPolicy,
     /// When a rank counts as silent.

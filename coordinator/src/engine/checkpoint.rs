@@ -7,9 +7,9 @@ use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::manifest::SaveError;
 use everlit_api::status::{CheckpointView, JobState};
 
-use super::limits::{CHECKPOINTS_MAX, SAVE_FAILED_EVERY_MS};
+use super::limits::{CHECKPOINTS_MAX, FAILED_RESUMES_MAX, SAVE_FAILED_EVERY_MS};
 use super::restart::heal;
-use super::state::{Facts, Job, Role};
+use super::state::{Facts, FailedResumes, Job, Role};
 use super::{Engine, Turn};
 
 /// Why a job can not be told to save.
@@ -37,6 +37,7 @@ impl Engine {
         }
         let Some(gang) = &mut job.gang else { return };
         gang.resumed_step = Some(resumed.step.unwrap_or(0));
+        gang.from_memory = resumed.from_memory;
         if let Some(step) = resumed.step {
             // A fresh job that begins from another's checkpoint repeats nothing of its own.
             if gang.attempt == 1 {
@@ -150,6 +151,20 @@ impl Engine {
 }
 
 impl Job {
+    /// An attempt failed: one that did no step from where it began says that the place is no good, whoever's fault that is.
+    pub(super) fn note_failed_resume(&mut self) {
+        let began = self.gang.as_ref().and_then(|gang| Some((gang.resumed_step.filter(|step| *step > 0)?, gang.from_memory)));
+        self.failed_resumes = began.filter(|_| self.progress.step.is_none()).map(|(step, from_memory)| {
+            let before = self.failed_resumes.filter(|failed| (failed.step, failed.from_memory) == (step, from_memory));
+            FailedResumes { step, from_memory, count: before.map_or(0, |failed| failed.count) + 1 }
+        });
+    }
+
+    /// The checkpoint that the next attempt is not to begin from.
+    pub(super) fn rejected_step(&self) -> Option<u64> {
+        self.failed_resumes.filter(|failed| !failed.from_memory && failed.count >= FAILED_RESUMES_MAX).map(|failed| failed.step)
+    }
+
     /// A checkpoint did not verify: its node has moved it away.
     fn put_aside(&mut self, turn: &mut Turn, step: u64, reason: &str) {
         self.checkpoints.retain(|c| c.step != step);

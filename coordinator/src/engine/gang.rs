@@ -4,6 +4,7 @@
 
 use everlit_api::agent::{Exited, Started, ToAgent};
 use everlit_api::ids::{Incarnation, JobId};
+use everlit_api::job::FailureAction;
 use everlit_api::rank::{Cause, RankExit, RankState, Stacks, Verdict};
 use everlit_api::status::JobState;
 use everlit_api::time::{Millis, Timestamp};
@@ -229,6 +230,9 @@ impl Engine {
         let code = ending.rank.and_then(|rank| job.ranks.get(rank)).and_then(|r| r.exit.as_ref()).and_then(|e| e.code);
         let mute = job.progress.last_step_at.is_none() && gang.running_at.is_some_and(|at| ending.at.since_ms(at) >= MUTE_PROGRESS_MS);
         let failure = Failure { cause, code, new_step: job.progress.reached > gang.floor || mute, at: ending.at };
+        if !cause.is_free() {
+            job.note_failed_resume();
+        }
         match decide_restart(&job.spec.restart, &mut job.budget, job.seed, failure) {
             Decision::GiveUp { reason } => {
                 turn.step.record.attempts.push((id, view));
@@ -299,6 +303,16 @@ impl Engine {
                 (Cause::Idle, format!("rank {rank} is idle: neither output nor CPU time for {age_ms} ms (heartbeat.idle_timeout)"))
             }
         };
+        if job.spec.restart.on.get(&cause) == Some(&FailureAction::Alert) {
+            let facts = Facts::from([
+                ("attempt", job.attempt.into()),
+                ("rank", rank.into()),
+                ("cause", serde_json::json!(cause)),
+                ("stacks", serde_json::json!(stacks)),
+            ]);
+            turn.event(Some(id), "rank_alert", format!("{reason}; nothing is done about it (restart.on)"), facts);
+            return;
+        }
         self.on_rank_broken(turn, id, rank, Broken { stacks, ..Broken::new(cause, reason, age_ms, true) });
     }
 

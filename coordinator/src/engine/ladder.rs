@@ -90,6 +90,7 @@ mod tests {
             placed_at: Timestamp(0),
             running_at: Some(Timestamp(1)),
             resumed_step: Some(0),
+            from_memory: false,
             floor: 6,
             ending: None,
             seats: Vec::new(),

@@ -3,7 +3,7 @@
 //! The decision is pure and comes with its reason. Free causes (a lost shim, node, drain) cost no budget but do wait, so that nothing spins.
 //! A failure after a new step begins the exponent again; a program that never reports steps is judged by how long it ran.
 
-use everlit_api::job::RestartPolicy;
+use everlit_api::job::{FailureAction, RestartPolicy};
 use everlit_api::rank::Cause;
 use everlit_api::time::{Millis, Timestamp};
 
@@ -52,6 +52,9 @@ pub fn decide_restart(policy: &RestartPolicy, budget: &mut Budget, seed: u64, fa
     }
     if failure.cause == Cause::CannotStart {
         return Decision::GiveUp { reason: "it can not be started, and trying again would not help".into() };
+    }
+    if policy.on.get(&failure.cause) == Some(&FailureAction::Fail) {
+        return Decision::GiveUp { reason: "restart.on says that this fails the job".into() };
     }
     if let Some(code) = failure.code.filter(|code| policy.no_retry_exit_codes.contains(code)) {
         return Decision::GiveUp { reason: format!("exit code {code} is in restart.no_retry_exit_codes") };

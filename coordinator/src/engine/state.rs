@@ -66,12 +66,26 @@ pub struct Job {
     pub budget: Budget,
     /// How far it got.
     pub progress: Progress,
+    /// Attempts in a row that began from one place and ended without a step.
+    #[serde(default)]
+    pub failed_resumes: Option<FailedResumes>,
     /// Where its time went.
     pub book: Book,
     /// Newest first.
     pub checkpoints: Vec<CheckpointView>,
     /// Every node that ever had files of it.
     pub nodes: Vec<NodeId>,
+}
+
+/// Attempts in a row that began from one place and ended without a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailedResumes {
+    /// The step that they began from.
+    pub step: u64,
+    /// From the snapshot in shared memory, not from a checkpoint.
+    pub from_memory: bool,
+    /// How many.
+    pub count: u32,
 }
 
 /// The processes of one attempt.
@@ -91,6 +105,9 @@ pub struct Gang {
     pub running_at: Option<Timestamp>,
     /// Step that it resumed from; null before its node has said so.
     pub resumed_step: Option<u64>,
+    /// It resumed from a snapshot in shared memory.
+    #[serde(default)]
+    pub from_memory: bool,
     /// Highest step of the job when this attempt began: steps up to it are repeated.
     pub floor: u64,
     /// Why it is ending.

@@ -59,7 +59,11 @@ impl LocalAgent {
                 Ok(false) => match self.spawn() {
                     Ok(mut child) => {
                         tracing::info!(pid = child.id(), "this machine's agent was started");
+                        let begun = tokio::time::Instant::now();
                         let ended = child.wait().await;
+                        if begun.elapsed() >= RESPAWN_MAX {
+                            wait = LOOK;
+                        }
                         // Another may have come first: then this one has ended and said so in its log.
                         tracing::warn!("this machine's agent ended: {ended:?}; {}", self.dir.join("agent.log").display());
                         tokio::time::sleep(wait).await;

@@ -252,6 +252,10 @@ impl World {
                 let cpu_ms = if busy { self.now } else { 0 };
                 self.soon(1, 5, Happening::AgentFact { node, life, event: Box::new(Event::CpuRead { incarnation, cpu_ms }) });
             }
+            Action::Probe(_) => {
+                let took_ms = (!self.nodes[node].disk_full).then_some(1);
+                self.soon(1, 5, Happening::AgentFact { node, life, event: Box::new(Event::Probed { took_ms }) });
+            }
             Action::RemoveRuns(incarnations) => {
                 for incarnation in &incarnations {
                     if self.nodes[node].runs.remove(incarnation).is_some_and(|run| run.is_alive()) {

@@ -333,6 +333,11 @@ impl Driver {
                 progress.into_iter().fold(None, |end, (incarnation, beat)| self.handle(Event::ProgressRead { incarnation, beat }).or(end))
             }
             Done::CpuRead { incarnation, cpu_ms } => self.handle(Event::CpuRead { incarnation, cpu_ms }),
+            Done::Probed(took_ms) => {
+                // What the disk held back until now is there by now.
+                let end = self.look_everywhere();
+                self.handle(Event::Probed { took_ms }).or(end)
+            }
             Done::Loaded { meter, load } => {
                 self.effects.keep_meter(meter);
                 self.effects.say(&FromAgent::Report(load));

@@ -44,6 +44,7 @@ pub(super) enum Done {
     Checked { job: JobId, outcome: Result<Checked, CheckpointError> },
     Scanned { job: JobId, scanner: Scanner, progress: Progress },
     CpuRead { incarnation: Incarnation, cpu_ms: u64 },
+    Probed(Option<u64>),
     Loaded { meter: LoadMeter, load: NodeLoad },
     JobRemoved(JobId),
 }
@@ -124,6 +125,10 @@ impl Effects {
                 if let Some(shim) = self.ranks.shim(incarnation) {
                     self.work(move || Done::CpuRead { incarnation, cpu_ms: procs::session_cpu_ms(shim) });
                 }
+            }
+            Action::Probe(incarnation) => {
+                let folder = self.node.folders.run(incarnation);
+                self.work(move || Done::Probed(probe(&folder)));
             }
             Action::RemoveRuns(incarnations) => self.remove_runs(incarnations),
             Action::RetireJob(job) => {
@@ -410,6 +415,14 @@ impl Effects {
         }
         None
     }
+}
+
+/// Milliseconds that a small file takes to be written and renamed, as a heartbeat is.
+fn probe(folder: &std::path::Path) -> Option<u64> {
+    let begun = std::time::Instant::now();
+    let (draft, place) = (folder.join("probe.tmp"), folder.join("probe"));
+    fs::write(&draft, "{}").and_then(|()| fs::rename(&draft, &place)).ok()?;
+    u64::try_from(begun.elapsed().as_millis()).ok()
 }
 
 fn not_found_is_fine(error: io::Error) -> io::Result<()> {

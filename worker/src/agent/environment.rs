@@ -134,6 +134,8 @@ pub(crate) mod tests {
             workdir: None,
             shards: Vec::new(),
             resume_from: None,
+            rejected_step: None,
+            skip_memory: false,
             checkpoint: CheckpointPolicy::default(),
             heartbeat: HeartbeatPolicy::default(),
             log_metrics: Vec::new(),

@@ -49,6 +49,12 @@ pub(super) const SETTLED_STEPS: u32 = 3;
 pub(super) const BEAT_EVERY_MS: u64 = 2_000;
 /// When the agent itself came so much too late, nobody was late.
 pub(super) const LATE_MS: u64 = 250;
+/// With ranks alive the engine is woken at least this often: so it knows when it did not run.
+pub(super) const WAKE_MAX_MS: u64 = 1_000;
+/// A disk that takes a small file more slowly than this keeps heartbeats from being seen.
+pub(super) const PROBE_SLOW_MS: u64 = 250;
+/// So long a disk that was found well counts as well.
+pub(super) const PROBE_FRESH_MS: u64 = 500;
 /// A draining agent stops its ranks itself when its coordinator has not done so by then.
 pub(super) const DRAIN_PATIENCE_MS: u64 = 3_000;
 /// After its last rank's end an ending agent waits so long for the coordinator to have it on record.

@@ -10,7 +10,7 @@ use everlit_api::agent::{GangSpec, ResumeFrom, Resumed};
 use everlit_api::manifest::Manifest;
 
 use super::start::{Node, Refused};
-use crate::checkpoint::{self, CheckpointError};
+use crate::checkpoint::{self, CheckpointError, Quarantined};
 
 /// Decides. `fresh`: the job's checkpoint folder was made just now.
 pub(super) fn decide(node: &Node, spec: &GangSpec, fresh: bool) -> Result<Resumed, Refused> {
@@ -20,11 +20,14 @@ pub(super) fn decide(node: &Node, spec: &GangSpec, fresh: bool) -> Result<Resume
     if !fresh {
         let dir = folders.checkpoints(spec.job);
         let busy = |error: CheckpointError| Refused { reason: error.to_string(), permanent: !error.is_transient() };
+        let rejected = spec.rejected_step.map_or(Ok(None), |step| reject(&dir, step)).map_err(busy)?;
         let chosen = checkpoint::newest_verified(&dir).map_err(busy)?;
-        resumed.quarantined = chosen.quarantined.into_iter().map(|put_aside| (put_aside.step, put_aside.reason)).collect();
+        resumed.quarantined = rejected.into_iter().chain(chosen.quarantined).map(|put_aside| (put_aside.step, put_aside.reason)).collect();
         committed = chosen.checkpoint;
     }
-    if let Some((path, manifest)) = node.memory.resume(spec, committed.as_ref().map(|(_, manifest)| manifest.step)) {
+    if !spec.skip_memory
+        && let Some((path, manifest)) = node.memory.resume(spec, committed.as_ref().map(|(_, manifest)| manifest.step))
+    {
         tracing::info!(job = %spec.job, attempt = spec.attempt, step = manifest.step, "resuming from shared memory");
         return Ok(Resumed { from_memory: true, ..found(resumed, &path, &manifest) });
     }
@@ -48,6 +51,12 @@ pub(super) fn decide(node: &Node, spec: &GangSpec, fresh: bool) -> Result<Resume
         }
     };
     Ok(found(resumed, &path, &manifest))
+}
+
+/// Puts a checkpoint aside that verifies and still fails every resume, if there is an older good one to step back to.
+fn reject(dir: &Path, step: u64) -> Result<Option<Quarantined>, CheckpointError> {
+    let older = checkpoint::list(dir)?.into_iter().filter(|found| found.step < step).any(|found| checkpoint::verify(&found.path).is_ok());
+    if older { checkpoint::quarantine(dir, step, "every resume from it failed") } else { Ok(None) }
 }
 
 fn found(resumed: Resumed, path: &Path, manifest: &Manifest) -> Resumed {

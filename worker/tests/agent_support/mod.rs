@@ -281,6 +281,8 @@ impl Bench {
             workdir: Some(self.dir.path().display().to_string()),
             shards: Vec::new(),
             resume_from: None,
+            rejected_step: None,
+            skip_memory: false,
             checkpoint: CheckpointPolicy::default(),
             heartbeat: HeartbeatPolicy::default(),
             log_metrics: Vec::new(),

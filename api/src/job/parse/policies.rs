@@ -2,12 +2,15 @@
 //!
 //! Ranges are wide on purpose: they refuse what can not be meant, not what is unusual.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 
 use super::DAY;
 use super::reader::Reader;
 use super::values::{boolean, choice, duration, integer, number, size, text};
-use crate::job::{Backoff, HeartbeatPolicy, LogMetric, Resources, RestartPolicy, RestartScope};
+use crate::job::{Backoff, FailureAction, HeartbeatPolicy, LogMetric, Resources, RestartPolicy, RestartScope};
+use crate::rank::Cause;
 use crate::time::Millis;
 
 const CPUS_MAX: f64 = 65_536.0;
@@ -52,7 +55,6 @@ pub(super) fn restart(fields: &mut Reader<'_, '_>, in_place: bool) -> RestartPol
     if !in_place && fields.get("scope").and_then(Value::as_str) == Some("in_place") {
         fields.fault("scope", format!("in_place {needs}: use \"auto\" or \"gang\""));
     }
-    fields.not_built("on", |v| v.as_object().is_some_and(serde_json::Map::is_empty), "an action per cause is not built");
     RestartPolicy {
         max_restarts: fields.read_or("max_restarts", u64::from(defaults.max_restarts), |v| integer(v, 0, RESTARTS_MAX)) as u32,
         max_start_failures: fields.read_or("max_start_failures", u64::from(defaults.max_start_failures), |v| integer(v, 1, RESTARTS_MAX))
@@ -64,7 +66,29 @@ pub(super) fn restart(fields: &mut Reader<'_, '_>, in_place: bool) -> RestartPol
         no_retry_exit_codes: fields
             .list("no_retry_exit_codes", 256, |v| integer(v, 0, 255).map(|code| code as i32))
             .unwrap_or(defaults.no_retry_exit_codes),
+        on: fields.object("on", actions),
     }
+}
+
+fn actions(fields: &mut Reader<'_, '_>) -> BTreeMap<Cause, FailureAction> {
+    let ended = [
+        ("exit", Cause::Exit),
+        ("signal", Cause::Signal),
+        ("out_of_memory", Cause::OutOfMemory),
+        ("infrastructure", Cause::Infrastructure),
+        ("straggler", Cause::Straggler),
+    ];
+    let alive = [("silent", Cause::Silent), ("stuck", Cause::Stuck), ("idle", Cause::Idle), ("no_start", Cause::NoStart)];
+    let choices = [("restart", FailureAction::Restart), ("fail", FailureAction::Fail), ("alert", FailureAction::Alert)];
+    let mut on = BTreeMap::new();
+    for (name, cause) in ended {
+        // What has ended can not be left as it is.
+        on.extend(fields.read(name, |v| choice(v, &choices[..2])).map(|action| (cause, action)));
+    }
+    for (name, cause) in alive {
+        on.extend(fields.read(name, |v| choice(v, &choices)).map(|action| (cause, action)));
+    }
+    on
 }
 
 fn scope(fields: &mut Reader<'_, '_>) -> RestartScope {

@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+
 use expect_test::{Expect, expect};
 use proptest::prelude::*;
 use serde_json::json;
@@ -5,11 +7,13 @@ use serde_json::json;
 use super::reader::SECTIONS;
 use super::*;
 use crate::environment::RESERVED;
+use crate::job::FailureAction;
 use crate::job::{
     Backoff, BatchSize, Device, EvaluationSpec, HeartbeatPolicy, LogMetric, MODEL_PRESETS, ModelSpec, OnNan, Precision, Resources,
     RestartPolicy, RestartScope, WorkerSpec,
 };
 use crate::model::LlamaSizes;
+use crate::rank::Cause;
 
 fn faults(body: Value) -> String {
     let faults = parse(&body).expect_err("must be refused");
@@ -74,7 +78,7 @@ fn what_is_not_built_is_refused_as_such() {
         json!({
             "world_size": 4, "min_world_size": 2, "kind": "serve", "image": "x", "replicas": 1, "engine": "vllm", "model": "m", "port": 1,
             "health": {}, "autoscale": {}, "log_policies": [{}], "checkpoint": {"to": "s3://b"},
-            "restart": {"scope": "rank", "spares": 0, "on": {"exit": "stop"}},
+            "restart": {"scope": "rank", "spares": 0},
             "resources": {"gpu_memory": "8Gi", "gpus": 0.5},
         }),
         expect![[r#"
@@ -82,7 +86,6 @@ fn what_is_not_built_is_refused_as_such() {
             - /kind kind serve is not built: only "train" and "evaluate" are
             - /resources/gpu_memory sharing a GPU by memory is not built: use resources.gpus
             - /resources/gpus fractions of a GPU are not built: give a whole number
-            - /restart/on an action per cause is not built
             - /restart/scope scope rank is not built: use "auto", "gang" or "in_place"
             - /checkpoint/to checkpoints go to the node's data folder; object storage is not built
             - /image containers are not built: give a command that is installed on the nodes
@@ -314,6 +317,20 @@ fn only_what_can_recover_in_place_has_spares() {
 }
 
 #[test]
+fn actions_by_cause_are_those_that_can_be_taken() {
+    check(
+        json!({"restart": {"on": {"exit": "alert", "stuck": "ignore", "drain": "fail", "silent": "alert"}}}),
+        expect![[r#"
+        x /restart/on/exit must be one of "restart", "fail"
+        x /restart/on/stuck must be one of "restart", "fail", "alert"
+        x /restart/on/drain is not a known field
+    "#]],
+    );
+    let on = parse(&json!({"restart": {"on": {"exit": "fail", "stuck": "alert"}}})).unwrap().restart.on;
+    assert_eq!(on, BTreeMap::from([(Cause::Exit, FailureAction::Fail), (Cause::Stuck, FailureAction::Alert)]));
+}
+
+#[test]
 fn policies_are_checked() {
     check(
         json!({"restart": {"max_restarts": -1, "max_start_failures": 0, "no_retry_exit_codes": [1, 256, "x"], "backoff": {"initial": "1m"}, "scope": "all"},
@@ -500,13 +517,15 @@ prop_compose! {
 prop_compose! {
     fn policies()(
         max_restarts in 0u32..1000, max_start_failures in 1u32..1000, initial in 0u64..86_400_000, more in 0u64..1000, factor in 1.0f64..100.0,
-        jitter in 0.0f64..1.0, scope in proptest::sample::select(vec![RestartScope::Auto, RestartScope::Gang]), spares in 0u32..64, heal in 1_000u64..2_000_000_000,
+        jitter in 0.0f64..1.0, scope in proptest::sample::select(vec![RestartScope::Auto, RestartScope::Gang]), spares in 0u32..64, on in proptest::collection::btree_map(
+            proptest::sample::select(vec![Cause::Stuck, Cause::Silent, Cause::Idle, Cause::NoStart]),
+            proptest::sample::select(vec![FailureAction::Restart, FailureAction::Fail, FailureAction::Alert]), 0..4), heal in 1_000u64..2_000_000_000,
         codes in proptest::collection::vec(0i32..256, 0..5), timeout in 1_000u64..86_400_000,
         idle in proptest::option::of(1_000u64..2_000_000_000), required in any::<bool>(),
     ) -> (RestartPolicy, HeartbeatPolicy) {
         let max = (initial + more).min(86_400_000);
         let backoff = Backoff { initial: Millis(initial), factor, max: Millis(max), jitter };
-        let restart = RestartPolicy { max_restarts, max_start_failures, backoff, scope, spares, heal_after: Millis(heal), no_retry_exit_codes: codes };
+        let restart = RestartPolicy { max_restarts, max_start_failures, backoff, scope, spares, heal_after: Millis(heal), no_retry_exit_codes: codes, on };
         let (idle_timeout, progress_timeout) = (idle.map(Millis), idle.map(|ms| Millis(ms + 1)));
         (restart, HeartbeatPolicy { timeout: Millis(timeout), startup_timeout: Millis(timeout), idle_timeout, progress_timeout, required })
     }

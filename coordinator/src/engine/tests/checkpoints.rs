@@ -189,3 +189,37 @@ fn the_newest_metrics_of_the_leading_rank_are_in_the_summary() {
     assert_eq!(series(&scene)[0].metrics, [("evaluation_loss".to_string(), 3.0), ("lr".to_string(), 0.1)].into());
     scene.take();
 }
+
+/// A rank that ends without a step, in the attempt that began from `step`; the next attempt is placed.
+fn fails_to_resume(scene: &mut Scene, attempt: u32, step: u64, from_memory: bool) -> Option<(Option<u64>, bool)> {
+    let now = scene.engine.next_deadline().map_or(0, |at| at.0);
+    scene.at(now, Event::Woke);
+    let resumed = Resumed { job: job(1), attempt, step: Some(step), path: None, from_memory, quarantined: vec![] };
+    scene.at(now, Event::AttemptResumed(resumed));
+    scene.at(now, Event::RankStarted(Started { incarnation: rank(1, attempt, 0), pid: attempt, at: Timestamp(now) }));
+    scene.exits(now, rank(1, attempt, 0), exit(1, now));
+    scene.take();
+    let own = scene.engine.job(job(1))?;
+    let failed = own.failed_resumes?;
+    assert_eq!(failed.step, step);
+    Some((own.rejected_step(), failed.from_memory))
+}
+
+#[test]
+fn a_checkpoint_that_fails_three_resumes_is_rejected_and_a_snapshot_after_one() {
+    let mut scene = Scene::with_node();
+    let mut spec = command(1);
+    spec.restart.max_start_failures = 20;
+    scene.submit(0, 1, spec);
+    scene.start_all(0, 1, 1, 1);
+    scene.at(10, Event::RanksBeat(vec![beat(rank(1, 1, 0), 60)]));
+    scene.exits(20, rank(1, 1, 0), exit(1, 20));
+    assert_eq!(fails_to_resume(&mut scene, 2, 55, true), Some((None, true)), "shared memory is left out the next time");
+    assert_eq!(fails_to_resume(&mut scene, 3, 50, false), Some((None, false)));
+    assert_eq!(fails_to_resume(&mut scene, 4, 50, false), Some((None, false)));
+    assert_eq!(fails_to_resume(&mut scene, 5, 50, false), Some((Some(50), false)));
+    // What an older one begins counts for itself.
+    assert_eq!(fails_to_resume(&mut scene, 6, 40, false), Some((None, false)));
+    scene.at(scene.now.0, Event::StopRequested { job: job(1), force: true, delete: false });
+    scene.take();
+}

@@ -47,6 +47,30 @@ fn the_first_to_fail_is_named_by_the_kernel_s_order_not_by_the_news_order() {
 }
 
 #[test]
+fn what_restart_on_says_is_done_and_no_more() {
+    use everlit_api::job::FailureAction;
+    use everlit_api::rank::{Cause, Verdict};
+    let mut scene = Scene::with_node();
+    let mut spec = command(2);
+    spec.restart.on = [(Cause::Idle, FailureAction::Alert), (Cause::Signal, FailureAction::Fail)].into();
+    scene.submit(0, 1, spec);
+    scene.start_all(10, 1, 1, 2);
+    scene.take();
+    scene.at(500, Event::RankJudged { incarnation: rank(1, 1, 1), verdict: Verdict::Idle, age_ms: 400, stacks: Vec::new() });
+    assert_eq!(scene.summary(1).state, JobState::Running);
+    scene.exits(1_000, rank(1, 1, 1), killed(999)).exits(1_010, rank(1, 1, 0), exit(1, 1_010));
+    scene.expect(expect![[r#"
+        500 job 1: rank_alert: rank 1 is idle: neither output nor CPU time for 400 ms (heartbeat.idle_timeout); nothing is done about it (restart.on)
+        1000 job 1: gang_failed: rank 1 ended with signal 9 (SIGKILL)
+        1000   n1 <- stop job 1 attempt 1 grace 30s
+        1010 job 1: job_final: rank 1 ended with signal 9 (SIGKILL); restart.on says that this fails the job
+        1010   n1 <- forget 1.1.0 1.1.1
+        1010   n1 <- job 1 ended
+        1010   final job 1 failed
+    "#]]);
+}
+
+#[test]
 fn a_crash_loop_waits_longer_each_time_and_fails_with_the_rank_s_last_words() {
     let mut scene = Scene::with_node();
     let mut spec = command(1);

@@ -6,7 +6,7 @@ use everlit_api::ids::{JobId, NodeId};
 use everlit_api::status::AttemptView;
 use everlit_api::time::Timestamp;
 use serde_json::json;
-use sqlx::SqliteConnection;
+use sqlx::{Connection, SqliteConnection};
 
 use super::{Store, StoreError};
 use crate::engine::{EventRow, JobRow, Record};
@@ -79,16 +79,14 @@ impl Batch {
 
 impl Store {
     pub(super) async fn try_commit(&self, batch: &Batch) -> Result<(), StoreError> {
-        let mut tx = self.writer.begin().await?;
-        write_jobs(&mut tx, batch).await?;
-        write_history(&mut tx, batch).await?;
-        write_rest(&mut tx, batch).await?;
-        sqlx::query("INSERT INTO clock (id, time) VALUES (0, ?) ON CONFLICT (id) DO UPDATE SET time = max(time, excluded.time)")
-            .bind(batch.at.0 as i64)
-            .execute(&mut *tx)
-            .await?;
-        tx.commit().await?;
-        Ok(())
+        let mut connection = self.writer.acquire().await?;
+        let written = write(&mut connection, batch).await;
+        if written.is_err() {
+            // SQLite may have rolled back by itself (a full disk), and then the connection's count of open transactions is wrong for good:
+            // the next one would be a part of none, and be lost without an error. A new connection begins at nothing.
+            let _ = connection.close().await;
+        }
+        written
     }
 
     /// Forgets keys that are older than a day.
@@ -97,6 +95,19 @@ impl Store {
         sqlx::query("DELETE FROM idempotency WHERE created_at < ?").bind(now.0.saturating_sub(day) as i64).execute(&self.writer).await?;
         Ok(())
     }
+}
+
+async fn write(connection: &mut SqliteConnection, batch: &Batch) -> Result<(), StoreError> {
+    let mut tx = connection.begin().await?;
+    write_jobs(&mut tx, batch).await?;
+    write_history(&mut tx, batch).await?;
+    write_rest(&mut tx, batch).await?;
+    sqlx::query("INSERT INTO clock (id, time) VALUES (0, ?) ON CONFLICT (id) DO UPDATE SET time = max(time, excluded.time)")
+        .bind(batch.at.0 as i64)
+        .execute(&mut *tx)
+        .await?;
+    tx.commit().await?;
+    Ok(())
 }
 
 async fn write_jobs(tx: &mut SqliteConnection, batch: &Batch) -> Result<(), StoreError> {
@@ -208,6 +219,36 @@ mod tests {
         let series = series.map(Into::into);
         let row = JobRow { id, state, finished_at: None, spec, body: "{}".into(), ranks: None, series, delete: false };
         Record { jobs: vec![row], ..Record::default() }
+    }
+
+    #[tokio::test]
+    async fn after_a_full_disk_what_is_said_to_be_durable_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).await.unwrap();
+        let event =
+            |n: u64| EventRow { job: None, time: Timestamp(n), event: "filler", reason: "x".repeat(20_000), data: serde_json::Value::Null };
+        let batch = |from: u64, count: u64| {
+            let record = Record { events: (from..from + count).map(event).collect(), ..Record::default() };
+            let mut batch = Batch::default();
+            let mut number = from;
+            batch.add(Timestamp(from), record, || {
+                number += 1;
+                number
+            });
+            batch
+        };
+        store.commit(&batch(0, 1)).await.unwrap();
+        let pages: i64 = sqlx::query_scalar("PRAGMA page_count").fetch_one(&store.writer).await.unwrap();
+        for round in 0..3 {
+            // The file may not grow: what a full disk is to SQLite.
+            sqlx::query(sqlx::AssertSqlSafe(format!("PRAGMA max_page_count = {pages}"))).execute(&store.writer).await.unwrap();
+            assert!(store.try_commit(&batch(100 + round * 100, 50)).await.is_err(), "the fault fired");
+        }
+        store.commit(&batch(1_000, 1)).await.unwrap();
+        // Another connection sees only what is committed.
+        let last: i64 = sqlx::query_scalar("SELECT max(seq) FROM events").fetch_one(&store.readers).await.unwrap();
+        assert_eq!(last, 1_001);
+        store.close().await;
     }
 
     #[tokio::test]

@@ -114,6 +114,11 @@ pub enum Event {
         /// User and system time so far.
         cpu_ms: u64,
     },
+    /// The disk that heartbeats are written to was tried.
+    Probed {
+        /// A small file was written and renamed in so many milliseconds; `None`: it could not be.
+        took_ms: Option<u64>,
+    },
     /// A checkpoint was committed, or read back.
     CheckpointSeen(Box<CheckpointNews>),
     /// A checkpoint was damaged when it was read back, and was moved away.
@@ -183,6 +188,8 @@ pub enum Action {
     MarkDrained(Incarnation),
     /// Read a rank's CPU time; answer `CpuRead`.
     ReadCpu(Incarnation),
+    /// Write and rename a small file where this rank writes its heartbeats; answer `Probed`.
+    Probe(Incarnation),
     /// The run folders of these are not needed any more.
     RemoveRuns(Vec<Incarnation>),
     /// Remember on disk that a job is final.

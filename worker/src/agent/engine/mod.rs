@@ -84,6 +84,14 @@ struct Ending {
     stopped: bool,
 }
 
+/// What is known of the disk that heartbeats go through: one that is full or stands still keeps every rank's from being seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Probe {
+    None,
+    Asked,
+    Good(u64),
+}
+
 /// The agent's decisions.
 #[derive(Debug)]
 pub struct Engine {
@@ -97,6 +105,7 @@ pub struct Engine {
     leaving: BTreeMap<JobId, bool>,
     /// Damaged checkpoints that no coordinator was told of.
     quarantined: Vec<(JobId, u64, String)>,
+    probe: Probe,
     linked: bool,
     ending: Option<Ending>,
     /// Since when there has been neither coordinator nor living rank.
@@ -118,6 +127,7 @@ impl Engine {
             paces: BTreeMap::new(),
             leaving: BTreeMap::new(),
             quarantined: Vec::new(),
+            probe: Probe::None,
             linked: false,
             ending: None,
             alone_since: Some(now),
@@ -205,6 +215,7 @@ impl Engine {
                     self.look_soon(now, incarnation);
                 }
             }
+            Event::Probed { took_ms } => self.on_probed(now, took_ms),
             Event::CheckpointSeen(news) => self.on_checkpoint_seen(*news, &mut out),
             Event::CheckpointQuarantined { job, step, reason } => self.on_checkpoint_quarantined(job, step, reason, &mut out),
             Event::JobRemoved(job) => out.push(Action::Say(FromAgent::Removed { job })),

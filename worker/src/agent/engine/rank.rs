@@ -140,9 +140,18 @@ impl Rank {
         (std::cmp::Reverse(quiet), self.beat.as_ref().and_then(|(_, beat)| beat.step).unwrap_or(0))
     }
 
-    /// Time in which the agent did not look is nobody's standstill.
+    /// Time in which the agent did not look is nobody's standstill and nobody's silence.
     pub(super) fn forgive(&mut self, ms: u64) {
-        self.progress_at = self.progress_at.saturating_add(ms);
+        let own = [&mut self.progress_at, &mut self.since, &mut self.active];
+        let beats = self.seq.iter_mut().chain(&mut self.cpu).map(|(_, at)| at);
+        own.into_iter().chain(beats).for_each(|at| *at = at.saturating_add(ms));
+    }
+
+    /// What is known of it says nothing: its time begins now.
+    pub(super) fn absolve(&mut self, now: u64) {
+        let own = [&mut self.progress_at, &mut self.since, &mut self.active];
+        let beats = self.seq.iter_mut().chain(&mut self.cpu).map(|(_, at)| at);
+        own.into_iter().chain(beats).for_each(|at| *at = now.max(*at));
     }
 
     /// Its newest heartbeat says that it saves on a signal.

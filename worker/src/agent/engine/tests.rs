@@ -51,6 +51,7 @@ fn show(action: &Action) -> String {
         Action::FreeSnapshots { committed, attempt, .. } => format!("free snapshots up to step {committed} and before a{attempt}"),
         Action::MarkDrained(incarnation) => format!("mark drained r{}", incarnation.rank),
         Action::ReadCpu(incarnation) => format!("read cpu r{}", incarnation.rank),
+        Action::Probe(_) => "probe the disk".into(),
         Action::RemoveRuns(incarnations) => {
             format!("remove runs {}", incarnations.iter().map(|own| format!("r{}", own.rank)).collect::<Vec<_>>().join(" "))
         }
@@ -87,6 +88,9 @@ impl Scene {
                 out.push_str(&format!("{}: {}", self.now, show(&action)));
                 if let Action::ReadCpu(incarnation) = action {
                     actions.extend(self.engine.handle(self.now, Event::CpuRead { incarnation, cpu_ms: 7 }));
+                }
+                if let Action::Probe(_) = action {
+                    actions.extend(self.engine.handle(self.now, Event::Probed { took_ms: Some(1) }));
                 }
             }
         }
@@ -298,15 +302,21 @@ fn a_rank_whose_heartbeats_stop_is_silent_once() {
     s.at(4_000, s.beat(0, 1), expect!["say beats r0 step Some(1) age 0\n"]);
     s.at(9_000, s.beat(0, 2), expect!["say beats r0 step Some(2) age 0\n"]);
     s.pass(18_999, expect![""]);
-    s.pass(40_000, expect!["19000: say judged r0 Silent age 10000\n"]);
+    s.pass(
+        40_000,
+        expect![[r#"
+        23000: probe the disk
+        23000: say judged r0 Silent age 10000
+    "#]],
+    );
     s.at(41_000, Event::Unlinked, expect![""]);
     s.at(
         42_000,
         Event::Linked,
         expect![[r#"
-        say resumed a1 Some(50)
-        say judged r0 Silent age 33000
-    "#]],
+            say resumed a1 Some(50)
+            say judged r0 Silent age 29000
+        "#]],
     );
 }
 
@@ -378,7 +388,13 @@ fn time_without_an_agent_is_nobodys_silence() {
     s.at(1_000_001, Event::RankStarted { incarnation, pid: 7, at: Timestamp(1) }, expect!["say started r0 pid 7\n"]);
     s.at(1_000_002, s.beat(0, 900), expect!["say beats r0 step Some(900) age 0\n"]);
     s.pass(1_010_001, expect![""]);
-    s.pass(1_020_000, expect!["1010002: say judged r0 Silent age 10000\n"]);
+    s.pass(
+        1_020_000,
+        expect![[r#"
+        1010002: probe the disk
+        1010002: say judged r0 Silent age 10000
+    "#]],
+    );
 }
 
 #[test]

@@ -8,11 +8,11 @@ use everlit_api::ids::Incarnation;
 use everlit_api::rank::Verdict;
 use everlit_api::time::Millis;
 
-use crate::agent::limits::{BEAT_EVERY_MS, EARLY_LOOK_MS, FRESH_MS, LATE_MS, QUIET_MS};
+use crate::agent::limits::{BEAT_EVERY_MS, EARLY_LOOK_MS, FRESH_MS, LATE_MS, PROBE_FRESH_MS, PROBE_SLOW_MS, QUIET_MS, WAKE_MAX_MS};
 
 use super::pace::Pace;
 use super::rank::{Look, Rank};
-use super::{Action, BEATS_EVERY_MS, DRAIN_PATIENCE_MS, Engine, FORGET_PATIENCE_MS, Gang, SIGKILL, SIGTERM, Stage};
+use super::{Action, BEATS_EVERY_MS, DRAIN_PATIENCE_MS, Engine, FORGET_PATIENCE_MS, Gang, Probe, SIGKILL, SIGTERM, Stage};
 
 impl Engine {
     pub(super) fn wake(&mut self, at: u64) {
@@ -116,6 +116,9 @@ impl Engine {
         if late >= LATE_MS {
             self.gangs.values_mut().flat_map(|gang| gang.ranks.values_mut()).for_each(|rank| rank.forgive(late));
         }
+        if self.gangs.values().any(|gang| gang.ranks.values().any(Rank::is_alive)) {
+            self.wake(now + WAKE_MAX_MS);
+        }
         if self.alone_since.is_some_and(|since| now >= since + self.linger_ms) {
             out.push(Action::Exit("neither a coordinator nor ranks for too long"));
         }
@@ -131,8 +134,23 @@ impl Engine {
         self.look_at_ranks(now, out);
     }
 
+    /// The disk answered: what it kept from being seen is held against nobody.
+    pub(super) fn on_probed(&mut self, now: u64, took_ms: Option<u64>) {
+        self.probe = match took_ms {
+            Some(took) if took < PROBE_SLOW_MS => Probe::Good(now),
+            _ => Probe::None,
+        };
+        if self.probe == Probe::None {
+            self.gangs.values_mut().flat_map(|gang| gang.ranks.values_mut()).for_each(|rank| rank.absolve(now));
+        }
+        self.wake(now);
+    }
+
     fn look_at_ranks(&mut self, now: u64, out: &mut Vec<Action>) {
         let mut next: Option<u64> = None;
+        // Heartbeats that do not come may be the disk's fault: that is found out before anybody is blamed.
+        let trusted = matches!(self.probe, Probe::Good(at) if now <= at + PROBE_FRESH_MS);
+        let mut untrusted = None;
         let mut at_latest = |at: u64| next = Some(next.map_or(at, |before: u64| before.min(at)));
         let unknown = Pace::default();
         for gang in self.gangs.values_mut() {
@@ -142,9 +160,10 @@ impl Engine {
             let (early, next_early) = decide_stuck_early(now, gang, self.paces.get(&job).unwrap_or(&unknown));
             next_early.into_iter().for_each(&mut at_latest);
             let stuck = stuck.or(early);
-            if let Some(own) = stuck.and_then(|rank| gang.ranks.get_mut(&rank)) {
+            let incarnation = Incarnation { job, attempt, rank: stuck.unwrap_or_default() };
+            untrusted = untrusted.or(stuck.filter(|_| !trusted).map(|_| incarnation));
+            if let Some(own) = stuck.filter(|_| trusted).and_then(|rank| gang.ranks.get_mut(&rank)) {
                 own.judged = Some(Verdict::Stuck);
-                let incarnation = Incarnation { job, attempt, rank: stuck.unwrap_or_default() };
                 let age_ms = own.age(now, Verdict::Stuck);
                 out.push(Action::Say(FromAgent::Judged { incarnation, verdict: Verdict::Stuck, age_ms, stacks: Vec::new() }));
             }
@@ -154,6 +173,7 @@ impl Engine {
                     at_latest(kill_at);
                 }
                 match own.look(now, &gang.spec.heartbeat, gang.spec.world_size) {
+                    Look::Judged(Verdict::Silent, _) if !trusted => untrusted = Some(incarnation),
                     Look::Judged(verdict, age_ms) => {
                         own.judged = Some(verdict);
                         out.push(Action::Say(FromAgent::Judged { incarnation, verdict, age_ms, stacks: Vec::new() }));
@@ -167,6 +187,10 @@ impl Engine {
                     Look::Never => {}
                 }
             }
+        }
+        if let Some(incarnation) = untrusted.filter(|_| self.probe != Probe::Asked) {
+            self.probe = Probe::Asked;
+            out.push(Action::Probe(incarnation));
         }
         if let Some(at) = next {
             self.wake(at);

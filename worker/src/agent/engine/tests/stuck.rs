@@ -25,6 +25,50 @@ fn told(s: &Scene, rank: u32, seq: u64, phase: Phase, step: u64) -> Event {
     Event::HeartbeatRead { incarnation, seq, beat: Box::new(beat), save_error: None }
 }
 
+/// The engine's time has come, and the disk is well.
+fn woken(s: &mut Scene) -> Vec<Action> {
+    let mut actions = s.engine.handle(s.now, Event::DeadlinePassed);
+    if actions.iter().any(|action| matches!(action, Action::Probe(_))) {
+        actions.extend(s.engine.handle(s.now, Event::Probed { took_ms: Some(1) }));
+    }
+    actions
+}
+
+#[test]
+fn a_disk_that_stands_still_or_is_full_is_no_rank_s_silence() {
+    for took_ms in [None, Some(4_000)] {
+        let mut s = stepping(40);
+        let begun = s.now;
+        let probed = |s: &mut Scene| s.engine.handle(s.now, Event::DeadlinePassed).iter().any(|action| matches!(action, Action::Probe(_)));
+        while !probed(&mut s) {
+            s.now += 50;
+            assert!(s.now < begun + 20_000, "nobody asked after the disk");
+        }
+        let said = s.engine.handle(s.now, Event::Probed { took_ms });
+        let asked = s.now;
+        // All begins anew: nobody is judged before another deadline has passed.
+        assert!(!said.iter().any(|action| matches!(action, Action::Say(FromAgent::Judged { .. }))), "{said:?}");
+        while !probed(&mut s) {
+            s.now += 50;
+        }
+        assert!(s.now - asked + 100 >= asked - begun, "{} after {}", s.now - asked, asked - begun);
+        let said = s.engine.handle(s.now, Event::Probed { took_ms: Some(1) });
+        assert!(said.iter().any(|action| matches!(action, Action::Say(FromAgent::Judged { .. }))), "{said:?}");
+    }
+}
+
+#[test]
+fn an_agent_that_slept_for_longer_than_the_heartbeat_timeout_blames_nobody() {
+    let mut s = stepping(40);
+    s.engine.handle(s.now, Event::DeadlinePassed);
+    s.now += 12_500;
+    for _ in 0..3 {
+        let said = woken(&mut s);
+        assert!(!said.iter().any(|action| matches!(action, Action::Say(FromAgent::Judged { .. }) | Action::Probe(_))), "{said:?}");
+        s.now += 100;
+    }
+}
+
 /// Who was judged, and when; these ranks beat on every second with the same step.
 fn judged(s: &mut Scene, beating: &[u32], phase: Phase, step: u64, until: u64) -> Vec<String> {
     let beating: Vec<(u32, u64)> = beating.iter().map(|rank| (*rank, step)).collect();
@@ -47,7 +91,10 @@ fn judged_at(s: &mut Scene, beating: &[(u32, u64)], phase: Phase, until: u64) ->
             }
             next_beat += 1_000;
         }
-        actions.extend(s.engine.handle(s.now, Event::DeadlinePassed));
+        if actions.iter().any(|action| matches!(action, Action::Probe(_))) {
+            actions.extend(s.engine.handle(s.now, Event::Probed { took_ms: Some(1) }));
+        }
+        actions.extend(woken(s));
         for action in actions {
             if let Action::Say(FromAgent::Judged { incarnation, verdict, age_ms, .. }) = action {
                 found.push(format!("{} r{} {verdict:?} {age_ms}", s.now, incarnation.rank));
@@ -73,7 +120,7 @@ fn a_rank_without_any_sign_of_life_is_found_early_when_another_lives() {
     for tick in 1..40_u64 {
         s.now = from + tick * 50;
         let mut actions = if tick % 5 == 0 { s.engine.handle(s.now, lively(&s, 0, 100 + tick)) } else { Vec::new() };
-        actions.extend(s.engine.handle(s.now, Event::DeadlinePassed));
+        actions.extend(woken(&mut s));
         let judged = actions.into_iter().filter_map(|action| match action {
             Action::Say(FromAgent::Judged { incarnation, age_ms, .. }) => Some((incarnation.rank, age_ms)),
             _ => None,
