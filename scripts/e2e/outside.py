@@ -18,6 +18,7 @@ from datetime import datetime
 from lib import Refused, sse, until
 
 FINAL = ("succeeded", "failed", "stopped")
+FREE = ("infrastructure", "node_lost")
 # What a gang that is left alone never causes.
 DISTURBANCES = ("gang_failed", "restart_scheduled", "attempt_placed", "attempt_resumed", "job_running", "job_queued", "job_final", "node_lost")
 
@@ -300,6 +301,12 @@ class EventFollower(Follower):
 
     def count(self, job, *names):
         return sum(self.counts.get((job, name), 0) for name in names)
+
+    def failures(self, job):
+        """Failures of a job's gang so far: those that count, and those of our own that are free."""
+        failed = [e for e in list(self.events.get(job, [])) if e["event"] == "gang_failed"]
+        free = sum(e["data"]["cause"] in FREE for e in failed)
+        return len(failed) - free, free
 
     def disturbances(self, job):
         return self.count(job, *DISTURBANCES)
