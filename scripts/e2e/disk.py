@@ -56,7 +56,8 @@ class Disk:
         file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         try:
             about = os.statvfs(self.folder)
-            os.posix_fallocate(file, 0, max(4096, (about.f_bfree - 64) * about.f_frsize))
+            # Most of it without writing; the file system keeps some blocks for itself.
+            os.posix_fallocate(file, 0, max(4096, (about.f_bavail - 2048) * about.f_frsize))
             os.lseek(file, 0, os.SEEK_END)
             began = time.monotonic()
             while time.monotonic() < began + seconds:

@@ -44,7 +44,7 @@ from outside import (
 
 SEED = int(os.environ.get("EVERLIT_SOAK_SEED", str(random.SystemRandom().randrange(1 << 32))))
 WITHOUT = [name.strip() for name in os.environ.get("EVERLIT_SOAK_WITHOUT", "").split(",") if name.strip()]
-STEPS, EVERY = int(os.environ.get("EVERLIT_SOAK_STEPS", "4000")), 20
+STEPS, EVERY = int(os.environ.get("EVERLIT_SOAK_STEPS", "1500")), 20
 PROVED = {"model": "mlp-500k", "steps": STEPS, "batch_size": 16, "seed": 5, "deterministic": True}
 BUDGET = 500
 PATIENT = {"max_restarts": BUDGET, "max_start_failures": BUDGET, "heal_after": "30d", "backoff": {"initial": "20ms", "max": "500ms"}}
@@ -226,7 +226,7 @@ class Soak:
         """A steady gang that everybody agrees about, with time left before its last step."""
         if job == self.train:
             summary = patiently(lambda: self.everlit.summary(job))
-            if summary["state"] in FINAL or (summary["step"] or 0) > 0.6 * STEPS:
+            if summary["state"] in FINAL or (summary["step"] or 0) > 0.4 * STEPS:
                 self.train_again()
                 job = self.train
         gang = self.steady(job)
