@@ -44,7 +44,7 @@ from outside import (
 
 SEED = int(os.environ.get("EVERLIT_SOAK_SEED", str(random.SystemRandom().randrange(1 << 32))))
 WITHOUT = [name.strip() for name in os.environ.get("EVERLIT_SOAK_WITHOUT", "").split(",") if name.strip()]
-STEPS, EVERY = int(os.environ.get("EVERLIT_SOAK_STEPS", "1500")), 20
+STEPS, EVERY = int(os.environ.get("EVERLIT_SOAK_STEPS", "3000")), 20
 PROVED = {"model": "mlp-500k", "steps": STEPS, "batch_size": 16, "seed": 5, "deterministic": True}
 BUDGET = 500
 PATIENT = {"max_restarts": BUDGET, "max_start_failures": BUDGET, "heal_after": "30d", "backoff": {"initial": "20ms", "max": "500ms"}}
@@ -212,6 +212,7 @@ class Soak:
     def steady(self, job, seconds=90):
         def there():
             gang = Gang(self.ranks, job)
+            assert not self.is_final(job), f"job {job} is over"
             return len(gang.who) == 2 and all(gang.steps.values()) and gang
 
         return until(f"job {job} steps with both ranks", there, seconds, 0.02)
@@ -222,19 +223,30 @@ class Soak:
         known = summary and summary["state"] == "running" and pids == {rank: who[0] for rank, who in gang.who.items()}
         return known and sum(self.events.failures(job)) == summary["restarts"] and summary
 
+    def is_final(self, job):
+        return bool(self.events.count(job, "job_final"))
+
+    def is_late(self):
+        """Whether the training may be over before a fault of its ranks is."""
+        return self.is_final(self.train) or (patiently(lambda: self.everlit.summary(self.train))["step"] or 0) > 0.5 * STEPS
+
     def gang(self, job):
-        """A steady gang that everybody agrees about, with time left before its last step."""
-        if job == self.train:
-            summary = patiently(lambda: self.everlit.summary(job))
-            if summary["state"] in FINAL or (summary["step"] or 0) > 0.4 * STEPS:
-                self.train_again()
-                job = self.train
-        gang = self.steady(job)
-        until(f"job {job} is known to run", lambda: self.known(job, gang), 60, 0.02)
-        return job, gang
+        """A steady gang that everybody agrees about; looked at anew each time, for one that failed may live a little longer."""
+
+        def agreed():
+            gang = self.steady(job)
+            return self.known(job, gang) and gang
+
+        return job, until(f"job {job} is known to run", agreed, 90, 0.02)
+
+    def training(self):
+        """The training's gang, with time left before its last step."""
+        if self.is_late():
+            self.train_again()
+        return self.gang(self.train)
 
     def either(self):
-        return self.gang(self.chance.choice([self.train, self.lines]))
+        return self.gang(self.lines) if self.chance.random() < 0.4 or self.is_late() else self.gang(self.train)
 
     def name(self, gang, rank):
         """As the numbered rank calls itself."""
@@ -243,8 +255,7 @@ class Soak:
     def recovered(self, job, gang, before, counted=0, free=0):
         """The gang came back at exactly this cost."""
         until(f"the failure of {job} is on record", lambda: sum(self.events.failures(job)) >= sum(before) + counted + free, 90, 0.02)
-        now = self.steady(job)
-        until(f"job {job} is known to run", lambda: self.known(job, now), 60, 0.02)
+        _, now = self.gang(job)
         cost = tuple(b - a for a, b in zip(before, self.events.failures(job)))
         self.losses.check(cost == (counted, free), lambda: f"job {job}: {cost} counted and free restarts instead of {(counted, free)}: {self.events.events[job][-6:]}")
         for rank, who in gang.who.items():
@@ -252,19 +263,26 @@ class Soak:
 
     def undisturbed_by(self, act):
         """Whatever `act` does, both gangs keep their processes, go on and pay nothing."""
-        gangs = [self.gang(job) for job in (self.train, self.lines)]
-        before = {job: self.events.disturbances(job) for job, _ in gangs}
+        if self.is_final(self.train):
+            self.train_again()
+        gangs = {self.lines: self.gang(self.lines)[1]}
+        with contextlib.suppress(AssertionError):
+            gangs[self.train] = self.gang(self.train)[1]
+        self.losses.check(self.train in gangs or self.is_final(self.train), f"job {self.train} does not step")
+        before = {job: self.events.disturbances(job) for job in gangs}
         note = act()
-        for job, gang in gangs:
-            for rank, who in gang.who.items():
-                ended = job == self.train and self.events.count(job, "job_final")
-                self.losses.check(lives(who) or ended, f"rank {rank} of {job} did not outlive it")
+        for job, gang in gangs.items():
+            died = [rank for rank, who in gang.who.items() if not lives(who)]
+            if died:
+                # The training may have reached its end meanwhile, which is then soon on record.
+                with contextlib.suppress(AssertionError):
+                    until("its end", lambda: self.is_final(job), 10 if job == self.train else 0)
+            self.losses.check(not died or self.is_final(job), f"ranks {died} of {job} did not outlive it")
             after = Gang(self.ranks, job)
-            until(f"more steps of {job}", lambda: after.stepped() or self.events.count(job, "job_final"), 60, 0.02)
-            if not self.events.count(job, "job_final"):
-                until(f"job {job} is known to run", lambda: self.known(job, gang), 60, 0.02)
-                more = self.events.disturbances(job) - before[job]
-                self.losses.check(not more, lambda: f"job {job} was disturbed: {self.events.events[job][-5:]}")
+            until(f"more steps of {job}", lambda: after.stepped() or self.is_final(job), 60, 0.02)
+            until(f"job {job} is known to run", lambda: self.known(job, gang) or self.is_final(job), 60, 0.02)
+            more = self.events.disturbances(job) - before[job] - self.is_final(job)
+            self.losses.check(not more, lambda: f"job {job} was disturbed: {self.events.events[job][-5:]}")
         return note
 
     def kill(self, pid):
@@ -295,7 +313,7 @@ class Soak:
 
     def rank_paused(self):
         def act():
-            pid = Gang(self.ranks, self.chance.choice([self.train, self.lines])).who[self.chance.randrange(2)][0]
+            pid = self.either()[1].who[self.chance.randrange(2)][0]
             self.stop(pid)
             time.sleep(self.chance.uniform(0.2, 1.0))
             os.kill(pid, signal.SIGCONT)
@@ -324,7 +342,7 @@ class Soak:
 
     def damaged(self, harm):
         """The newest checkpoint is harmed while its gang stands still; what is in shared memory goes too, so that the gang needs the disk."""
-        job, gang = self.gang(self.train)
+        job, gang = self.training()
         folder = checkpoints(self.everlit, job)
         until("three checkpoints", lambda: len(saved(folder)) >= 3, 60)
         before, put_aside = self.events.failures(job), self.events.count(job, "checkpoint_quarantined")
@@ -469,14 +487,13 @@ class Soak:
 
     def at_any_cost(self, act):
         """Gangs may be restarted, and must be back; answers what it cost."""
-        jobs = [self.gang(self.train)[0], self.lines]
+        jobs = [self.training()[0], self.lines]
         before = {job: self.events.failures(job) for job in jobs}
         self.log.may_miss = True
         note = act()
         cost = []
         for job in jobs:
-            gang = until(f"{job} is back", lambda: (g := self.steady(job)) and self.known(job, g) and g, 120)
-            until(f"job {job} is known to run", lambda: self.known(job, gang), 60)
+            until(f"{job} is back", lambda: self.is_final(job) or self.known(job, self.steady(job)), 120)
             cost.append(sum(self.events.failures(job)) - sum(before[job]))
             self.events.compare(job)
         return f"{note}, restarts {cost[0]} + {cost[1]}"
@@ -532,7 +549,7 @@ class Soak:
                 self.skipped[name] = str(e)
                 continue
             except Exception as e:
-                if isinstance(e, ProcessLookupError) and self.events.count(self.train, "job_final"):
+                if isinstance(e, ProcessLookupError) and self.is_final(self.train):
                     # The training was over before the fault came.
                     bag.append((name, fault))
                     continue
