@@ -13,6 +13,7 @@ import time
 
 from lib import Everlit, until
 from outside import (
+    FAILURES,
     NUMBERED,
     EventFollower,
     Gang,
@@ -79,7 +80,6 @@ class Kills:
         gangs = {job: self.steady(job) for job in self.jobs}
         for job in self.jobs:
             until(f"job {job} is known to run", lambda: self.knows(job, gangs[job]), 30, 0.01)
-            until(f"the events of {job}", lambda: self.events.count(job, "attempt_placed") >= 1 + self.restarts[job], 30, 0.01)
             self.disturbed[job] = self.events.disturbances(job)
             summary = self.everlit.summary(job)
             self.standing[job] = (summary["state"], summary["restarts"], summary["attempt"])
@@ -91,7 +91,8 @@ class Kills:
             seen = (summary["state"], summary["restarts"], summary["attempt"])
             self.losses.check(seen == self.standing[job], lambda: f"job {job} is shown as {seen}, not {self.standing[job]}")
         pids = {rank["rank"]: rank["pid"] for rank in summary["ranks"]}
-        return summary["state"] == "running" and summary["step"] and pids == {rank: who[0] for rank, who in gang.who.items()} and summary
+        known = summary["state"] == "running" and summary["step"] and self.events.agrees(summary)
+        return known and pids == {rank: who[0] for rank, who in gang.who.items()} and summary
 
     def drafts(self):
         return any(name.startswith(".draft-") for name in os.listdir(checkpoints(self.everlit, self.train)))
@@ -190,8 +191,6 @@ class Kills:
         gang = self.steady(job)
         until(f"job {job} is known to run", lambda: self.knows(job, gang), 30, 0.01)
         self.losses.check(killed not in gang.who.values(), f"the killed rank of {job} lives")
-        summary = self.everlit.summary(job)
-        until("its events", lambda: self.events.count(job, "attempt_placed") > summary["restarts"], 30, 0.01)
         counted, free = self.events.failures(job)
         self.losses.check(counted == self.kills_of[job], f"{counted} counted failures of {job} after {self.kills_of[job]} kills of its ranks")
         if free > self.begun_again[job]:
@@ -216,7 +215,7 @@ class Kills:
             self.losses.check(log.ended is not None, f"the reader of {job} came to no end: {log.trouble}")
             log.compare()
             events = self.events.compare(job)
-            failed = sum(e["event"] == "gang_failed" for e in events)
+            failed = sum(e["event"] in FAILURES for e in events)
             self.losses.check(failed == self.restarts[job], f"{failed} failures of {job} on record, not {self.restarts[job]}")
         self.logs[1].settle(self.notes)
         newest = saved(checkpoints(self.everlit, self.train))

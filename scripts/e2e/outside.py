@@ -19,8 +19,12 @@ from lib import Refused, sse, until
 
 FINAL = ("succeeded", "failed", "stopped")
 FREE = ("infrastructure", "node_lost")
+# A failure, whichever rung of the recovery ladder followed.
+FAILURES = ("gang_failed", "rank_replaced")
+# What may still be told of a final job: its last save, by an agent whose disk was slow.
+AFTER_FINAL = ("checkpoint_committed",)
 # What a gang that is left alone never causes.
-DISTURBANCES = ("gang_failed", "restart_scheduled", "attempt_placed", "attempt_resumed", "job_running", "job_queued", "job_final", "node_lost")
+DISTURBANCES = (*FAILURES, "restart_scheduled", "attempt_placed", "job_queued", "job_final", "node_lost")
 
 # A rank that steps, writes heartbeats and prints numbered lines. What it has printed for certain it notes in a file of its own, so that
 # nobody has to believe the log about the log. It takes memory without end once a file `eat.<its name>` lies beside its note.
@@ -226,8 +230,10 @@ class LogFollower(Follower):
         self.digest, self.lines = hashlib.sha256(), 0
         self.next, self.over = {}, set()
         self.halves = {}
-        # Set while a disk is full: then lines may be missing if a `gap` says how many bytes.
+        # Set once a disk was full: then lines may be missing if a `gap` says how many bytes.
         self.may_miss, self.missed, self.told_missing = False, 0, 0
+        # When it was full, by the clock: a rank that ended then takes the count of what its shim could not write with it.
+        self.full, self.untold = [], 0
 
     def take(self, event_id, event, data):
         if event == "end":
@@ -270,8 +276,8 @@ class LogFollower(Follower):
             got = self.next.get(note.name, 0)
             if note.name in torn:
                 in_pipes += max(0, noted - got)
-            elif self.may_miss and got < noted:
-                self.missed += sum(len(f"numbered {note.name} {n}.\n") for n in range(got, noted))
+            elif got < noted and any(first <= note.stat().st_mtime <= last for first, last in self.full):
+                self.untold += noted - got
             else:
                 # A rank killed between a line and its note has printed one more than it noted.
                 exact = len(words) > 1
@@ -311,17 +317,22 @@ class EventFollower(Follower):
         if event == "job_final":
             self.losses.check(job not in self.finals, f"job {job} became final twice")
             self.finals[job] = data
-        elif job in self.finals and event not in ("job_removed",):
+        elif job in self.finals and event not in AFTER_FINAL:
             self.losses.add(f"job {job} had ended, and then: {event} {data['reason']}")
 
     def count(self, job, *names):
         return sum(self.counts.get((job, name), 0) for name in names)
 
     def failures(self, job):
-        """Failures of a job's gang so far: those that count, and those of our own that are free."""
-        failed = [e for e in list(self.events.get(job, [])) if e["event"] == "gang_failed"]
+        """Failures in a job so far: those that count, and those of our own that are free."""
+        failed = [e for e in list(self.events.get(job, [])) if e["event"] in FAILURES]
         free = sum(e["data"]["cause"] in FREE for e in failed)
         return len(failed) - free, free
+
+    def agrees(self, summary):
+        """Whether everything that a summary tells of was seen here too."""
+        job = summary["job_id"]
+        return sum(self.failures(job)) == summary["restarts"] and self.count(job, "attempt_placed") == summary["attempt"]
 
     def disturbances(self, job):
         return self.count(job, *DISTURBANCES)
