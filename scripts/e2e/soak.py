@@ -184,8 +184,9 @@ class Soak:
                     until("its end", lambda: self.is_final(job), 10 if job == self.train else 0)
             self.losses.check(not died or self.is_final(job), f"ranks {died} of {job} did not outlive it")
             after = Gang(self.ranks, job)
-            until(f"more steps of {job}", lambda: after.stepped() or self.is_final(job), 60, 0.02)
-            until(f"job {job} is known to run", lambda: self.known(job, gang) or self.is_final(job), 60, 0.02)
+            over = lambda: self.is_final(job) or self.events.disturbances(job) > before[job]
+            until(f"more steps of {job}", lambda: after.stepped() or over(), 60, 0.02)
+            until(f"job {job} is known to run", lambda: self.known(job, gang) or over(), 60, 0.02)
             more = self.events.disturbances(job) - before[job] - self.is_final(job)
             self.losses.check(not more, lambda: f"job {job} was disturbed: {self.events.events[job][-5:]}")
         return note
