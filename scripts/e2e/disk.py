@@ -78,8 +78,10 @@ class Disk:
     def freeze(self, seconds, meanwhile=lambda: None):
         """Every write waits for so long. Answers how long a write of four bytes and its fsync took."""
         # Thawed by a process of its own: nothing that this one touches may stand between, not even its own end.
-        thaw = subprocess.Popen(["sh", "-c", 'sleep "$1"; fsfreeze -u "$2"', "thaw", str(seconds), self.folder], start_new_session=True)
-        subprocess.run(["fsfreeze", "-f", self.folder], check=True)
+        script = 'fsfreeze -f "$2" || exit 1; echo frozen; sleep "$1"; fsfreeze -u "$2"'
+        command = ["sh", "-c", script, "freeze", str(seconds), self.folder]
+        freezer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert freezer.stdout.readline() == "frozen\n", "the file system could not be frozen"
         took = []
 
         def write():
@@ -95,6 +97,7 @@ class Disk:
         try:
             meanwhile()
         finally:
-            thaw.wait()
+            freezer.wait()
+            freezer.stdout.close()
             probe.join()
         return took[0]

@@ -64,6 +64,8 @@ class Soak:
         self.events = EventFollower(everlit, losses)
         self.events.start()
         self.fired, self.notes_of, self.skipped = {}, {}, {}
+        # What each job's failures have come to, as far as faults explain them.
+        self.paid = {}
         self.wanted = self.undisturbed()
         self.lines = everlit.submit(
             world_size=2, command=[sys.executable, "-c", NUMBERED, "0.02", str(notes)], restart=PATIENT, heartbeat={"timeout": "3s"}, stop_grace="10s"
@@ -98,6 +100,7 @@ class Soak:
         """Settles the training that has ended, if any, and begins the next."""
         if self.train:
             self.prove()
+            self.check_account()
         self.train = self.submit_training()
         self.steady(self.train)
 
@@ -160,11 +163,17 @@ class Soak:
         """The gang came back at exactly this cost; `at_most`: counted restarts that it may cost."""
         until(f"the failure of {job} is on record", lambda: sum(self.events.failures(job)) >= sum(before) + counted + free, 90, 0.02)
         _, now = self.gang(job)
-        cost = tuple(b - a for a, b in zip(before, self.events.failures(job)))
+        self.paid[job] = self.events.failures(job)
+        cost = tuple(b - a for a, b in zip(before, self.paid[job]))
         holds = counted <= cost[0] <= (at_most or counted) and cost[1] == free
         self.losses.check(holds, lambda: f"job {job}: {cost} counted and free restarts instead of {(counted, free)}: {self.events.events[job][-6:]}")
         for rank, who in gang.who.items():
             self.losses.check(now.who[rank] == who or not lives(who), f"rank {rank} of {job} lives twice")
+
+    def check_account(self):
+        for job in (self.train, self.lines):
+            failures, paid = self.events.failures(job), self.paid.get(job, (0, 0))
+            self.losses.check(failures == paid, lambda: f"job {job} has {failures} counted and free failures, faults explain {paid}: {self.events.events[job][-6:]}")
 
     def undisturbed_by(self, act):
         """Whatever `act` does, both gangs keep their processes, go on and pay nothing."""
@@ -394,7 +403,8 @@ class Soak:
         cost = []
         for job in jobs:
             until(f"{job} is back", lambda: self.is_final(job) or self.known(job, self.steady(job)), 120)
-            cost.append(sum(self.events.failures(job)) - sum(before[job]))
+            self.paid[job] = self.events.failures(job)
+            cost.append(sum(self.paid[job]) - sum(before[job]))
             self.events.compare(job)
         return f"{note}, restarts {cost[0]} + {cost[1]}"
 
@@ -448,6 +458,7 @@ class Soak:
             began = time.monotonic()
             try:
                 note = fault(self) or ""
+                self.check_account()
             except NotNow as e:
                 self.skipped[name] = str(e)
                 continue
@@ -469,6 +480,7 @@ class Soak:
     def finish(self):
         self.submitter.quit = True
         self.prove()
+        self.check_account()
         self.everlit.post(f"/jobs/{self.lines}/stop")
         summary = self.everlit.final(self.lines, 60)
         self.losses.check(summary["state"] == "stopped", f"job {self.lines} ended {summary['state']}: {summary['reason']}")
