@@ -144,6 +144,27 @@ def a_stopped_rank_is_found_by_its_gang_s_own_pace():
         everlit.post(f"/jobs/{job}/stop?force=true")
 
 
+def a_spare_takes_a_lost_rank_s_place_and_the_others_never_stop():
+    with Everlit() as everlit:
+        job = everlit.submit(world_size=2, worker={"model": "mlp-10k", "steps": 1_000_000, "batch_size": 16}, restart={"spares": 1})
+        able = lambda s: s["spares"] and s["spares"][0]["pid"] and s["spares"][0]["phase"] == "load"
+        everlit.at_step(job, 300)
+        before = until("a spare that waits", lambda: able(s := everlit.summary(job)) and s, 30)
+        os.kill(before["ranks"][0]["pid"], signal.SIGKILL)
+        after = until("its place taken", lambda: (s := everlit.summary(job))["generation"] == 1 and s["state"] == "running" and s, 30)
+        assert after["ranks"][0]["pid"] == before["spares"][0]["pid"] and after["ranks"][1]["pid"] == before["ranks"][1]["pid"], after
+        assert after["attempt"] == 1 and after["restarts"] == 1 and after["lost_steps"] == 0 and after["ledger"]["backoff"] == 0, after
+        again = until("another spare", lambda: able(s := everlit.summary(job)) and s, 30)
+        assert again["spares"][0]["pid"] != before["spares"][0]["pid"], again
+        # What the spare writes is the rank's from now on.
+        log = everlit.get(f"/jobs/{job}/logs?rank=0", raw=True).decode()
+        assert "taking over at step" in log and "step=" in log.split("taking over at step")[1], log[-2000:]
+        everlit.post(f"/jobs/{job}/stop")
+        everlit.final(job)
+        pids = [r["pid"] for s in (before, again) for r in s["ranks"] + s["spares"]]
+        until("every process gone", lambda: not any(map(is_alive, pids)), 10)
+
+
 def a_rank_that_the_kernel_kills_for_want_of_memory_is_told_as_such():
     group = pathlib.Path("/sys/fs/cgroup/memory/everlit-e2e")
     if os.geteuid() != 0 or not group.parent.joinpath("memory.limit_in_bytes").exists():
@@ -362,6 +383,7 @@ CHECKS = [
     a_foreign_program_is_restarted_read_and_resumed,
     a_crash_loop_is_visible_and_ends_with_the_rank_s_words,
     a_stopped_rank_is_found_by_its_gang_s_own_pace,
+    a_spare_takes_a_lost_rank_s_place_and_the_others_never_stop,
     a_rank_that_the_kernel_kills_for_want_of_memory_is_told_as_such,
     typed_as_it_stands,
     the_coordinator_s_death_is_not_noticed,
