@@ -10,6 +10,7 @@ mod driven;
 mod faults;
 pub mod kinds;
 mod ladder;
+mod outcome;
 mod random;
 pub mod scenario;
 pub mod study;
@@ -21,8 +22,9 @@ mod world;
 
 pub use account::Account;
 pub use chart::chart;
+pub use outcome::{Counts, GaveUp, Outcome};
 pub use svg::svg;
-pub use world::{Counts, GaveUp, Outcome, run};
+pub use world::run;
 
 /// Milliseconds of an hour.
 pub const HOUR_MS: u64 = 3_600_000;

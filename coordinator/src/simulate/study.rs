@@ -7,9 +7,10 @@ use everlit_api::job::WORLD_SIZE_MAX;
 use serde::Serialize;
 
 use super::account::Account;
+use super::outcome::{Counts, GaveUp, Outcome};
 use super::scenario::{Every, Scenario, daly_ms};
 use super::traffic::{Control, Decisions, Load};
-use super::world::{Counts, GaveUp, Outcome, run};
+use super::world::run;
 
 /// Ranks that stand for a gang where only decisions matter.
 pub const FEW_RANKS: u32 = 8;
@@ -261,21 +262,4 @@ fn spares(scenario: &Scenario, goodput: impl Fn(&Scenario) -> f64) -> Option<Spa
     let points: Vec<SparePoint> = tried.into_iter().map(at).collect();
     let worth = points.iter().copied().reduce(|best, point| if point.per_owned_node > best.per_owned_node { point } else { best })?;
     Some(Spares { worth: worth.spares, points, mean_in_repair: scenario.mean_in_repair() })
-}
-
-impl Counts {
-    fn plus(&self, other: &Self) -> Self {
-        Self {
-            failures: self.failures + other.failures,
-            hit_nothing: self.hit_nothing + other.hit_nothing,
-            planned: self.planned + other.planned,
-            in_place: self.in_place + other.in_place,
-            in_place_failed: self.in_place_failed + other.in_place_failed,
-            from_snapshot: self.from_snapshot + other.from_snapshot,
-            from_checkpoint: self.from_checkpoint + other.from_checkpoint,
-            from_nothing: self.from_nothing + other.from_nothing,
-            waits: self.waits + other.waits,
-            checkpoints: self.checkpoints + other.checkpoints,
-        }
-    }
 }

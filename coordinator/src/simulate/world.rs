@@ -6,72 +6,17 @@
 
 use std::collections::BTreeMap;
 
-use everlit_api::status::Ledger;
-use serde::Serialize;
-
 use super::account::Account;
 use super::driven::{Driven, Order, Wait};
 use super::faults::{Fault, draw};
 use super::kinds::Kind;
 use super::ladder::Facts;
+use super::outcome::{Counts, GaveUp, Outcome};
 use super::scenario::{Recovery, Scenario};
 use crate::engine::ledger::Activity;
 use crate::engine::restart::mean_time_between_failures;
 
 mod breaks;
-
-/// What came of a run.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Outcome {
-    /// Where the time went, in milliseconds.
-    pub ledger_ms: Account,
-    /// Steps whose work was kept at the end.
-    pub steps: u64,
-    /// What happened how often.
-    pub counts: Counts,
-    /// When and why the job was given up, if it was.
-    pub gave_up: Option<GaveUp>,
-    /// Events that the engine was given.
-    #[serde(skip)]
-    pub engine_events: u64,
-    /// The engine's own book, when the job was active to the end.
-    #[serde(skip)]
-    pub engine_ledger: Option<Ledger>,
-}
-
-/// What happened how often.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Counts {
-    /// Failures that came, those that hit nothing included.
-    pub failures: u64,
-    /// Failures of processes while none ran.
-    pub hit_nothing: u64,
-    /// Planned stops.
-    pub planned: u64,
-    /// Recoveries in place that worked.
-    pub in_place: u64,
-    /// And that did not.
-    pub in_place_failed: u64,
-    /// Starts of the gang from a snapshot in memory.
-    pub from_snapshot: u64,
-    /// From a checkpoint.
-    pub from_checkpoint: u64,
-    /// Restarts from nothing: there was no checkpoint yet.
-    pub from_nothing: u64,
-    /// Times that the gang waited for a node.
-    pub waits: u64,
-    /// Checkpoints that were committed.
-    pub checkpoints: u64,
-}
-
-/// The budget was used up.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct GaveUp {
-    /// Milliseconds from the start.
-    pub at_ms: u64,
-    /// The engine's words.
-    pub reason: String,
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -227,7 +172,7 @@ impl<'a> World<'a> {
             counts: self.counts,
             gave_up: self.gave_up,
             engine_events: self.driven.events,
-            engine_ledger: self.driven.ledger(),
+            engine_ledger: if self.tell_all { self.driven.ledger() } else { None },
         }
     }
 
