@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use everlit_api::agent::{Beat, CheckpointNews, Exited, Hello, PROTOCOL, Resumed, Started, ToAgent};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
-use everlit_api::job::JobSpec;
+use everlit_api::job::{JobSpec, RestartPolicy, RestartScope};
 use everlit_api::manifest::Phase;
 use everlit_api::rank::{RankExit, Verdict};
 use everlit_api::status::{Capacity, JobState, Ledger};
@@ -97,7 +97,8 @@ impl Driven {
         };
         let mut orders = own.feed(Event::NodeLinked { hello: Box::new(hello) });
         let mut spec = JobSpec::default_for(ranks);
-        spec.restart = policy.restart.clone();
+        // Recovery in place is decided beside the engine (`ladder`): here it only ever restarts the gang.
+        spec.restart = RestartPolicy { scope: RestartScope::Gang, ..policy.restart.clone() };
         spec.stop_grace = policy.stop_grace;
         orders.extend(own.feed(Event::JobSubmitted { id: job, spec: Arc::new(spec), seed }));
         (own, orders)
