@@ -247,8 +247,9 @@ fn spares(scenario: &Scenario, goodput: impl Fn(&Scenario) -> f64) -> Option<Spa
     if scenario.mean_in_repair() <= 0.0 {
         return None;
     }
-    let mut tried: Vec<u32> =
-        std::iter::once(0).chain((0..31).map(|power| 1 << power)).take_while(|count| *count <= 2 * enough + 1).collect();
+    // 0, 1, 2, 3, 4, 6, 8, 12, 16, …: to twice what is enough.
+    let powers = (0..31).flat_map(|power| [1u32 << power, (1 << power) + (1 << power) / 2]);
+    let mut tried: Vec<u32> = std::iter::once(0).chain(powers).take_while(|count| *count <= 2 * enough + 1).collect();
     tried.extend([enough, scenario.policy.spares]);
     tried.sort_unstable();
     tried.dedup();

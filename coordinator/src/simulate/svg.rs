@@ -10,6 +10,8 @@ const LEFT: f64 = 190.0;
 const RIGHT: f64 = 90.0;
 const BAR: f64 = 22.0;
 const PANEL: f64 = 220.0;
+/// Characters of a policy's name that find room.
+const NAME_CHARS: usize = 25;
 /// One colour for each part of the ledger, in the order of `Account::parts`; told apart by colour-blind eyes too (Okabe and Ito).
 const COLOURS: [&str; 9] = ["#009e73", "#e69f00", "#56b4e9", "#d55e00", "#cc79a7", "#f0e442", "#999999", "#0072b2", "#000000"];
 
@@ -53,7 +55,9 @@ fn ledgers(report: &Report, body: &mut String, top: f64) -> f64 {
     let scale = WIDTH - LEFT - RIGHT;
     let mut y = top;
     for row in &rows {
-        label(body, LEFT - 8.0, y + 15.0, "end", &row.name);
+        let short: String = row.name.chars().take(NAME_CHARS).collect();
+        let more = if row.name.chars().count() > NAME_CHARS { "…" } else { "" };
+        label(body, LEFT - 8.0, y + 15.0, "end", &format!("{short}{more}"));
         let total = row.ledger_ms.total().max(1) as f64;
         let mut x = LEFT;
         for ((name, ms), colour) in row.ledger_ms.parts().iter().zip(COLOURS) {
