@@ -58,41 +58,51 @@ fn people_get_tables_and_a_picture() {
 
 #[test]
 fn every_flag_that_costs_something_shows() {
-    let goodput = |flags: &str| json(&format!("{SMALL} --json {flags}"))["expected"]["goodput"].as_f64().expect("a share");
-    let base = goodput("");
-    for worse in [
-        "--start-time 10m",
-        "--stop-time 2m",
-        "--load-time 10m",
-        "--save-stall 20s",
-        "--save-time 20m",
-        "--seen-exit 5m",
-        "--seen-hang 2h",
-        "--seen-corruption 20h",
-        "--spares 0",
-        "--repair-time 30d --spares 1",
-        "--spare-time 20m",
-        "--planned-time 2h --failure planned=40",
-        "--stop-grace 1s --failure planned=90",
-        "--checkpoint-every 1h",
-        "--mtbf 2h",
-        "--failure faulty_gpu=50",
-        "--backoff-initial 10m --backoff-max 10m",
-        "--max-restarts 1 --heal-after 30d",
-        "--max-start-failures 1 --mtbf 10m",
-        "--decisions central --message-cost 20000",
-        "--decisions central --latency 30s",
-        "--heartbeat-every 10m --decisions central",
-        "--recovery in-place --in-place-success 0 --in-place-time 10m",
-        "--load-snapshot-time 10m --save-time 1h --failure software_bug=90",
+    // Long enough that every kind comes.
+    let goodput = |with: &str, flags: &str| {
+        let mtbf = if flags.contains("--mtbf") { "" } else { "--mtbf 4h" };
+        let answer = json(&format!("simulate --nodes 16 --duration 40d {mtbf} --runs 2 --json {with} {flags}"));
+        answer["expected"]["goodput"].as_f64().expect("a share")
+    };
+    for (with, worse) in [
+        ("", "--start-time 10m"),
+        ("", "--stop-time 2m"),
+        ("", "--load-time 10m"),
+        ("", "--save-stall 20s"),
+        ("", "--save-time 20m"),
+        ("", "--seen-exit 5m"),
+        ("", "--seen-hang 2h"),
+        ("", "--seen-corruption 20h"),
+        ("", "--spares 0"),
+        ("--spares 1", "--repair-time 30d"),
+        ("", "--spare-time 20m"),
+        ("--failure planned=40", "--planned-time 2h"),
+        ("--failure planned=90 --recovery checkpoint", "--stop-grace 1s"),
+        ("", "--checkpoint-every 1h"),
+        ("", "--mtbf 2h"),
+        ("", "--failure planned=400"),
+        ("--backoff-max 10m", "--backoff-initial 10m"),
+        ("--backoff-initial 10m --recovery checkpoint --checkpoint-every 2h", "--backoff-max 2h"),
+        ("--max-restarts 1", "--heal-after 30d"),
+        ("--heal-after 30d", "--max-restarts 1"),
+        ("", "--max-start-failures 1"),
+        ("--message-cost 20000", "--decisions central"),
+        ("--decisions central", "--message-cost 20000"),
+        ("--decisions central", "--latency 30s"),
+        ("--decisions central", "--heartbeat-every 10m"),
+        ("--recovery in-place", "--in-place-success 0"),
+        ("--recovery in-place", "--in-place-time 10m"),
+        ("--save-time 1h --failure software_bug=90", "--load-snapshot-time 10m"),
+        ("--save-time 1h --failure software_bug=90", "--recovery checkpoint"),
     ] {
-        assert!(goodput(worse) < base, "{worse} costs nothing");
+        assert!(goodput(with, worse) < goodput(with, ""), "{with}: {worse} costs nothing");
     }
-    assert!(goodput("--recovery in-place") > base);
-    assert!(goodput("--failures none") > 0.99);
-    assert!(goodput("--workers 16 --decisions central --message-cost 20000") > goodput("--decisions central --message-cost 20000"));
-    assert_ne!(goodput("--step-time 47s"), base);
-    assert!(json(&format!("{SMALL} --json --gpus-per-node 4"))["engine"]["ranks"] == 64);
+    assert!(goodput("", "--recovery in-place") > goodput("", ""));
+    assert!(json("simulate --nodes 16 --duration 40d --failures none --json")["expected"]["goodput"].as_f64().expect("a share") > 0.99);
+    let slow = "--decisions central --message-cost 20000";
+    assert!(goodput(slow, "--workers 16") > goodput(slow, ""));
+    assert_ne!(goodput("", "--step-time 47s"), goodput("", ""));
+    assert_eq!(json(&format!("{SMALL} --json --gpus-per-node 4"))["engine"]["ranks"], 64);
 }
 
 #[test]
