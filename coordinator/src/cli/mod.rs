@@ -17,6 +17,7 @@ mod follow;
 mod logs;
 mod out;
 mod show;
+mod simulate;
 mod submit;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ use act::{NodesArgs, PurgeArgs, RmArgs, StopArgs};
 use doctor::DoctorArgs;
 use logs::LogsArgs;
 use show::{LsArgs, MetricsArgs};
+use simulate::SimulateArgs;
 use submit::{ResumeArgs, SubmitArgs};
 
 /// everlit keeps AI training jobs alive.
@@ -86,6 +88,8 @@ pub enum Verb {
     Nodes(NodesArgs),
     /// Show what the coordinator does
     Status,
+    /// What goodput a policy gives on a cluster, in virtual time
+    Simulate(Box<SimulateArgs>),
     /// Check this machine
     Doctor(DoctorArgs),
     /// Print completions for a shell
@@ -183,6 +187,7 @@ async fn run(cli: Cli) -> Result<(), Fail> {
         Verb::Purge(args) => act::purge(&client, args, output).await,
         Verb::Nodes(args) => act::nodes(&client, args, output).await,
         Verb::Status => show::status(&client, output).await,
+        Verb::Simulate(args) => simulate::simulate(&client, &args, output).await,
         Verb::Doctor(args) => doctor::doctor(&args, output).await,
         Verb::Completions { shell } => completions(shell),
     }
@@ -226,6 +231,7 @@ mod usage {
             "everlit nodes drain here",
             "everlit purge --older-than 7d --state failed --dry-run",
             "everlit completions bash",
+            "everlit simulate --nodes 4 --duration 2d --failure nic=3 --checkpoint-every auto --spares 2 --policy recovery=in-place,every=5m",
         ] {
             assert!(Cli::try_parse_from(good.split(' ')).is_ok(), "{good}");
         }
@@ -237,6 +243,10 @@ mod usage {
             "everlit up --listen x",
             "everlit submit python x.py",
             "everlit nodes melt x",
+            "everlit simulate --duration never",
+            "everlit simulate --failure nic=many",
+            "everlit simulate --recovery prayer",
+            "everlit simulate --runs 0",
         ] {
             assert_eq!(Cli::try_parse_from(bad.split(' ')).expect_err(bad).exit_code(), 2, "{bad}");
         }
