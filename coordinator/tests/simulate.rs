@@ -58,19 +58,7 @@ fn people_get_tables_and_a_picture() {
 
 #[test]
 fn every_flag_that_costs_something_shows() {
-    // Long enough that every kind comes.
-    let known = std::cell::RefCell::new(std::collections::BTreeMap::new());
-    let goodput = |with: &str, flags: &str| {
-        if let Some(goodput) = known.borrow().get(&format!("{with} {flags}")) {
-            return *goodput;
-        }
-        let mtbf = if flags.contains("--mtbf") { "" } else { "--mtbf 4h" };
-        let answer = json(&format!("simulate --nodes 16 --duration 40d {mtbf} --runs 2 --json {with} {flags}"));
-        let goodput = answer["expected"]["goodput"].as_f64().expect("a share");
-        known.borrow_mut().insert(format!("{with} {flags}"), goodput);
-        goodput
-    };
-    for (with, worse) in [
+    let pairs = [
         ("", "--start-time 10m"),
         ("", "--stop-time 2m"),
         ("", "--load-time 10m"),
@@ -100,15 +88,37 @@ fn every_flag_that_costs_something_shows() {
         ("--recovery in-place", "--in-place-time 10m"),
         ("--save-time 1h --failure software_bug=90", "--load-snapshot-time 10m"),
         ("--save-time 1h --failure software_bug=90", "--recovery checkpoint"),
-    ] {
-        assert!(goodput(with, worse) < goodput(with, ""), "{with}: {worse} costs nothing");
-    }
-    assert!(goodput("", "--recovery in-place") > goodput("", ""));
-    assert!(json("simulate --nodes 16 --duration 40d --failures none --json")["expected"]["goodput"].as_f64().expect("a share") > 0.99);
+    ];
     let slow = "--decisions central --message-cost 20000";
-    assert!(goodput(slow, "--workers 16") > goodput(slow, ""));
-    assert_ne!(goodput("", "--step-time 47s"), goodput("", ""));
+    let more = ["--recovery in-place", "--step-time 47s", slow, "--decisions central --message-cost 20000 --workers 16"];
+    let both = pairs.iter().flat_map(|(with, worse)| [(*with).to_string(), format!("{with} {worse}")]);
+    let asked: std::collections::BTreeSet<String> = both.chain(more.map(String::from)).map(|flags| flags.trim().into()).collect();
+    let asked: Vec<String> = asked.into_iter().collect();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let known: std::collections::BTreeMap<String, f64> = std::thread::scope(|scope| {
+        let parts: Vec<_> = asked.chunks(asked.len().div_ceil(cores)).collect();
+        let threads: Vec<_> = parts
+            .into_iter()
+            .map(|part| scope.spawn(|| part.iter().map(|flags| (flags.clone(), ask(flags))).collect::<Vec<_>>()))
+            .collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("answers")).collect()
+    });
+    let goodput = |flags: &str| known[flags.trim()];
+    for (with, worse) in pairs {
+        assert!(goodput(&format!("{with} {worse}")) < goodput(with), "{with}: {worse} costs nothing");
+    }
+    assert!(goodput("--recovery in-place") > goodput(""));
+    assert!(json("simulate --nodes 16 --duration 40d --failures none --json")["expected"]["goodput"].as_f64().expect("a share") > 0.99);
+    assert!(goodput(&format!("{slow} --workers 16")) > goodput(slow));
+    assert_ne!(goodput("--step-time 47s"), goodput(""));
     assert_eq!(json(&format!("{SMALL} --json --gpus-per-node 4"))["engine"]["ranks"], 64);
+}
+
+/// Long enough that every kind of failure comes.
+fn ask(flags: &str) -> f64 {
+    let mtbf = if flags.contains("--mtbf") { "" } else { "--mtbf 4h" };
+    let answer = json(&format!("simulate --nodes 16 --duration 40d {mtbf} --runs 2 --json {flags}"));
+    answer["expected"]["goodput"].as_f64().expect("a share")
 }
 
 #[test]

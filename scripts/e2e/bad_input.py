@@ -201,13 +201,7 @@ def a_full_disk_refuses_new_jobs_and_still_stops_and_deletes():
             everlit.final(final)
             job = everlit.submit(command=["sleep", "1000"])
             everlit.running(job)
-            filler = open(pathlib.Path(folder) / "filler", "wb")
-            try:
-                while True:
-                    filler.write(b"x" * 65536)
-                    filler.flush()
-            except OSError:
-                pass
+            filler = fill(folder)
             refused = []
 
             def full():
@@ -226,14 +220,35 @@ def a_full_disk_refuses_new_jobs_and_still_stops_and_deletes():
             filler.close()
             os.unlink(pathlib.Path(folder) / "filler")
             until("new jobs again", lambda: accepts(everlit), 90, 0.5)
+            # Full a second time: what is said to be durable after that must be on the disk, not in a transaction that never ends.
+            filler = fill(folder)
+            refused.clear()
+            until("a refusal", full, 60)
+            filler.close()
+            os.unlink(pathlib.Path(folder) / "filler")
+            kept = until("new jobs again", lambda: accepts(everlit), 90, 0.5)["job_id"]
+            assert everlit.final(kept)["state"] == "succeeded"
+            everlit.kill()
+            everlit.up()
+            assert everlit.state(kept) == "succeeded" and everlit.state(job) == "stopped"
     finally:
         subprocess.run(["umount", "-l", folder])
         os.rmdir(folder)
 
 
+def fill(folder):
+    filler = open(pathlib.Path(folder) / "filler", "wb")
+    try:
+        while True:
+            filler.write(b"x" * 65536)
+            filler.flush()
+    except OSError:
+        return filler
+
+
 def accepts(everlit):
     try:
-        return everlit.submit(command=["true"])
+        return everlit.post("/jobs", {"command": ["true"]})
     except Exception:
         return None
 

@@ -200,7 +200,7 @@ impl Driven {
         let incarnation = self.incarnation(failure.rank);
         if failure.seen == Seen::Hang && self.started {
             let age_ms = self.now.saturating_sub(failure.at);
-            return self.feed(Event::RankJudged { incarnation, verdict: Verdict::Stuck, age_ms });
+            return self.feed(Event::RankJudged { incarnation, verdict: Verdict::Stuck, age_ms, stacks: Vec::new() });
         }
         let lost = failure.takes == Takes::Machine;
         self.feed(Event::RankExited(Exited { incarnation, exit: self.exit((!lost).then_some(1), None, failure.at), lost }))
@@ -208,7 +208,7 @@ impl Driven {
 
     fn exit(&self, code: Option<i32>, signal: Option<i32>, at: u64) -> RankExit {
         let error = (code.is_none() && signal.is_none()).then(|| "its machine is gone".into());
-        RankExit { code, signal, error, at: self.at(at), tail: Vec::new(), message: None }
+        RankExit { code, signal, error, at: self.at(at), tail: Vec::new(), message: None, out_of_memory: false }
     }
 
     /// Every rank has ended.

@@ -222,36 +222,6 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn after_a_full_disk_what_is_said_to_be_durable_is() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).await.unwrap();
-        let event =
-            |n: u64| EventRow { job: None, time: Timestamp(n), event: "filler", reason: "x".repeat(20_000), data: serde_json::Value::Null };
-        let batch = |from: u64, count: u64| {
-            let record = Record { events: (from..from + count).map(event).collect(), ..Record::default() };
-            let mut batch = Batch::default();
-            let mut number = from;
-            batch.add(Timestamp(from), record, || {
-                number += 1;
-                number
-            });
-            batch
-        };
-        store.commit(&batch(0, 1)).await.unwrap();
-        let pages: i64 = sqlx::query_scalar("PRAGMA page_count").fetch_one(&store.writer).await.unwrap();
-        for round in 0..3 {
-            // The file may not grow: what a full disk is to SQLite.
-            sqlx::query(sqlx::AssertSqlSafe(format!("PRAGMA max_page_count = {pages}"))).execute(&store.writer).await.unwrap();
-            assert!(store.try_commit(&batch(100 + round * 100, 50)).await.is_err(), "the fault fired");
-        }
-        store.commit(&batch(1_000, 1)).await.unwrap();
-        // Another connection sees only what is committed.
-        let last: i64 = sqlx::query_scalar("SELECT max(seq) FROM events").fetch_one(&store.readers).await.unwrap();
-        assert_eq!(last, 1_001);
-        store.close().await;
-    }
-
-    #[tokio::test]
     async fn a_series_stays_until_a_newer_one_is_written() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).await.unwrap();
