@@ -50,7 +50,7 @@ fn refuse_in_place(job: &Job, rank: u32, cause: Cause) -> Option<String> {
         return Some("no new step since the last start".into());
     }
     let mut others = job.ranks.list().iter().enumerate().filter(|(other, _)| *other as u32 != rank);
-    let unfit = others.find_map(|(other, own)| {
+    others.find_map(|(other, own)| {
         if own.pid.is_none() || own.exit.is_some() {
             Some(format!("rank {other} is gone too"))
         } else if own.in_place != Some(true) {
@@ -58,8 +58,7 @@ fn refuse_in_place(job: &Job, rank: u32, cause: Cause) -> Option<String> {
         } else {
             None
         }
-    });
-    unfit
+    })
 }
 
 #[cfg(test)]
@@ -106,7 +105,8 @@ mod tests {
     #[test]
     fn in_place_is_chosen_where_it_can_hold_and_the_reason_is_told_where_not() {
         assert_eq!(decide_rung(&job(|_, _| ()), 1, Cause::Signal), Rung::InPlace);
-        let cases: [(&str, fn(&mut Job, &mut JobSpec)); 8] = [
+        type Change = fn(&mut Job, &mut JobSpec);
+        let cases: [(&str, Change); 8] = [
             ("program", |_, spec| spec.worker = None),
             ("scope", |_, spec| spec.restart.scope = RestartScope::Gang),
             ("alone", |_, spec| spec.world_size = 1),

@@ -27,6 +27,8 @@ pub struct Environment {
     pub generation: u32,
     /// This process's number within its attempt.
     pub seat: u32,
+    /// An agent started it, and says who follows a lost rank.
+    pub supervised: bool,
     /// It waits until it is given a rank.
     pub spare: bool,
     /// Where the agent looks for signs of life.
@@ -79,6 +81,7 @@ impl Environment {
             attempt: number("EVERLIT_ATTEMPT")?,
             generation: number("EVERLIT_GENERATION")?.unwrap_or(0),
             seat: number(SEAT)?.unwrap_or(rank),
+            supervised: text(SEAT).is_some(),
             spare,
             heartbeat_file: text("EVERLIT_HEARTBEAT_FILE").map(PathBuf::from),
             checkpoint_dir: text("EVERLIT_CHECKPOINT_DIR").map(PathBuf::from),

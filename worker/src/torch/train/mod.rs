@@ -215,7 +215,7 @@ fn prepare<'a>(
         ranks: Ranks { group: None },
         config,
         generation: environment.generation,
-        can_rejoin: environment.heartbeat_file.is_some() && environment.rendezvous.is_some(),
+        can_rejoin: environment.supervised && environment.rendezvous.is_some(),
         environment,
         pulse,
         attempt,
