@@ -17,4 +17,4 @@ case " ${*:-steps} " in
   *" steps "* | *" recovery "*) PYTHON_TORCH=$(scripts/fetch-python-torch.sh | tail -n 1) || die "PyTorch could not be fetched" ;;
 esac
 mkdir -p "$TARGET/bench"
-EVERLIT_TEXT=$BIN/sample-text/$(ls "$BIN/sample-text" | head -n 1) EVERLIT_PYTHON=$PYTHON_TORCH EVERLIT_BIN=$BIN EVERLIT_LOAD=$LOAD EVERLIT_RESULTS=$TARGET/bench/results.json PYTHONPATH=scripts/e2e python3 scripts/bench/main.py "$@"
+EVERLIT_PYTHON=$PYTHON_TORCH EVERLIT_BIN=$BIN EVERLIT_LOAD=$LOAD EVERLIT_RESULTS=$TARGET/bench/results.json PYTHONPATH=scripts/e2e python3 scripts/bench/main.py "$@"

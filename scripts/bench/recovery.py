@@ -17,7 +17,7 @@ KILLS = int(os.environ.get("EVERLIT_RECOVERY_KILLS", "200"))
 PEER_KILLS = int(os.environ.get("EVERLIT_PEER_KILLS", "21"))
 ROUNDS = 3
 HERE = pathlib.Path(__file__).resolve().parent
-TEXT = os.environ.get("EVERLIT_TEXT")
+TEXT = str(min(pathlib.Path(os.environ["EVERLIT_BIN"], "sample-text").glob("*.txt"), default=""))
 # A gang without a step for so long does not come back by itself.
 STUCK_SECONDS = 45
 
