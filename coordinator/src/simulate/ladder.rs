@@ -1,4 +1,4 @@
-//! The rung that the engine does not have yet: recovery in place, as a small policy of its own. When the engine decides it, this file goes.
+//! Recovery in place across nodes, which the engine decides only within one: a small policy of its own. When gangs span nodes, this file goes.
 //!
 //! The trap: a failure that is mended here is never told to the engine, so it costs no budget and no backoff, and the engine's own count of
 //! restarts leaves it out.
