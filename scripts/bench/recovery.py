@@ -35,7 +35,7 @@ def ours(kills, lost, less_backoff, **restart):
     """Seconds from each kill of a rank of the built-in program, ranks in turn, to a step of all."""
     times = []
     with Everlit() as everlit:
-        policy = {"max_restarts": 100_000, "backoff": {"jitter": 0}, **restart}
+        policy = {"max_restarts": 100_000, "max_start_failures": 1_000, "backoff": {"jitter": 0}, **restart}
         job = everlit.submit(world_size=2, worker={"steps": 1_000_000}, checkpoint={"every_steps": 20}, restart=policy)
         for n in range(kills):
             before = until("steps of its own", lambda: ready(everlit, job, n, restart), 120, 0.02)
@@ -44,6 +44,7 @@ def ours(kills, lost, less_backoff, **restart):
 
             def again():
                 now = everlit.summary(job)
+                assert now["state"] not in ("failed", "stopped", "succeeded"), now["reason"]
                 through = now["state"] == "running" and now["restarts"] == n + 1
                 return through and all(r["pid"] and r["step"] for r in now["ranks"])
 
@@ -63,8 +64,10 @@ def ready(everlit, job, restarts, restart):
     summary = everlit.summary(job)
     if summary["state"] != "running" or summary["restarts"] != restarts or not all(r["pid"] and r["step"] for r in summary["ranks"]):
         return None
-    marks = everlit.__dict__.setdefault("marks", {})
-    first, since = marks.setdefault(restarts, (summary["step"], time.monotonic()))
+    marks = everlit.__dict__.setdefault("marks", {"highest": 0})
+    # Past everything that was done before: a gang that fails without a new step waits longer each time.
+    first, since = marks.setdefault(restarts, (max(marks["highest"], summary["step"]), time.monotonic()))
+    marks["highest"] = max(marks["highest"], summary["step"])
     spares = all(s["pid"] and s["phase"] == "load" for s in summary["spares"]) and len(summary["spares"]) == restart.get("spares", 0)
     # A new spare is warm a second after its start.
     settled = time.monotonic() - since > (1.5 if restart.get("spares") else 0.5)
