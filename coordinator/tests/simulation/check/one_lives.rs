@@ -36,11 +36,13 @@ impl OneLives {
                     if let Some(former) = node.living().find(|own| is_former(node, *own, *incarnation)) {
                         return Err(format!("INV-1: {incarnation} starts while {former}, which it replaces, lives"));
                     }
-                    let told = world.reached_since(number).is_some_and(|since| world.now >= since + TOLD_MS);
-                    let other = node
-                        .living()
-                        .find(|own| own.job == incarnation.job && own.rank == incarnation.rank && own.attempt != incarnation.attempt);
-                    if let Some(other) = other.filter(|_| told) {
+                    let told = |node| world.reached_since(node).is_some_and(|since| world.now >= since + TOLD_MS);
+                    let same = |own: &Incarnation| own.job == incarnation.job && own.rank == incarnation.rank;
+                    let other = node.living().find(|own| same(own) && own.attempt != incarnation.attempt);
+                    // It is the older one's node that must have heard: that one may start late, too.
+                    let starts_at = world.nodes.iter().position(|node| node.runs.contains_key(incarnation)).unwrap_or(number);
+                    let older_at = |other: Incarnation| if incarnation.attempt < other.attempt { starts_at } else { number };
+                    if let Some(other) = other.filter(|other| told(older_at(*other))) {
                         return Err(format!("INV-1: {incarnation} starts while {other} lives on {}", node.id));
                     }
                 }
