@@ -155,6 +155,11 @@ impl Engine {
         let mut waiting = false;
         for job_id in held {
             let Some(job) = self.jobs.get_mut(&job_id) else { continue };
+            if job.ranks.all_ended() {
+                // Only the ends of its spares were awaited, and nobody can tell of those now.
+                self.lose_ranks(turn, job_id);
+                continue;
+            }
             let decided = job.gang.as_ref().and_then(|g| g.ending.as_ref()).is_some_and(|e| e.then != Then::Judge);
             if decided {
                 // It was to end anyway: what may still run there is stopped when the node is back.
@@ -199,6 +204,8 @@ impl Engine {
             let incarnation = Incarnation { job: id, attempt, rank: seat };
             self.on_rank_exited(turn, Exited { incarnation, exit: lost_exit(turn.now, "its node was lost"), lost: true });
         }
+        // When all of them had ended before, nobody else says so.
+        self.end_attempt_when_over(turn, id);
     }
 
     pub(super) fn on_cordon_requested(&mut self, turn: &mut Turn, id: &NodeId, cordoned: bool) {
