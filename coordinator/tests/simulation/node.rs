@@ -384,7 +384,10 @@ impl World {
             }
             return;
         }
-        self.nodes[node].gangs.insert((job, attempt), (spec, resumed));
+        // Threads may bring two memberships about in any order; the later one stays.
+        if self.nodes[node].gangs.get(&(job, attempt)).is_none_or(|(known, _)| known.generation <= spec.generation) {
+            self.nodes[node].gangs.insert((job, attempt), (spec, resumed));
+        }
         for seat in fresh.iter().map(incarnation) {
             self.nodes[node].runs.insert(seat, Run::default());
             self.soon(2, 300, Happening::RankUp { node, life, boot, incarnation: seat });

@@ -11,6 +11,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use everlit_api::agent::{GangSpec, MEMBERS_NAME, Members, Program, Resumed};
 use everlit_api::ids::Incarnation;
@@ -199,11 +200,19 @@ pub(super) fn regroup(node: &Node, spec: &GangSpec, resumed: Resumed, fresh: &[u
     let snapshots = node.memory.make(spec);
     let ranks: Result<Vec<_>, _> = fresh.iter().map(|seat| prepare_rank(node, spec, *seat, &argv, None, snapshots.as_deref())).collect();
     let ranks = ranks?;
+    // Two memberships may be brought about at once, on two threads: the later one stays.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _held = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let place = folders.rendezvous(spec.job, spec.attempt).join(MEMBERS_NAME);
+    let known: Option<Members> = fs::read(&place).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    if known.is_some_and(|known| known.generation > spec.generation) {
+        return Ok(Prepared { resumed, ranks });
+    }
     write_gang(node, spec, &resumed)?;
     let seats = (0..spec.world_size).map(|rank| spec.seat(rank)).collect();
     let members = serde_json::to_vec(&Members { generation: spec.generation, seats });
     let members = members.map_err(|error| Refused::forever(error.to_string()))?;
-    write_whole(&folders.rendezvous(spec.job, spec.attempt).join(MEMBERS_NAME), &members)?;
+    write_whole(&place, &members)?;
     Ok(Prepared { resumed, ranks })
 }
 
