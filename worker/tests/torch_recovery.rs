@@ -28,7 +28,7 @@ fn kill_one(gang: &mut Gang, rank: usize) {
 
 #[test]
 fn three_ranks_killed_and_resumed_end_with_the_bits_of_an_undisturbed_run() {
-    for (model, steps) in [("llama-1m", 36), ("mlp-10k", 300)] {
+    for (model, steps) in [("llama-1m", 60), ("mlp-10k", 400)] {
         let undisturbed = Job::new(model, 3, steps).finish(1, 3, None);
         let job = Job::new(model, 3, steps);
         let mut attempt = 1;
@@ -36,6 +36,7 @@ fn three_ranks_killed_and_resumed_end_with_the_bits_of_an_undisturbed_run() {
         for (rank, step) in [(1, 13), (0, 25), (2, 33)] {
             let mut gang = job.start(attempt, 3, from.as_deref());
             gang.wait_step(step);
+            gang.wait_committed(&job, step / 10 * 10);
             kill_one(&mut gang, rank);
             from = Some(job.newest());
             attempt += 1;
@@ -100,6 +101,7 @@ fn another_world_size_continues_with_the_next_sample() {
     let job = Job::new("mlp-10k", 2, 400);
     let mut gang = job.start(1, 2, None);
     gang.wait_step(12);
+    gang.wait_committed(&job, 10);
     kill_one(&mut gang, 0);
     let from = job.newest();
     let before = checkpoint::verify(&from).unwrap();

@@ -134,6 +134,13 @@ impl Gang {
         self.wait_until(reached);
     }
 
+    /// Waits until a checkpoint of `step` or a later one is committed: saving goes on beside the steps, so that the
+    /// step after it says nothing.
+    pub fn wait_committed(&mut self, job: &Job, step: u64) {
+        let checkpoints = job.checkpoints();
+        self.wait_until(|_| checkpoint::list(&checkpoints).unwrap().iter().any(|found| found.step >= step));
+    }
+
     pub fn wait_until(&mut self, done: impl Fn(&Self) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !done(self) {
