@@ -240,6 +240,9 @@ class LogFollower(Follower):
             return
         if event == "gap" and self.may_miss:
             self.told_missing += data["bytes"]
+            # The line that was begun is not all gone.
+            for key in [key for key in self.halves if key[:2] == (data.get("rank"), data.get("attempt"))]:
+                self.told_missing += len(self.halves.pop(key))
             return
         if event != "log":
             self.losses.add(f"the log of {self.job} has a {event} after {self.last}: {data}")

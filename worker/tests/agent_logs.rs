@@ -226,7 +226,7 @@ fn a_torn_record_costs_only_itself() {
     let header = Header { len: 5000, rank: 7, attempt: 1, stream: Stream::Stdout, flags: 0, time_us: 1 };
     let path = bench.job_folder(spec.job).join("logs/00000000000000000001.log");
     let mut segment = std::fs::File::options().append(true).open(path).unwrap();
-    std::io::Write::write_all(&mut segment, &[&header.encode()[..], b"torn of"].concat()).unwrap();
+    std::io::Write::write_all(&mut segment, &[&header.encode(&[b'x'; 5000])[..], b"torn of"].concat()).unwrap();
     std::fs::write(bench.dir.path().join("more"), "").unwrap();
     tape.until(&mut bench, |tape| tape.text().ends_with("after\n"));
     assert_eq!(tape.text(), "before\ntorn ofafter\n");

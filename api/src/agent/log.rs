@@ -2,8 +2,9 @@
 //!
 //! Every shim appends whole records with one `write` to a file opened `O_APPEND`, so the order in the file *is* the merge order of the
 //! ranks, fixed where it is written and the same for every reader for ever (INV-10). A record is a run of whole lines of one stream of one
-//! rank; a part of a line is marked [`FLAG_PARTIAL`]. A shim killed in mid-write leaves a torn record: [`Records`] finds the next header by
-//! its magic and checksum and gives out what there is of the torn one. A segment is sealed by taking away its write permission bits.
+//! rank; a part of a line is marked [`FLAG_PARTIAL`]. A shim killed in mid-write, or a full disk, leaves a torn record: its data has
+//! another checksum than its header says, or no end. [`Records`] finds the next header by its magic and checksum and gives out what there is
+//! of the torn one. A segment is sealed by taking away its write permission bits.
 
 use std::fmt;
 use std::str::FromStr;
@@ -22,6 +23,8 @@ pub const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 pub const FLAG_PARTIAL: u8 = 1;
 /// The record's data is a decimal count of bytes of output that could not be kept (full disk).
 pub const FLAG_DROPPED: u8 = 2;
+/// Says in a header that the crc32 of the data is there.
+const HAS_DATA_SUM: u8 = 1;
 
 /// Which stream of a rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -51,8 +54,8 @@ pub struct Header {
 }
 
 impl Header {
-    /// As it stands in a segment: magic, crc32 of what follows, fields, little-endian.
-    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+    /// As it stands in a segment before `data`: magic, crc32 of what follows in the header, fields, crc32 of the data; little-endian.
+    pub fn encode(&self, data: &[u8]) -> [u8; HEADER_BYTES] {
         let mut out = [0; HEADER_BYTES];
         out[..4].copy_from_slice(&MAGIC);
         out[8..12].copy_from_slice(&self.len.to_le_bytes());
@@ -60,28 +63,36 @@ impl Header {
         out[16..20].copy_from_slice(&self.attempt.to_le_bytes());
         out[20] = u8::from(self.stream == Stream::Stderr);
         out[21] = self.flags;
+        out[22] = HAS_DATA_SUM;
         out[24..32].copy_from_slice(&self.time_us.to_le_bytes());
+        out[32..].copy_from_slice(&crc32fast::hash(data).to_le_bytes());
         let crc = crc32fast::hash(&out[8..]);
         out[4..8].copy_from_slice(&crc.to_le_bytes());
         out
     }
 
-    /// Reads a header; `None` when these bytes are not one.
-    pub fn decode(bytes: &[u8]) -> Option<Self> {
+    /// Whether this is only a part of what was to be written: the disk was full, or the writer was killed.
+    pub fn is_torn(&self, data: &[u8]) -> bool {
+        data.len() < self.len as usize
+    }
+
+    /// Reads a header, and the crc32 of its data unless a shim of before that wrote it; `None` when these bytes are not one.
+    fn decode(bytes: &[u8]) -> Option<(Self, Option<u32>)> {
         let own = bytes.get(..HEADER_BYTES)?;
         let word = |at: usize| u32::from_le_bytes([own[at], own[at + 1], own[at + 2], own[at + 3]]);
         if own[..4] != MAGIC || word(4) != crc32fast::hash(&own[8..]) || word(8) as usize > DATA_BYTES_MAX {
             return None;
         }
         let time = own[24..32].try_into().ok()?;
-        Some(Self {
+        let header = Self {
             len: word(8),
             rank: word(12),
             attempt: word(16),
             stream: if own[20] == 0 { Stream::Stdout } else { Stream::Stderr },
             flags: own[21],
             time_us: u64::from_le_bytes(time),
-        })
+        };
+        Some((header, (own[22] == HAS_DATA_SUM).then(|| word(32))))
     }
 }
 
@@ -139,7 +150,7 @@ impl<'a> Iterator for Records<'a> {
             if rest.is_empty() {
                 return None;
             }
-            let Some(header) = Header::decode(rest) else {
+            let Some((header, sum)) = Header::decode(rest) else {
                 // Not at a header: what is here is the tail of a torn record.
                 match self.next_header(self.at + 1) {
                     Some(next) => self.at = next,
@@ -150,21 +161,17 @@ impl<'a> Iterator for Records<'a> {
             };
             let start = self.at + HEADER_BYTES;
             let end = start + header.len as usize;
-            let whole = match self.bytes.get(end..) {
-                Some(rest) if rest.len() >= HEADER_BYTES => Header::decode(rest).is_some(),
-                // The next header is not there to prove it: the length alone speaks.
-                Some(_) => true,
-                None => false,
-            };
-            let end = if whole {
-                end
-            } else {
-                match self.next_header(start) {
-                    Some(next) => next.min(end),
-                    None if self.bytes.len() >= end => end,
-                    None if self.complete => self.bytes.len(),
-                    None => return None,
-                }
+            // Torn, and then appended to by others, it may have come to its length: only its sum tells.
+            let inside = || self.next_header(start).filter(|next| *next < end);
+            let end = match (self.bytes.get(start..end), sum) {
+                (Some(data), Some(sum)) if crc32fast::hash(data) == sum => end,
+                (Some(_), None) if self.bytes.len() == end || Header::decode(&self.bytes[end..]).is_some() => end,
+                (data, _) => match inside() {
+                    Some(next) => next,
+                    // The header that comes next may begin before `end`, and not be here as a whole.
+                    None if !self.complete && self.bytes.len() < end + HEADER_BYTES => return None,
+                    None => data.map_or(self.bytes.len(), |_| end),
+                },
             };
             let record = Record { header, data: &self.bytes[start..end], at: self.at, end };
             self.at = end;
@@ -237,7 +244,7 @@ mod tests {
 
     fn record(rank: u32, data: &[u8]) -> Vec<u8> {
         let header = Header { len: data.len() as u32, rank, attempt: 1, stream: Stream::Stderr, flags: 0, time_us: 7 };
-        let mut out = header.encode().to_vec();
+        let mut out = header.encode(data).to_vec();
         out.extend_from_slice(data);
         out
     }
@@ -275,6 +282,46 @@ mod tests {
             assert_eq!(found.last(), Some(&(2, b"after\n".to_vec())), "cut at {cut}");
             assert_eq!(consumed, bytes.len());
         }
+    }
+
+    /// Whoever reads while it is written, however often, gets what one gets who reads at once.
+    #[test]
+    fn a_torn_record_reads_the_same_at_every_moment() {
+        let torn = record(1, &[b'x'; 90]);
+        let others = [record(2, b"one\n"), record(3, b""), record(2, b"three\n"), record(3, b"four, which is longer\n"), record(2, b"five\n")];
+        for cut in HEADER_BYTES..torn.len() {
+            let bytes = [record(0, b"a\n"), torn[..cut].to_vec(), others.concat()].concat();
+            let (at_once, _) = read(&bytes, true);
+            assert_eq!(at_once.len(), 2 + others.len(), "cut at {cut}");
+            for seen in 0..bytes.len() {
+                let (mut found, consumed) = read(&bytes[..seen], false);
+                // The chunk that was consumed, read again by itself.
+                assert_eq!(read(&bytes[..consumed], true).0, found, "cut at {cut}, read at {seen}");
+                found.extend(read(&bytes[consumed..], true).0);
+                assert_eq!(found, at_once, "cut at {cut}, read at {seen}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_program_may_print_a_log() {
+        let printed = record(0, &record(9, b"of another job\n"));
+        assert_eq!(read(&printed, false), (vec![(0, record(9, b"of another job\n"))], printed.len()));
+    }
+
+    #[test]
+    fn records_of_before_there_were_sums_are_read() {
+        let without = |record: Vec<u8>| {
+            let mut bytes = record;
+            bytes[22] = 0;
+            bytes[32..HEADER_BYTES].fill(0);
+            let crc = crc32fast::hash(&bytes[8..HEADER_BYTES]);
+            bytes[4..8].copy_from_slice(&crc.to_le_bytes());
+            bytes
+        };
+        let bytes = [without(record(0, b"a\n")), without(record(1, b"torn\n"))[..HEADER_BYTES + 2].to_vec(), record(2, b"c\n")].concat();
+        assert_eq!(read(&bytes, false).0, [(0, b"a\n".to_vec()), (1, b"to".to_vec()), (2, b"c\n".to_vec())]);
+        assert_eq!(read(&without(record(0, b"last\n")), false).0, [(0, b"last\n".to_vec())]);
     }
 
     #[test]

@@ -121,7 +121,8 @@ impl LogEvents {
         let skip = lines_to_skip(self.after, at);
         let stream = if header.stream == Stream::Stdout { "stdout" } else { "stderr" };
         let time = self.time.at(header.time_us);
-        let mut lines = Lines::new(data, header.flags & FLAG_PARTIAL != 0).zip(at.line + 1..).skip(skip as usize).peekable();
+        let goes_on = header.flags & FLAG_PARTIAL != 0 || header.is_torn(data);
+        let mut lines = Lines::new(data, goes_on).zip(at.line + 1..).skip(skip as usize).peekable();
         while let Some((line, number)) = lines.next() {
             out.reserve(line.text.len() + 160);
             let place = if lines.peek().is_some() { LogPosition { line: number, ..at } } else { next };
@@ -144,9 +145,11 @@ impl Encode for LogEvents {
     fn encode(&mut self, item: LogItem, out: &mut BytesMut) -> bool {
         match item {
             LogItem::Record { header, data, at, next } if header.flags & FLAG_DROPPED != 0 => {
-                if lines_to_skip(self.after, at) == 0 {
-                    let bytes: u64 = std::str::from_utf8(&data).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
-                    event(out, &next.to_string(), "gap", format!("{{\"bytes\":{bytes}}}").as_bytes());
+                // A torn count is written again as a whole.
+                let count = std::str::from_utf8(&data).ok().filter(|_| !header.is_torn(&data)).and_then(|text| text.parse::<u64>().ok());
+                if let Some(bytes) = count.filter(|_| lines_to_skip(self.after, at) == 0) {
+                    let gap = format!("{{\"bytes\":{bytes},\"rank\":{},\"attempt\":{}}}", header.rank, header.attempt);
+                    event(out, &next.to_string(), "gap", gap.as_bytes());
                 }
                 self.last = next;
             }

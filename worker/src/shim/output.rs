@@ -181,7 +181,7 @@ impl Output {
         let data = &pipe.held[..end];
         let header = Header { len: end as u32, rank: *rank, attempt: *attempt, stream: pipe.stream, flags, time_us: wall_us() };
         // While the count of what was dropped can not be written, nothing else is: it stands where the hole is.
-        let kept = if *dropped > 0 { 0 } else { segments.append(&header.encode(), data).unwrap_or(0) };
+        let kept = if *dropped > 0 { 0 } else { segments.append(&header.encode(data), data).unwrap_or(0) };
         *dropped += (end - kept) as u64;
         keep_tail(tail, data);
         pipe.held.drain(..end);
@@ -200,7 +200,7 @@ impl Output {
             flags: FLAG_DROPPED,
             time_us: wall_us(),
         };
-        if self.segments.append(&header.encode(), count.as_bytes()).is_ok_and(|kept| kept == count.len()) {
+        if self.segments.append(&header.encode(count.as_bytes()), count.as_bytes()).is_ok_and(|kept| kept == count.len()) {
             self.dropped = 0;
         }
     }

@@ -17,10 +17,19 @@ fn script() -> Vec<LogItem> {
         record(b"caf\xc3\xa9 \xff\xfe\nhalf of a", 100, FLAG_PARTIAL, Stream::Stderr, 1),
         record(b" line\n", 200, 0, Stream::Stderr, 1),
         record(b"4096", 300, FLAG_DROPPED, Stream::Stdout, 0),
+        torn(b"half a li", 340, 0),
+        torn(b"40", 380, FLAG_DROPPED),
         LogItem::Gap { bytes: 77, next: LogPosition { segment: 2, offset: 0, line: 0 } },
         record(b"no end", 0, 0, Stream::Stdout, 0),
         LogItem::End(JobState::Succeeded),
     ]
+}
+
+/// What a full disk leaves: less than was to be written.
+fn torn(data: &[u8], offset: u64, flags: u8) -> LogItem {
+    let LogItem::Record { mut header, data, at, next } = record(data, offset, flags, Stream::Stdout, 0) else { unreachable!() };
+    header.len += 10;
+    LogItem::Record { header, data, at, next }
 }
 
 async fn stream(items: Vec<LogItem>, query: &str, last_event_id: Option<&str>) -> (String, String) {
@@ -74,7 +83,11 @@ async fn a_log_streams_line_by_line() {
 
             id: 0-340-0
             event: gap
-            data: {"bytes":4096}
+            data: {"bytes":4096,"rank":0,"attempt":1}
+
+            id: 0-385-0
+            event: log
+            data: {"rank":0,"attempt":1,"stream":"stdout","time":"2026-01-01T00:00:00.123Z","line":"half a li","partial":true}
 
             id: 2-0-0
             event: gap
@@ -176,7 +189,7 @@ async fn raw_logs_are_the_bytes_themselves() {
     let reply = house.get(&format!("/jobs/{}/logs?rank=1&attempt=2&tail=5&follow=true", id())).await;
     expect!["LogQuery { rank: Some(1), attempt: Some(2), tail: Some(5), after: None, follow: true }"].assert_eq(&house.asked());
     assert_eq!(reply.header("content-type"), "text/plain; charset=utf-8");
-    let expected = b"step=1 loss=2.5\nwith \"quotes\" \\ and\ttab\r\n\x1b[1mbold\x07\ncaf\xc3\xa9 \xff\xfe\nhalf of a line\nno end";
+    let expected = b"step=1 loss=2.5\nwith \"quotes\" \\ and\ttab\r\n\x1b[1mbold\x07\ncaf\xc3\xa9 \xff\xfe\nhalf of a line\nhalf a lino end";
     assert_eq!(reply.body, expected);
 }
 

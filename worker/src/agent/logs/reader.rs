@@ -134,7 +134,7 @@ mod tests {
 
     fn record(rank: u32, data: &str) -> Vec<u8> {
         let header = Header { len: data.len() as u32, rank, attempt: 1, stream: Stream::Stdout, flags: 0, time_us: 0 };
-        [&header.encode()[..], data.as_bytes()].concat()
+        [&header.encode(data.as_bytes())[..], data.as_bytes()].concat()
     }
 
     fn segment(dir: &Path, number: u64, bytes: &[u8], sealed: bool) {
