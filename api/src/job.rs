@@ -42,6 +42,9 @@ pub struct JobSpec {
     pub priority: Priority,
     /// Ranks.
     pub world_size: u32,
+    /// When lower than `world_size`: the gang goes on with so many ranks at least while a lost one's successor starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_world_size: Option<u32>,
     /// A job id or a checkpoint's path to start from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resume_from: Option<String>,
@@ -300,6 +303,7 @@ impl JobSpec {
             kind: JobKind::Train,
             priority: Priority::Normal,
             world_size,
+            min_world_size: None,
             resume_from: None,
             worker: Some(WorkerSpec::for_world(world_size)),
             command: Vec::new(),
@@ -315,6 +319,11 @@ impl JobSpec {
             stop_grace: default_stop_grace(),
             time_limit: None,
         }
+    }
+
+    /// Ranks that it goes on with at least.
+    pub fn least_world_size(&self) -> u32 {
+        self.min_world_size.unwrap_or(self.world_size).min(self.world_size)
     }
 
     /// The same with every secret's value hidden, as answers show it.

@@ -42,6 +42,7 @@ impl Engine {
                 turn.touched.insert(id);
             }
             self.settle_regroup(turn, id);
+            self.grow(turn, id);
         }
     }
 }
@@ -88,6 +89,7 @@ impl Job {
         for own in spares.filter(|own| own.seat == seat) {
             own.beat_at = Some(seen_at);
             own.phase = beat.phase.or(own.phase);
+            own.is_ready = beat.in_place == Some(true);
         }
     }
 

@@ -77,7 +77,7 @@ impl Engine {
             // A program that is not ours may never tell of steps, and an evaluation does none: it counts as training from here.
             job.book.turn(turn.now, Activity::Training);
         }
-        turn.event(Some(id), "job_running", format!("all {} ranks of attempt {attempt} run", job.spec.world_size), Facts::new());
+        turn.event(Some(id), "job_running", format!("all {} ranks of attempt {attempt} run", job.ranks.list().len()), Facts::new());
         turn.touched.insert(id);
     }
 
@@ -343,7 +343,7 @@ impl Engine {
             message: None,
             out_of_memory: false,
         };
-        for rank in 0..job.spec.world_size {
+        for rank in 0..job.ranks.list().len() as u32 {
             job.ranks.end(rank, exit.clone(), false);
         }
         if let Some(gang) = &mut job.gang {

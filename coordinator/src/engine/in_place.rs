@@ -2,20 +2,22 @@
 //!
 //! A process is known by its seat, which is never used twice in an attempt; which rank has which seat is the engine's to say, and is
 //! durable before any agent hears of it. The recovery is over when every rank has done a step in the new membership, and is given up for
-//! the next rung when anything else fails meanwhile or it takes too long. The trap: what a process says whose seat was given away is news
+//! the next rung when anything else fails meanwhile or it takes too long. An elastic gang goes on without the lost rank at once, under the
+//! numbers from 0 on (the last rank takes the lost one's), while its successor starts as a spare does, and joins when it is ready. The trap: what a process says whose seat was given away is news
 //! of nobody; its end must still be forgotten, or its agent would tell of it for ever.
 
 use everlit_api::agent::{Exited, ToAgent};
 use everlit_api::ids::{Incarnation, JobId};
+use everlit_api::rank::Cause;
 use everlit_api::status::JobState;
 use everlit_api::time::Timestamp;
 
 use super::gang::Broken;
 use super::ladder::{Rung, decide_rung};
 use super::ledger::Activity;
-use super::limits::REGROUP_MAX_MS;
+use super::limits::{GROW_RETRY_MIN_MS, REGROUP_MAX_MS};
 use super::restart::{Decision, Failure, decide_restart};
-use super::state::{Facts, Gang, Regroup, Role, Spare};
+use super::state::{Change, Facts, Gang, Regroup, Role, Spare};
 use super::timers::Timer;
 use super::{Engine, Turn};
 
@@ -39,42 +41,60 @@ impl Engine {
         let load = self.load_of(id);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let exit = job.ranks.get(rank).and_then(|own| own.exit.clone());
-        let failure = Failure { cause: broken.cause, code: exit.as_ref().and_then(|exit| exit.code), new_step: true, at: turn.now };
-        let mut budget = job.budget.clone();
-        if let Decision::GiveUp { reason } = decide_restart(&job.spec.restart, &mut budget, job.seed, failure) {
-            // The gang is ended and judged as ever; the budget says there what it said here.
-            return self.fail_gang(turn, id, Some(rank), broken, Some(reason));
+        let joining = job.gang.as_ref().is_some_and(|gang| gang.regroup.is_some());
+        // Who never took part is no loss: trying again later is all that follows.
+        if !joining {
+            let failure = Failure { cause: broken.cause, code: exit.as_ref().and_then(|exit| exit.code), new_step: true, at: turn.now };
+            let mut budget = job.budget.clone();
+            if let Decision::GiveUp { reason } = decide_restart(&job.spec.restart, &mut budget, job.seed, failure) {
+                // The gang is ended and judged as ever; the budget says there what it said here.
+                return self.fail_gang(turn, id, Some(rank), broken, Some(reason));
+            }
+            job.budget = budget;
         }
-        job.budget = budget;
         job.book.reclaim_undetected(turn.now, broken.unseen_ms);
         job.book.turn(turn.now, Activity::Restoring);
         let Some(gang) = job.gang.as_mut() else { return };
         let former = Incarnation { job: id, attempt: gang.attempt, rank: gang.seat(rank) };
-        let spare = gang.replace(rank, job.spec.world_size);
+        let (change, spare) = gang.go_on_without(rank, job.spec.least_world_size());
         gang.generation += 1;
-        gang.floor = gang.floor.max(job.progress.reached);
-        gang.regroup = Some(Regroup { rank, since: turn.now, cause: broken.cause });
-        let (generation, attempt) = (gang.generation, gang.attempt);
-        turn.ordered.insert(Incarnation { rank: gang.seat(rank), ..former });
-        job.ranks.replace(rank, spare.as_ref().and_then(|spare| spare.pid));
+        if !joining {
+            gang.floor = gang.floor.max(job.progress.reached);
+        }
+        gang.regroup = Some(Regroup { rank, since: turn.now, cause: broken.cause, change });
+        let (generation, attempt, size) = (gang.generation, gang.attempt, gang.size());
+        let shrunk = change == Change::Shrunk;
+        let how = if shrunk {
+            job.ranks.remove(rank);
+            format!("going on with {size} ranks until another can join")
+        } else {
+            turn.ordered.insert(Incarnation { rank: gang.seat(rank), ..former });
+            job.ranks.replace(rank, spare.as_ref().and_then(|spare| spare.pid));
+            format!("recovering in place with {}", if spare.is_some() { "a spare" } else { "a new process" })
+        };
         job.rates.clear();
-        let with = if spare.is_some() { "a spare" } else { "a new process" };
         job.state = JobState::Recovering;
-        job.reason = format!("{}; recovering in place with {with}", broken.reason);
+        job.reason = format!("{}; {how}", broken.reason);
         let mut facts = Facts::from([
             ("attempt", attempt.into()),
             ("generation", generation.into()),
             ("rank", rank.into()),
             ("cause", serde_json::json!(broken.cause)),
             ("spare", spare.is_some().into()),
+            ("world_size", size.into()),
             ("counted", job.budget.counted.into()),
         ]);
         facts.extend(exit.as_ref().map(|exit| ("exit", serde_json::json!(exit))));
         facts.extend((!broken.stacks.is_empty()).then(|| ("stacks", serde_json::json!(broken.stacks))));
         facts.extend(load);
-        turn.event(Some(id), "rank_replaced", job.reason.clone(), facts);
+        turn.event(Some(id), if shrunk { "gang_shrunk" } else { "rank_replaced" }, job.reason.clone(), facts);
         turn.touched.insert(id);
         self.timers.set(Timer::Regroup(id), Timestamp(turn.now.0 + REGROUP_MAX_MS));
+        if joining {
+            self.grow_later(turn, id);
+        } else if shrunk {
+            self.fill_spares(turn, id);
+        }
         self.tell_gang(turn, id, None);
         if exit.is_some() {
             self.forget(turn, id, former);
@@ -99,8 +119,12 @@ impl Engine {
             gang.spares.retain(|spare| spare.seat != exited.incarnation.rank);
             if gang.spares.len() < before && gang.ending.is_none() && !through {
                 let facts = Facts::from([("attempt", gang.attempt.into()), ("exit", serde_json::json!(exited.exit))]);
-                let reason = format!("a spare ended with {}; it is replaced after the next recovery", exited.exit.describe());
-                turn.event(Some(id), "spare_lost", reason, facts);
+                let small = gang.size() < gang.placed();
+                let then = if small { "another one starts later" } else { "it is replaced after the next recovery" };
+                turn.event(Some(id), "spare_lost", format!("a spare ended with {}; {then}", exited.exit.describe()), facts);
+                if small {
+                    self.grow_later(turn, id);
+                }
             }
             turn.touched.insert(id);
         }
@@ -108,11 +132,13 @@ impl Engine {
         self.end_attempt_when_over(turn, id);
     }
 
-    /// Reserves a seat for each spare that is missing.
+    /// Reserves a seat for each spare that is missing, and for each rank that is to join.
     pub(super) fn fill_spares(&mut self, turn: &mut Turn, id: JobId) {
+        let later = self.timers.is_set(&Timer::Grow(id));
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        let wanted = job.spec.restart.spares as usize;
         let Some(gang) = job.gang.as_mut() else { return };
+        let joining = if later { 0 } else { gang.placed() - gang.size() };
+        let wanted = (job.spec.restart.spares + joining) as usize;
         if wanted > 0 && gang.placement.iter().any(|share| !share.gpus.is_empty()) {
             let reason = "spares are left out: ranks on GPUs do not recover in place";
             turn.event(Some(id), "spares_off", reason, Facts::from([("attempt", gang.attempt.into())]));
@@ -120,7 +146,7 @@ impl Engine {
         }
         while gang.spares.len() < wanted {
             let seat = gang.take_seat(job.spec.world_size);
-            gang.spares.push(Spare { seat, pid: None, phase: None, beat_at: None });
+            gang.spares.push(Spare { seat, pid: None, phase: None, beat_at: None, is_ready: false });
         }
     }
 
@@ -132,8 +158,9 @@ impl Engine {
         if gang.regroup.is_none() || !job.ranks.list().iter().all(done) {
             return;
         }
-        let Some(Regroup { rank, since, .. }) = gang.regroup.take() else { return };
-        let (attempt, generation) = (gang.attempt, gang.generation);
+        let Some(Regroup { rank, since, change, .. }) = gang.regroup.take() else { return };
+        let (attempt, generation, size) = (gang.attempt, gang.generation, gang.size());
+        let fills = size < gang.placed() || job.spec.restart.spares > 0;
         self.timers.clear(&Timer::Regroup(id));
         job.state = JobState::Running;
         job.reason = format!("attempt {attempt} runs");
@@ -146,16 +173,64 @@ impl Engine {
             ("rank", rank.into()),
             ("took_ms", took_ms.into()),
             ("step", job.progress.step.into()),
+            ("world_size", size.into()),
         ]);
-        turn.event(
-            Some(id),
-            "recovered_in_place",
-            format!("rank {rank} has a new process; all ranks step again after {took_ms} ms"),
-            facts,
-        );
+        let (event, what) = match change {
+            Change::Replaced => ("recovered_in_place", format!("rank {rank} has a new process")),
+            Change::Shrunk => ("recovered_in_place", format!("{size} ranks go on without one")),
+            Change::Grown => ("gang_grown", format!("rank {rank} has joined")),
+        };
+        turn.event(Some(id), event, format!("{what}; all ranks step again after {took_ms} ms"), facts);
         turn.touched.insert(id);
-        if job.spec.restart.spares > 0 {
+        if fills {
             self.fill_spares(turn, id);
+            self.tell_gang(turn, id, None);
+        }
+    }
+
+    /// A process that waits for it joins a gang that has fewer ranks than places.
+    pub(super) fn grow(&mut self, turn: &mut Turn, id: JobId) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(gang) = job.gang.as_mut().filter(|gang| gang.size() < gang.placed() && gang.ending.is_none() && gang.regroup.is_none())
+        else {
+            return;
+        };
+        let steps = |own: &super::state::Rank| own.pid.is_some() && own.in_place == Some(true) && own.stepped_in == Some(gang.generation);
+        let ready = gang.spares.iter().position(|spare| spare.pid.is_some() && spare.is_ready);
+        let Some(index) = ready.filter(|_| job.ranks.list().iter().all(steps)) else { return };
+        let spare = gang.spares.remove(index);
+        let rank = gang.size();
+        gang.seats.push(spare.seat);
+        gang.generation += 1;
+        // Should it not come to that, it never started.
+        gang.regroup = Some(Regroup { rank, since: turn.now, cause: Cause::NoStart, change: Change::Grown });
+        job.ranks.join(spare.pid);
+        job.rates.clear();
+        job.book.turn(turn.now, Activity::Restoring);
+        let facts = Facts::from([
+            ("attempt", gang.attempt.into()),
+            ("generation", gang.generation.into()),
+            ("rank", rank.into()),
+            ("world_size", gang.size().into()),
+        ]);
+        turn.event(Some(id), "gang_growing", format!("a process that was ready joins as rank {rank}"), facts);
+        turn.touched.insert(id);
+        self.timers.set(Timer::Regroup(id), Timestamp(turn.now.0 + REGROUP_MAX_MS));
+        self.tell_gang(turn, id, None);
+    }
+
+    fn grow_later(&mut self, turn: &Turn, id: JobId) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        let wait_ms = job.spec.restart.backoff.max.0.max(GROW_RETRY_MIN_MS);
+        self.timers.set(Timer::Grow(id), Timestamp(turn.now.0 + wait_ms));
+    }
+
+    pub(super) fn on_grow_due(&mut self, turn: &mut Turn, id: JobId) {
+        let Some(job) = self.jobs.get(&id).filter(|job| job.retry_at.is_none() && !job.ranks.all_ended()) else { return };
+        // A membership that is under way is followed by this anyway.
+        if job.gang.as_ref().is_some_and(|gang| gang.ending.is_none() && gang.regroup.is_none() && gang.size() < gang.placed()) {
+            self.fill_spares(turn, id);
+            turn.touched.insert(id);
             self.tell_gang(turn, id, None);
         }
     }
@@ -163,7 +238,8 @@ impl Engine {
     pub(super) fn on_regroup_due(&mut self, turn: &mut Turn, id: JobId) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let Some(regroup) = job.gang.as_mut().and_then(|gang| gang.regroup.take()) else { return };
-        let reason = format!("the recovery in place of rank {} did not end within {} min", regroup.rank, REGROUP_MAX_MS / 60_000);
+        let what = if regroup.change == Change::Grown { "joining" } else { "the recovery in place" };
+        let reason = format!("{what} of rank {} did not end within {} min", regroup.rank, REGROUP_MAX_MS / 60_000);
         let broken = Broken::new(regroup.cause, reason, 0, true);
         self.fail_gang(turn, id, None, broken, Some("a rung that fails leads to the next".into()));
     }
@@ -176,17 +252,24 @@ impl Gang {
         seat
     }
 
-    /// Gives a rank's place to a spare that lives, or to a process that is yet to start; answers the spare.
-    fn replace(&mut self, rank: u32, world_size: u32) -> Option<Spare> {
+    /// Gives a rank's place to a spare that lives, to nobody while `least` are left, or to a process that is yet to start.
+    fn go_on_without(&mut self, rank: u32, least: u32) -> (Change, Option<Spare>) {
         if self.seats.is_empty() {
-            self.seats = (0..world_size).collect();
+            self.seats = (0..self.placed()).collect();
         }
-        let spare = self.spares.iter().position(|spare| spare.pid.is_some()).map(|index| self.spares.remove(index));
-        let seat = spare.as_ref().map_or_else(|| self.take_seat(world_size), |spare| spare.seat);
+        let can_shrink = self.size() > least;
+        // Rather fewer ranks now than one that is not ready yet.
+        let usable = |spare: &Spare| spare.pid.is_some() && (spare.is_ready || !can_shrink);
+        let spare = self.spares.iter().position(usable).map(|index| self.spares.remove(index));
+        if spare.is_none() && can_shrink {
+            self.seats.swap_remove(rank as usize);
+            return (Change::Shrunk, None);
+        }
+        let seat = spare.as_ref().map_or_else(|| self.take_seat(self.placed()), |spare| spare.seat);
         if let Some(own) = self.seats.get_mut(rank as usize) {
             *own = seat;
         }
-        spare
+        (Change::Replaced, spare)
     }
 }
 
@@ -196,7 +279,7 @@ mod tests {
 
     #[test]
     fn a_seat_is_never_given_twice_and_a_living_spare_comes_first() {
-        let spare = |seat, pid| Spare { seat, pid, phase: None, beat_at: None };
+        let spare = |seat, pid| Spare { seat, pid, phase: None, beat_at: None, is_ready: false };
         let mut gang: Gang = serde_json::from_value(serde_json::json!({
             "attempt": 1, "generation": 0, "placement": [{"node": "n1", "first_rank": 0, "count": 2}], "port": 1, "placed_at": "2026-01-01T00:00:00Z", "running_at": null,
             "resumed_step": null, "floor": 0, "ending": null,
@@ -206,9 +289,25 @@ mod tests {
         assert_eq!(gang.take_seat(2), 2);
         gang.spares = vec![spare(2, None), spare(3, Some(7))];
         gang.next_seat = 4;
-        assert_eq!(gang.replace(1, 2).map(|spare| spare.seat), Some(3));
+        assert_eq!(gang.go_on_without(1, 2).1.map(|spare| spare.seat), Some(3));
         assert_eq!((gang.role(1), gang.role(3), gang.role(2), gang.role(0)), (Role::Former, Role::Rank(1), Role::Spare, Role::Rank(0)));
-        assert_eq!(gang.replace(0, 2), None);
+        assert_eq!(gang.go_on_without(0, 2), (Change::Replaced, None));
         assert_eq!((gang.seats.clone(), gang.next_seat), (vec![4, 3], 5));
+    }
+
+    #[test]
+    fn an_elastic_gang_shrinks_to_its_least_and_the_last_rank_takes_the_number() {
+        let mut gang: Gang = serde_json::from_value(serde_json::json!({
+            "attempt": 1, "generation": 0, "placement": [{"node": "n1", "first_rank": 0, "count": 4}], "port": 1, "placed_at": "2026-01-01T00:00:00Z", "running_at": null,
+            "resumed_step": null, "floor": 0, "ending": null,
+        }))
+        .expect("a row");
+        gang.spares = vec![Spare { seat: 4, pid: Some(9), phase: None, beat_at: None, is_ready: false }];
+        gang.next_seat = 5;
+        assert_eq!((gang.go_on_without(1, 2), gang.seats.clone()), ((Change::Shrunk, None), vec![0, 3, 2]), "the spare is not ready");
+        assert_eq!((gang.go_on_without(2, 2), gang.seats.clone()), ((Change::Shrunk, None), vec![0, 3]));
+        assert_eq!((gang.size(), gang.placed(), gang.role(1), gang.role(2)), (2, 4, Role::Former, Role::Former));
+        assert_eq!(gang.go_on_without(0, 2).0, Change::Replaced, "never fewer than asked for");
+        assert_eq!(gang.seats, [4, 3]);
     }
 }

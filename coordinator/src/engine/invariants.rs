@@ -8,6 +8,7 @@ use everlit_api::status::JobState;
 
 use super::Engine;
 use super::placement::{Need, Taken};
+use super::state::Change;
 use super::timers::Timer;
 
 impl Engine {
@@ -45,7 +46,15 @@ impl Engine {
                     self.timers.is_set(&Timer::Regroup(id)),
                     "{id}: a recovery in place without its timer, or the reverse"
                 );
-                assert!(!regroups || state == JobState::Recovering, "{id}: {state} in a recovery in place");
+                let grows = gang.regroup.as_ref().is_some_and(|regroup| regroup.change == Change::Grown);
+                assert!(!regroups || grows || state == JobState::Recovering, "{id}: {state} in a recovery in place");
+                assert!(
+                    (job.spec.least_world_size()..=ranks).contains(&gang.size()),
+                    "{id}: INV-9: {} ranks of a gang of {} to {ranks}",
+                    gang.size(),
+                    job.spec.least_world_size()
+                );
+                assert_eq!(job.ranks.list().len(), gang.size() as usize, "{id}: ranks that are known are those of the membership");
                 assert!(!waits || job.ranks.all_ended(), "{id}: waiting for a restart while ranks live");
             }
             JobState::Succeeded | JobState::Failed | JobState::Stopped => {

@@ -89,7 +89,7 @@ impl Engine {
         }
         job.attempt += 1;
         job.retry_at = None;
-        job.ranks = Ranks::pending(job.spec.world_size);
+        job.ranks = Ranks::pending(placement.iter().map(|share| share.count).sum());
         job.rates.clear();
         job.progress.step = None;
         let place = placement.iter().map(|p| p.node.to_string()).collect::<Vec<_>>().join(", ");
@@ -225,6 +225,7 @@ impl Engine {
         self.timers.clear(&Timer::Retry(id));
         self.timers.clear(&Timer::Straggler(id));
         self.timers.clear(&Timer::Regroup(id));
+        self.timers.clear(&Timer::Grow(id));
         job.retry_at = None;
         let Some(gang) = job.gang.take() else { return };
         self.ports.remove(&gang.port);
@@ -286,9 +287,9 @@ impl Job {
                 generation: gang.generation,
                 seats: gang.seats.clone(),
                 spares: if group_rank == 0 { gang.spares.iter().map(|spare| spare.seat).collect() } else { Vec::new() },
-                world_size: spec.world_size,
+                world_size: gang.size(),
                 first_rank: share.first_rank,
-                count: share.count,
+                count: gang.count_in(share),
                 group_rank: group_rank as u32,
                 group_world_size: nodes,
                 master_addr: "127.0.0.1".into(),

@@ -1,13 +1,13 @@
 //! Which rung of the recovery ladder a failure gets: in place, or the gang. Pure, and the reason comes with the choice.
 //!
-//! In place the survivors keep process, model and data, and another process takes the lost rank's place; at most the step in flight is
-//! lost. It is chosen only where it can be expected to hold: every survivor lives, has done a step and has shown in a test of its own that
+//! In place the survivors keep process, model and data, and another process takes the lost rank's place, or nobody for now in an elastic
+//! gang; at most the step in flight is lost. It is chosen only where it can be expected to hold: every survivor lives, has done a step and has shown in a test of its own that
 //! it can; and it gets one try between two new steps. Everything else falls to the rung above, which needs none of this.
 
 use everlit_api::job::{JobKind, RestartScope};
 use everlit_api::rank::Cause;
 
-use super::state::Job;
+use super::state::{Change, Job};
 
 /// What is done about a failed rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +40,7 @@ fn refuse_in_place(job: &Job, rank: u32, cause: Cause) -> Option<String> {
     if !matches!(cause, Cause::Exit | Cause::Signal | Cause::OutOfMemory | Cause::Silent | Cause::Stuck | Cause::Infrastructure) {
         return Some("what ended it would end its successor".into());
     }
-    if gang.regroup.is_some() {
+    if gang.regroup.as_ref().is_some_and(|under_way| under_way.change != Change::Grown || under_way.rank != rank) {
         return Some("a recovery in place was under way".into());
     }
     if gang.running_at.is_none() || job.progress.step.is_none() {
@@ -111,7 +111,7 @@ mod tests {
             ("scope", |_, spec| spec.restart.scope = RestartScope::Gang),
             ("alone", |_, spec| spec.world_size = 1),
             ("again", |job, _| {
-                job.gang.as_mut().expect("some").regroup = Some(Regroup { rank: 0, since: Timestamp(2), cause: Cause::Exit });
+                job.gang.as_mut().expect("some").regroup = Some(Regroup { rank: 0, since: Timestamp(2), cause: Cause::Exit, change: super::super::state::Change::Replaced });
             }),
             ("start", |job, _| job.progress.step = None),
             ("repeat", |job, _| job.gang.as_mut().expect("some").floor = 7),

@@ -6,6 +6,8 @@ pub const QUEUED_JOBS_MAX: usize = 110_000;
 pub const STRAGGLER_WAIT_MS: u64 = 5 * 60 * 1_000;
 /// A recovery in place that is not done by then is given up for the next rung: copying the state is bounded by it, too.
 pub const REGROUP_MAX_MS: u64 = 5 * 60 * 1_000;
+/// A rank that joins a smaller gang is tried again after so long at least when its process ended before it could.
+pub const GROW_RETRY_MIN_MS: u64 = 1_000;
 /// A checkpoint is put aside when so many attempts in a row that began from it ended without a step.
 pub const FAILED_RESUMES_MAX: u32 = 3;
 /// A program that never reports a step counts as progressing when an attempt ran this long (and `heal_after` is not shorter).

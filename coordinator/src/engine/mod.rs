@@ -149,6 +149,7 @@ impl Engine {
             match timer {
                 Timer::Retry(job) => self.on_retry_due(turn, job),
                 Timer::Regroup(job) => self.on_regroup_due(turn, job),
+                Timer::Grow(job) => self.on_grow_due(turn, job),
                 Timer::Straggler(job) => self.on_straggler_due(turn, job),
                 Timer::TimeLimit(job) => self.on_time_limit_due(turn, job),
                 Timer::NodeLost(node) => self.on_node_lost(turn, &node),

@@ -96,7 +96,7 @@ impl Engine {
             let Some(job) = self.jobs.get(&id) else { continue };
             let Some(gang) = &job.gang else { continue };
             let shares = gang.placement.iter().filter(|p| p.node == *node);
-            let ranks = shares.flat_map(|p| p.first_rank..p.first_rank + p.count);
+            let ranks = shares.flat_map(|p| p.first_rank..p.first_rank + gang.count_in(p));
             let awaited = gang.regroup.as_ref().map(|regroup| regroup.rank);
             let incarnation = |seat| Incarnation { job: id, attempt: gang.attempt, rank: seat };
             let missing: Vec<_> = ranks
@@ -194,7 +194,7 @@ impl Engine {
     /// Nobody can tell any more how the ranks of a gang end: they count as lost.
     pub(super) fn lose_ranks(&mut self, turn: &mut Turn, id: JobId) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        let world = job.spec.world_size;
+        let world = job.ranks.list().len() as u32;
         let Some(gang) = job.gang.as_mut() else { return };
         // What may still run there is stopped when the node is back.
         gang.spares.clear();

@@ -78,8 +78,7 @@ pub fn read_job(row: &StoredJob) -> Result<Job, String> {
     let spec: JobSpec = serde_json::from_str(&row.spec).map_err(|e| refuse("its spec", e))?;
     job.ranks = match &row.ranks {
         Some(ranks) => serde_json::from_str(ranks).map_err(|e| refuse("its ranks", e))?,
-        None if job.gang.is_some() => Ranks::pending(spec.world_size),
-        None => Ranks::default(),
+        None => job.gang.as_ref().map_or_else(Ranks::default, |gang| Ranks::pending(gang.size())),
     };
     // Numbers for a curve: what can not be read of them stops no job.
     let points = row.series.as_deref().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
@@ -126,6 +125,10 @@ impl Engine {
         }
         if let Some(regroup) = job.gang.as_ref().and_then(|gang| gang.regroup.as_ref()) {
             self.timers.set(Timer::Regroup(id), Timestamp(regroup.since.0 + REGROUP_MAX_MS).max(now));
+        }
+        if job.gang.as_ref().is_some_and(|gang| gang.size() < gang.placed()) {
+            // Whether one waits to join already, or was to be tried later: trying now asks for nothing twice.
+            self.timers.set(Timer::Grow(id), now);
         }
         if let Some(limit) = job.spec.time_limit
             && let Some(since) = job.started_at.or(job.gang.as_ref().map(|g| g.placed_at))

@@ -140,17 +140,36 @@ pub struct Spare {
     /// When its last heartbeat was seen.
     #[serde(skip)]
     pub beat_at: Option<Timestamp>,
+    /// It says that it can take a rank's place right now.
+    #[serde(skip)]
+    pub is_ready: bool,
 }
 
 /// A recovery in place that is under way.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Regroup {
-    /// The rank whose process was replaced.
+    /// The rank that left or joined.
     pub rank: u32,
     /// When.
     pub since: Timestamp,
     /// What had happened to it.
     pub cause: Cause,
+    /// What the gang became.
+    #[serde(default)]
+    pub change: Change,
+}
+
+/// What a membership is to the one before it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Change {
+    /// Another process has a lost rank's place.
+    #[default]
+    Replaced,
+    /// The others go on without it; the last rank took its number.
+    Shrunk,
+    /// A process joined as the last rank.
+    Grown,
 }
 
 /// What a process of the current attempt is.
@@ -165,6 +184,21 @@ pub enum Role {
 }
 
 impl Gang {
+    /// Ranks that places are held for.
+    pub fn placed(&self) -> u32 {
+        self.placement.iter().map(|share| share.count).sum()
+    }
+
+    /// Ranks in the current membership.
+    pub fn size(&self) -> u32 {
+        if self.seats.is_empty() { self.placed() } else { self.seats.len() as u32 }
+    }
+
+    /// Ranks of the current membership in a share. Only a gang on one node ever has fewer than it has places.
+    pub fn count_in(&self, share: &PlacedRanks) -> u32 {
+        if self.placement.len() == 1 { self.size() } else { share.count }
+    }
+
     /// The seat of a rank.
     pub fn seat(&self, rank: u32) -> u32 {
         self.seats.get(rank as usize).copied().unwrap_or(rank)
@@ -175,7 +209,7 @@ impl Gang {
         if self.spares.iter().any(|spare| spare.seat == seat) {
             return Role::Spare;
         }
-        let began = self.seats.is_empty() && seat < self.placement.iter().map(|share| share.count).sum();
+        let began = self.seats.is_empty() && seat < self.placed();
         if began || self.seats.get(seat as usize) == Some(&seat) {
             return Role::Rank(seat);
         }
@@ -185,7 +219,7 @@ impl Gang {
 
     /// Incarnations of all ranks in a share.
     pub fn incarnations<'a>(&'a self, job: JobId, share: &'a PlacedRanks) -> impl Iterator<Item = Incarnation> + 'a {
-        let ranks = share.first_rank..share.first_rank + share.count;
+        let ranks = share.first_rank..share.first_rank + self.count_in(share);
         ranks.map(move |rank| Incarnation { job, attempt: self.attempt, rank: self.seat(rank) })
     }
 }
@@ -350,6 +384,22 @@ impl Ranks {
         self.succeeded -= u32::from(old.state != RankState::Lost && old.exit.as_ref().is_some_and(RankExit::is_success));
         if let Some(pid) = pid {
             self.start(rank, pid);
+        }
+    }
+
+    /// A rank leaves, and the last one takes its number.
+    pub fn remove(&mut self, rank: u32) {
+        self.replace(rank, None);
+        if (rank as usize) < self.list.len() {
+            self.list.swap_remove(rank as usize);
+        }
+    }
+
+    /// A process that lives joins as the last rank.
+    pub fn join(&mut self, pid: Option<u32>) {
+        self.list.push(Rank::default());
+        if let Some(pid) = pid {
+            self.start(self.list.len() as u32 - 1, pid);
         }
     }
 

@@ -14,6 +14,8 @@ pub enum Timer {
     Retry(JobId),
     /// A recovery in place takes too long.
     Regroup(JobId),
+    /// A smaller gang tries again to get back to its size.
+    Grow(JobId),
     /// One rank is done and the others should be by now.
     Straggler(JobId),
     /// The job's `time_limit`.
@@ -48,7 +50,7 @@ impl Timers {
 
     /// Takes back all that concern a job.
     pub fn clear_job(&mut self, job: JobId) {
-        for timer in [Timer::Retry(job), Timer::Regroup(job), Timer::Straggler(job), Timer::TimeLimit(job)] {
+        for timer in [Timer::Retry(job), Timer::Regroup(job), Timer::Grow(job), Timer::Straggler(job), Timer::TimeLimit(job)] {
             self.clear(&timer);
         }
     }

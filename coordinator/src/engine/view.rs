@@ -76,7 +76,9 @@ impl Job {
 
     fn rank_views(&self, now: Timestamp) -> Vec<RankView> {
         let never = super::state::Rank::default();
-        let ranks = 0..self.spec.world_size;
+        // An elastic gang may have fewer for now.
+        let known = self.ranks.list().len() as u32;
+        let ranks = 0..if known == 0 { self.spec.world_size } else { known };
         ranks
             .map(|rank| {
                 let own = self.ranks.get(rank).unwrap_or(&never);

@@ -70,6 +70,10 @@ impl Script {
             spec.restart.spares = (random.below(3) as u32).min(slots - world);
         }
         let steps = random.between(5, 150);
+        if in_place && steps % 3 == 0 {
+            // From a number that is drawn anyway: the kept seeds stay what they were.
+            spec.min_world_size = Some(1 + (steps / 3) as u32 % world).filter(|least| *least < world);
+        }
         let (step_ms, save_every, peers_notice) = (random.between(50, 3_000), random.between(1, 20), random.percent(70));
         (spec, Self { kind, steps, step_ms, save_every, peers_notice, in_place })
     }

@@ -239,6 +239,11 @@ impl World {
             Action::Regroup { spec, resumed, fresh } => {
                 self.soon(2, 60, Happening::Regroup { node, life, spec, resumed: Box::new(resumed), fresh });
             }
+            Action::LeaveOut(incarnation) => {
+                let exit = no_exit("stopped before it was started", self.wall(node));
+                let event = Box::new(Event::RankEnded { incarnation, exit, lost: true });
+                self.soon(1, 5, Happening::AgentFact { node, life, event });
+            }
             Action::Signal { incarnation, signal } => self.signal(node, incarnation, signal),
             Action::Notify { incarnation, .. } => self.save(node, incarnation.job, incarnation.attempt),
             Action::MarkDrained(incarnation) => {

@@ -111,6 +111,9 @@ impl Effects {
             Action::Prepare(spec) => self.prepare(spec),
             Action::Spawn { job, attempt } => self.spawn(job, attempt),
             Action::Regroup { spec, resumed, fresh } => self.regroup(spec, resumed, fresh),
+            Action::LeaveOut(incarnation) => {
+                self.work(move || Done::Spawned(vec![(incarnation, Err(io::Error::other("stopped before it was started")))]));
+            }
             Action::Signal { incarnation, signal } => self.ranks.signal(incarnation, signal),
             Action::Notify { incarnation, signal } => self.ranks.notify(incarnation, signal),
             Action::FreeSnapshots { job, committed, attempt } => {

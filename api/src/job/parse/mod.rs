@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{Auto, CheckpointInterval, CheckpointPolicy, DataSpec, JobKind, JobSpec, Priority, WORLD_SIZE_MAX};
+use super::{Auto, CheckpointInterval, CheckpointPolicy, DataSpec, JobKind, JobSpec, Priority, RestartScope, WORLD_SIZE_MAX};
 use crate::ids::JobId;
 use crate::time::Millis;
 
@@ -74,7 +74,6 @@ pub fn parse(body: &Value) -> Result<JobSpec, Vec<Fault>> {
 
 fn job(mut top: Reader<'_, '_>) -> JobSpec {
     let world_size = top.read_or("world_size", 1, |v| integer(v, 1, u64::from(WORLD_SIZE_MAX))) as u32;
-    elastic(&mut top, world_size);
     let name = top.read("name", values::name);
     let labels = top.map("labels", LABELS_MAX, values::label_key, values::label_value);
     let kind = kind(&mut top);
@@ -93,6 +92,7 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
     let resources = top.object("resources", policies::resources);
     let in_place = kind == JobKind::Train && command.is_none() && world_size > 1;
     let restart = top.object("restart", |fields| policies::restart(fields, in_place));
+    let min_world_size = elastic(&mut top, world_size, in_place && restart.scope != RestartScope::Gang);
     let heartbeat = top.object("heartbeat", policies::heartbeat);
     let checkpoint = top.object("checkpoint", checkpoint);
     let data = top.object("data", |data| DataSpec { shards: data.list("shards", SHARDS_MAX, path).unwrap_or_default() });
@@ -110,6 +110,7 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
         kind,
         priority,
         world_size,
+        min_world_size,
         resume_from,
         worker,
         command: command.unwrap_or_default(),
@@ -127,14 +128,18 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
     }
 }
 
-fn elastic(top: &mut Reader<'_, '_>, world_size: u32) {
-    if let Some(least) = top.read("min_world_size", |v| integer(v, 1, u64::from(WORLD_SIZE_MAX))) {
-        if least > u64::from(world_size) {
-            top.fault("min_world_size", format!("is more than world_size ({world_size})"));
-        } else if least < u64::from(world_size) {
-            top.refuse("min_world_size", format!("elastic jobs are not built: leave it out or set it to world_size ({world_size})"));
-        }
+/// `in_place`: its ranks can go on without a lost one.
+fn elastic(top: &mut Reader<'_, '_>, world_size: u32, in_place: bool) -> Option<u32> {
+    let least = top.read("min_world_size", |v| integer(v, 1, u64::from(WORLD_SIZE_MAX)))? as u32;
+    if least > world_size {
+        top.fault("min_world_size", format!("is more than world_size ({world_size})"));
+    } else if least < world_size && !in_place {
+        top.fault(
+            "min_world_size",
+            format!("below world_size ({world_size}) needs the built-in training program, which goes on without a lost rank, and a restart.scope other than \"gang\""),
+        );
     }
+    (least < world_size).then_some(least)
 }
 
 fn kind(top: &mut Reader<'_, '_>) -> JobKind {

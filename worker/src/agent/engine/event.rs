@@ -188,6 +188,8 @@ pub enum Action {
     MarkDrained(Incarnation),
     /// Read a rank's CPU time; answer `CpuRead`.
     ReadCpu(Incarnation),
+    /// It is not started any more: answer `RankEnded`, lost.
+    LeaveOut(Incarnation),
     /// Write and rename a small file where this rank writes its heartbeats; answer `Probed`.
     Probe(Incarnation),
     /// The run folders of these are not needed any more.

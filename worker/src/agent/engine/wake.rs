@@ -54,11 +54,18 @@ impl Engine {
         }
     }
 
-    /// SIGTERM to each living rank of a stopped gang that has not had it.
+    /// SIGTERM to each living rank of a stopped gang that has not had it. Who was to join it and was not started yet never will be.
     pub(super) fn term_stopped(&mut self, now: u64, out: &mut Vec<Action>) {
         for gang in self.gangs.values_mut() {
             let Some(kill_at) = gang.kill_at else { continue };
             let (job, attempt) = (gang.spec.job, gang.spec.attempt);
+            if gang.stage == Stage::Running {
+                let never = gang.ranks.iter_mut().filter(|(_, own)| !own.spawned && own.end.is_none());
+                out.extend(never.map(|(seat, own)| {
+                    (own.spawned, own.killed) = (true, true);
+                    Action::LeaveOut(Incarnation { job, attempt, rank: *seat })
+                }));
+            }
             for (rank, own) in gang.ranks.iter_mut().filter(|(_, own)| own.is_alive() && !own.killed) {
                 let incarnation = Incarnation { job, attempt, rank: *rank };
                 if now >= kill_at {

@@ -221,6 +221,15 @@ impl Saver {
         self.told = self.told.map(|(_, slot)| (None, slot));
     }
 
+    /// Ends it: after this nobody touches its buffers or writes a part of a checkpoint.
+    pub fn retire(mut self) {
+        self.abandon();
+        let mut progress = self.shared.lock();
+        while progress.persisting || progress.copying.is_some() {
+            progress = self.shared.wait(progress);
+        }
+    }
+
     /// The step of the newest snapshot that was asked for.
     pub fn newest_step(&self) -> Option<u64> {
         self.newest_step

@@ -3,7 +3,8 @@
 //! A rank whose group broke drops it, waits for the agent to say who is in the next membership, and meets those. All say which step their
 //! state is of; who is behind, or has nothing yet, takes it from the most advanced. A rank with a state of its own takes the new one into a
 //! second buffer, so that a source that dies on the way tears nobody: what is in hand stays whole until all of the new one is. A step that
-//! did not get its update is done again with the same samples, so the bits are those of a run that nothing happened to.
+//! did not get its update is done again with the same samples, so the bits are those of a run that nothing happened to. A membership may have
+//! fewer ranks or more than the one before it: then the samples are dealt anew, and the batch stays what it was.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,12 +14,15 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use super::super::c10d::{self, Backend, Group, Reducer};
+use super::super::data::{self, Corpus};
 use super::super::environment::Environment;
+use super::super::loader::Loader;
 use super::super::rendezvous::{Meeting, Rendezvous};
 use super::super::state::State;
 use super::super::{TrainError, signals};
+use super::figures::Figures;
 use super::run::{Data, Trainer};
-use super::{COLLECTIVE_TIMEOUT, HELLO_TIMEOUT, Position, backend, buckets, say};
+use super::{COLLECTIVE_TIMEOUT, HELLO_TIMEOUT, Position, backend, buckets, evaluate, plan, say, start_saver};
 
 /// A coordinator that lives says what follows within milliseconds. One that is away restarts the gang when it is back.
 const NEWS_TIMEOUT: Duration = Duration::from_secs(15);
@@ -42,14 +46,19 @@ pub(super) struct Met {
     pub(super) batch: u64,
 }
 
-/// Waits for a place among the ranks.
-pub(super) fn wait_for_place(environment: &Environment) -> Result<(u32, u32), TrainError> {
+/// Waits for a place among the ranks, and takes it.
+pub(super) fn wait_for_place(environment: &mut Environment) -> Result<(), TrainError> {
     let meeting = Meeting::at(environment.rendezvous.as_deref().unwrap_or_default())?;
     loop {
         if let Some(members) = meeting.after(0)
             && let Some(rank) = members.seats.iter().position(|seat| *seat == environment.seat)
         {
-            return Ok((rank as u32, members.generation));
+            environment.generation = members.generation;
+            environment.rank = rank as u32;
+            environment.local_rank = environment.rank;
+            environment.world = members.seats.len() as u32;
+            environment.spare = false;
+            return Ok(());
         }
         std::thread::sleep(NEWS_POLL);
     }
@@ -161,7 +170,16 @@ impl Trainer<'_> {
         }
         let mut why = error;
         loop {
+            let place = (self.environment.rank, self.environment.world);
             self.generation = self.next_membership(&why)?;
+            if place != (self.environment.rank, self.environment.world) {
+                // Its part of the batch and of a checkpoint are others now. Whoever has its former part must find nobody writing it.
+                self.held = None;
+                self.dealt = false;
+                if let Some(saver) = self.saver.take() {
+                    saver.retire();
+                }
+            }
             self.pulse.join(&self.environment, self.generation);
             match self.meet() {
                 Ok(()) => break,
@@ -180,18 +198,18 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    /// The next membership that this rank is in.
-    fn next_membership(&self, why: &TrainError) -> Result<u32, TrainError> {
+    /// The next membership that this rank is in, and its place there.
+    fn next_membership(&mut self, why: &TrainError) -> Result<u32, TrainError> {
         let meeting = Meeting::at(self.environment.rendezvous.as_deref().unwrap_or_default())?;
         let deadline = Instant::now() + NEWS_TIMEOUT;
         loop {
             if let Some(members) = meeting.after(self.generation) {
-                let own = members.seats.get(self.environment.rank as usize) == Some(&self.environment.seat);
-                return if own {
-                    Ok(members.generation)
-                } else {
-                    Err(TrainError::Failed(format!("another process is rank {} by now ({why})", self.environment.rank)))
+                let Some(rank) = members.seats.iter().position(|seat| *seat == self.environment.seat) else {
+                    return Err(TrainError::Failed(format!("another process is rank {} by now ({why})", self.environment.rank)));
                 };
+                self.environment.rank = rank as u32;
+                self.environment.world = members.seats.len() as u32;
+                return Ok(members.generation);
             }
             if signals::terminate_requested() || Instant::now() >= deadline {
                 return Err(why.clone());
@@ -204,9 +222,33 @@ impl Trainer<'_> {
         let own = Some((self.position, self.batch));
         let met = meet_again(&self.environment, self.generation, &self.state, &self.data, own)?;
         let ahead = met.position.step - self.position.step;
-        self.skip_data(ahead)?;
+        if self.dealt {
+            self.skip_data(ahead)?;
+        }
         self.position = met.position;
-        self.enter(met.group)
+        self.enter(met.group)?;
+        if self.dealt { Ok(()) } else { self.deal() }
+    }
+
+    /// Samples and saves of this rank's place, which is a new one.
+    fn deal(&mut self) -> Result<(), TrainError> {
+        let worker = &self.config.worker;
+        let paths = data::locate(&self.config.shards, worker.data.as_deref())?;
+        let corpus = Corpus::open(&paths, self.state.model.window(), worker.seed, evaluate::held_out(worker, false))?;
+        if corpus.listing_sha256() != self.data.listing_sha256 {
+            return Err(TrainError::Config("the data's files are not those that this run began with".into()));
+        }
+        self.loader = Loader::start(corpus, plan(worker, &self.environment, self.position, self.batch))?;
+        self.saver = start_saver(self.config, &self.environment, self.attempt, &self.state)?;
+        self.figures = Figures::new(&self.state.model, worker, self.environment.world);
+        self.saves = 0;
+        self.dealt = true;
+        Ok(())
+    }
+
+    /// Another membership holds by now, though this one works: a rank is to join.
+    pub(super) fn is_called(&self) -> bool {
+        self.meeting.as_ref().is_some_and(|meeting| meeting.after(self.generation).is_some())
     }
 
     /// Takes up training with a group whose ranks all have this state.

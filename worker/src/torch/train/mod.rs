@@ -19,7 +19,7 @@ use super::memory::{self, Room};
 use super::model::{self, Model, Pass};
 use super::random::Stream;
 use super::ranks::Ranks;
-use super::rendezvous::Rendezvous;
+use super::rendezvous::{Meeting, Rendezvous};
 use super::save::{Saver, Settings};
 use super::state::State;
 use super::{TrainError, device, kernels, load, sharing, signals};
@@ -178,9 +178,10 @@ fn prepare<'a>(
     let control = Tensor::zeros(CONTROL, (tch::Kind::Float, state.model.device())).set_requires_grad(true);
     if environment.spare {
         warm_up(worker, &environment, &state)?;
-        (environment.rank, environment.generation) = membership::wait_for_place(&environment)?;
-        environment.local_rank = environment.rank;
-        environment.spare = false;
+        if backend(state.model.device(), &environment) == Backend::Gloo {
+            self_test::tell(&environment, &pulse.handle());
+        }
+        membership::wait_for_place(&mut environment)?;
         pulse.join(&environment, environment.generation);
     }
     let Beginning { group, position, batch, saved } = if environment.generation > 0 {
@@ -193,18 +194,15 @@ fn prepare<'a>(
         say(&format!("rank {}: step {} of {} was done before", environment.rank, position.step, worker.steps));
         return Ok(None);
     }
-    let (rank, world) = (environment.rank, environment.world);
+    let world = environment.world;
     let micro = worker.micro_batch_size.unwrap_or(batch).min(batch);
     let evaluation = match worker.evaluation.every_steps {
         0 => None,
         _ => Some(Evaluation::open(worker, state.model.window(), &paths, micro.min(EVALUATION_MICRO))?),
     };
-    let plan = Plan { from: position.samples, batch, micro, rank, world, steps: worker.steps - position.step };
-    let loader = Loader::start(corpus, plan)?;
-    let saver = match &environment.checkpoint_dir {
-        Some(dir) => Some(Saver::start(saver_settings(config, &environment, dir, attempt), &state)?),
-        None => None,
-    };
+    let loader = Loader::start(corpus, plan(worker, &environment, position, batch))?;
+    let saver = start_saver(config, &environment, attempt, &state)?;
+    let meeting = environment.rendezvous.as_deref().filter(|_| environment.supervised).map(Meeting::at).transpose()?;
     let mut trainer = Trainer {
         saver,
         reducer: None,
@@ -215,7 +213,8 @@ fn prepare<'a>(
         ranks: Ranks { group: None },
         config,
         generation: environment.generation,
-        can_rejoin: environment.supervised && environment.rendezvous.is_some(),
+        can_rejoin: meeting.is_some(),
+        meeting,
         environment,
         pulse,
         attempt,
@@ -223,6 +222,7 @@ fn prepare<'a>(
         data,
         loader,
         held: None,
+        dealt: true,
         evaluation,
         position,
         entered: false,
@@ -296,6 +296,18 @@ fn join_running(worker: &WorkerSpec, environment: &Environment, state: &State, d
     let met = membership::meet_again(environment, environment.generation, state, data, None)?;
     announce(worker, environment, state, met.batch, &format!("taking over at step {}", met.position.step));
     Ok(Beginning { group: Some(met.group), position: met.position, batch: met.batch, saved: false })
+}
+
+/// This rank's part of each batch from here on.
+fn plan(worker: &WorkerSpec, environment: &Environment, from: Position, batch: u64) -> Plan {
+    let micro = worker.micro_batch_size.unwrap_or(batch).min(batch);
+    let (rank, world) = (environment.rank, environment.world);
+    Plan { from: from.samples, batch, micro, rank, world, steps: worker.steps - from.step }
+}
+
+fn start_saver(config: &TrainConfig, environment: &Environment, attempt: u32, state: &State) -> Result<Option<Saver>, TrainError> {
+    let dir = environment.checkpoint_dir.as_deref();
+    dir.map(|dir| Saver::start(saver_settings(config, environment, dir, attempt), state)).transpose()
 }
 
 fn saver_settings(config: &TrainConfig, environment: &Environment, dir: &Path, attempt: u32) -> Settings {

@@ -21,6 +21,7 @@ use super::super::loader::{Batch, Loader};
 use super::super::model::Pass;
 use super::super::random::Stream;
 use super::super::ranks::Ranks;
+use super::super::rendezvous::Meeting;
 use super::super::save::{Saver, write};
 use super::super::state::State;
 use super::super::tensors::{bytes, on_cpu};
@@ -32,7 +33,7 @@ use super::schedule::Schedule;
 use super::{Position, backend, describe, say, self_test};
 
 /// Numbers that ride in the reduction.
-pub(super) const CONTROL: i64 = 9;
+pub(super) const CONTROL: i64 = 10;
 const PRINT_INTERVAL: Duration = Duration::from_millis(500);
 /// Between two looks at whether all ranks have written.
 const SETTLE_POLL: Duration = Duration::from_millis(2);
@@ -67,6 +68,8 @@ struct Heard {
     data_wait: f64,
     /// Seconds that the last snapshot held ranks up, on average.
     stall: f64,
+    /// Some rank knows of the next membership.
+    called: bool,
 }
 
 /// One rank's training. Fields drop in this order: the saver reads the state until it is gone.
@@ -85,6 +88,8 @@ pub(super) struct Trainer<'a> {
     pub(super) generation: u32,
     /// Somebody says who is in the next membership when this one breaks.
     pub(super) can_rejoin: bool,
+    /// Where that is said.
+    pub(super) meeting: Option<Meeting>,
     pub(super) pulse: Pulse,
     pub(super) attempt: u32,
     /// Samples of one update over all ranks.
@@ -93,6 +98,8 @@ pub(super) struct Trainer<'a> {
     pub(super) loader: Loader,
     /// The samples of an update that is not done yet.
     pub(super) held: Option<Batch>,
+    /// Loader and saver are those of this rank's place.
+    pub(super) dealt: bool,
     pub(super) evaluation: Option<Evaluation>,
     pub(super) position: Position,
     /// All ranks have just come together with a state that is on no disk.
@@ -162,27 +169,22 @@ impl Trainer<'_> {
                 return Err(TrainError::Terminated(format!("told to end: stopped after step {}, {kept}", self.position.step)));
             }
             self.evaluate(last)?;
+            if heard.called && !last {
+                return Err(TrainError::PeerLost("the ranks of this job become others".into()));
+            }
         }
         Ok(())
     }
 
     /// Finds out, beside training, whether this process can go on with others in place of lost ranks.
     fn try_in_place(&self) {
-        let Some(folder) = self.environment.rendezvous.as_deref().and_then(|address| address.strip_prefix("dir:")) else { return };
         if backend(self.state.model.device(), &self.environment) != Backend::Gloo {
             return;
         }
-        let folder = Path::new(folder).join(format!("self-test-{}", self.environment.seat));
-        let (host, rank, pulse) = (self.environment.gloo_host.clone(), self.environment.rank, self.pulse.handle());
-        let test = move || {
-            let tried = self_test::run(&folder, &host);
-            if let Err(why) = &tried {
-                eprintln!("rank {rank}: can not go on in place of lost ranks: {why}");
-            }
-            pulse.in_place(tried.is_ok());
-        };
+        let (environment, pulse) = (self.environment.clone(), self.pulse.handle());
+        let test = move || self_test::tell(&environment, &pulse);
         if let Err(error) = std::thread::Builder::new().name("self-test".into()).spawn(test) {
-            eprintln!("rank {rank}: no thread for a test of going on in place: {error}");
+            eprintln!("rank {}: no thread for a test of going on in place: {error}", self.environment.rank);
         }
     }
 
@@ -220,7 +222,7 @@ impl Trainer<'_> {
     }
 
     /// Everything before the state changes: the gradient of the whole batch, its norm, and what was heard.
-    fn reduce(&self, batch: &Batch, told: [f32; 6]) -> Result<(Heard, f64), TrainError> {
+    fn reduce(&self, batch: &Batch, told: [f32; 7]) -> Result<(Heard, f64), TrainError> {
         let heard = self.backward(batch, told)?;
         let norm = c10d::gradient_norm(&self.state.trained())?;
         self.ranks.check()?;
@@ -228,7 +230,7 @@ impl Trainer<'_> {
     }
 
     /// What this rank says to all.
-    fn flags(&self, wait: Duration, stall: Duration) -> [f32; 6] {
+    fn flags(&self, wait: Duration, stall: Duration) -> [f32; 7] {
         let rank_zero = self.environment.rank == 0;
         let yes = |truth: bool| f32::from(u8::from(truth));
         let saver = self.saver.as_ref();
@@ -239,11 +241,12 @@ impl Trainer<'_> {
             yes(saver.is_some_and(Saver::has_failed)),
             wait.as_secs_f32(),
             stall.as_secs_f32(),
+            yes(self.is_called()),
         ]
     }
 
     /// Forward and backward over this rank's samples; the gradients are then the mean over the whole batch, on every rank.
-    fn backward(&self, batch: &Batch, told: [f32; 6]) -> Result<Heard, TrainError> {
+    fn backward(&self, batch: &Batch, told: [f32; 7]) -> Result<Heard, TrainError> {
         let (rank, world) = (self.environment.rank, f64::from(self.environment.world));
         let stream = Stream::new(self.config.worker.seed, "dropout").child(self.position.step).child(rank.into());
         let mut sum = Tensor::zeros(1, (Kind::Float, self.state.model.device()));
@@ -273,7 +276,7 @@ impl Trainer<'_> {
     }
 
     /// All that this rank says, as one tensor beside the loss: that is not waited for.
-    fn news(&self, loss: &Tensor, told: [f32; 6]) -> Result<Tensor, TrainError> {
+    fn news(&self, loss: &Tensor, told: [f32; 7]) -> Result<Tensor, TrainError> {
         let bad = loss.isfinite().logical_not().to_kind(Kind::Float);
         let told = Tensor::f_from_slice(&told)?.to_device(loss.device());
         Ok(Tensor::f_cat(&[loss, &bad, &(&bad * f64::from(self.environment.rank)), &told], 0)?)
@@ -450,7 +453,7 @@ impl Trainer<'_> {
 impl Heard {
     /// From means over `world` ranks, in the order of `Trainer::news`.
     fn new(means: &[f32; CONTROL as usize], world: f64) -> Self {
-        let [loss, bad, bad_ranks, stop, save, busy, failed, data_wait, stall] = *means;
+        let [loss, bad, bad_ranks, stop, save, busy, failed, data_wait, stall, called] = *means;
         let count = |mean: f32| (f64::from(mean) * world).round() as u32;
         Self {
             loss: loss.into(),
@@ -461,6 +464,7 @@ impl Heard {
             bad: (count(bad), count(bad_ranks)),
             data_wait: data_wait.into(),
             stall: stall.into(),
+            called: called > 0.0,
         }
     }
 }

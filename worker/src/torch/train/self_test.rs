@@ -12,6 +12,8 @@ use tch::Tensor;
 
 use super::super::TrainError;
 use super::super::c10d::{Backend, CollectiveError, Group};
+use super::super::environment::Environment;
+use super::super::heartbeat::PulseHandle;
 use super::super::rendezvous::Rendezvous;
 
 const SETUP: Duration = Duration::from_secs(20);
@@ -20,8 +22,18 @@ const ABORTED_WITHIN: Duration = Duration::from_secs(10);
 /// Long enough for a collective to be waiting for its peer.
 const BLOCKED_AFTER: Duration = Duration::from_millis(10);
 
+/// Tries it beside the ranks' own rendezvous, and says in the heartbeat whether it holds.
+pub(super) fn tell(environment: &Environment, pulse: &PulseHandle) {
+    let Some(folder) = environment.rendezvous.as_deref().and_then(|address| address.strip_prefix("dir:")) else { return };
+    let tried = run(&Path::new(folder).join(format!("self-test-{}", environment.seat)), &environment.gloo_host);
+    if let Err(why) = &tried {
+        eprintln!("rank {}: can not go on in place of lost ranks: {why}", environment.rank);
+    }
+    pulse.in_place(tried.is_ok());
+}
+
 /// Tries it in a new folder, which is removed again.
-pub(super) fn run(folder: &Path, host: &str) -> Result<(), TrainError> {
+fn run(folder: &Path, host: &str) -> Result<(), TrainError> {
     let tried = try_all(folder, host);
     let _ = std::fs::remove_dir_all(folder);
     tried
