@@ -13,6 +13,7 @@ import tempfile
 import time
 
 from lib import BIN, Everlit, is_alive, parent, run, sse, until
+from outside import beat, environment, manifest
 
 CUTS = int(os.environ.get("EVERLIT_CUTS", "5"))
 LINES = int(os.environ.get("EVERLIT_LINES", "200000"))
@@ -163,6 +164,42 @@ def a_spare_takes_a_lost_rank_s_place_and_the_others_never_stop():
         everlit.final(job)
         pids = [r["pid"] for s in (before, again) for r in s["ranks"] + s["spares"]]
         until("every process gone", lambda: not any(map(is_alive, pids)), 10)
+
+
+def an_elastic_gang_goes_on_with_fewer_ranks_and_grows_back():
+    """Twice: the second time the process that is to join is killed, too, before it can."""
+    with Everlit() as everlit:
+        worker = {"model": "mlp-10k", "steps": 1_000_000, "batch_size": 12}
+        restart = {"backoff": {"initial": "50ms", "max": "1s"}}
+        job = everlit.submit(world_size=3, min_world_size=2, worker=worker, checkpoint={"every_steps": 500}, restart=restart)
+        everlit.at_step(job, 100)
+        seen = lambda name: [event for event in everlit.events(job) if event["event"] == name]
+        able = lambda rank: rank["pid"] and beat(environment(rank["pid"])["EVERLIT_HEARTBEAT_FILE"]).get("in_place")
+        tried = lambda: all(able(rank) for rank in everlit.summary(job)["ranks"])
+        until("every rank's self-test", tried, 30)
+        before = everlit.summary(job)
+        os.kill(before["ranks"][0]["pid"], signal.SIGKILL)
+        until("fewer ranks that step", lambda: seen("recovered_in_place"), 30)
+        until("three ranks again", lambda: len(seen("gang_grown")) == 1, 60)
+        after = everlit.summary(job)
+        pids = [rank["pid"] for rank in after["ranks"]]
+        assert pids[:2] == [before["ranks"][2]["pid"], before["ranks"][1]["pid"]] and len(pids) == 3, (before, after)
+        assert (after["attempt"], after["restarts"], after["lost_steps"]) == (1, 1, 0), after
+        until("three ranks that can go on", tried, 30)
+
+        os.kill(after["ranks"][2]["pid"], signal.SIGKILL)
+        joins = until("one that is to join", lambda: (s := everlit.summary(job))["spares"] and s["spares"][0]["pid"], 30)
+        os.kill(joins, signal.SIGKILL)
+        until("three ranks once more", lambda: len(seen("gang_grown")) == 2, 60)
+        again = everlit.summary(job)
+        assert (again["attempt"], again["restarts"], again["lost_steps"], len(again["ranks"])) == (1, 2, 0, 3), again
+        assert joins not in [rank["pid"] for rank in again["ranks"]] and again["ledger"]["backoff"] == 0, again
+        took = [event["data"]["took_ms"] for event in everlit.events(job) if event["event"] in ("recovered_in_place", "gang_grown")]
+        print(f"     shrunk and grown twice, all stepping again after {took} ms")
+        everlit.post(f"/jobs/{job}/stop")
+        final = everlit.final(job)
+        saved = manifest(pathlib.Path(final["last_checkpoint"]["location"].split(":", 1)[1]))
+        assert saved["samples"] == 12 * saved["step"] and saved["world_size"] == 3, saved
 
 
 def a_rank_that_the_kernel_kills_for_want_of_memory_is_told_as_such():
@@ -384,6 +421,7 @@ CHECKS = [
     a_crash_loop_is_visible_and_ends_with_the_rank_s_words,
     a_stopped_rank_is_found_by_its_gang_s_own_pace,
     a_spare_takes_a_lost_rank_s_place_and_the_others_never_stop,
+    an_elastic_gang_goes_on_with_fewer_ranks_and_grows_back,
     a_rank_that_the_kernel_kills_for_want_of_memory_is_told_as_such,
     typed_as_it_stands,
     the_coordinator_s_death_is_not_noticed,

@@ -21,7 +21,7 @@ mod store;
 mod world;
 
 use faults::Fault;
-use world::World;
+use world::{IN_PLACE, World};
 
 /// Seeds that failed once, each with what was wrong.
 const KEPT: &str = include_str!("seeds.txt");
@@ -36,8 +36,8 @@ struct Outcome {
     happenings: u64,
     jobs: usize,
     faults: BTreeMap<Fault, u64>,
-    /// Ranks that were replaced, and recoveries in place that were seen through.
-    in_place: (u64, u64),
+    /// How often each of [`IN_PLACE`] was decided or seen.
+    in_place: [u64; 4],
 }
 
 fn run(seed: u64, loud: bool) -> Outcome {
@@ -109,7 +109,7 @@ struct Sum {
     next: AtomicU64,
     failed: AtomicBool,
     done: Mutex<(u64, u64, usize, BTreeMap<Fault, u64>)>,
-    in_place: Mutex<(u64, u64)>,
+    in_place: Mutex<[u64; 4]>,
 }
 
 impl Sum {
@@ -129,7 +129,7 @@ impl Sum {
         done.0 += 1;
         done.1 += outcome.happenings;
         done.2 += outcome.jobs;
-        drop(self.in_place.lock().map(|mut sum| *sum = (sum.0 + outcome.in_place.0, sum.1 + outcome.in_place.1)));
+        drop(self.in_place.lock().map(|mut sums| (0..IN_PLACE.len()).for_each(|index| sums[index] += outcome.in_place[index])));
         for (fault, count) in &outcome.faults {
             *done.3.entry(*fault).or_default() += count;
         }
@@ -143,7 +143,8 @@ impl Sum {
         let fired: Vec<String> = Fault::ALL.iter().map(|fault| format!("{fault:?} {}", done.3.get(fault).unwrap_or(&0))).collect();
         println!("faults fired: {}", fired.join(", "));
         let in_place = *self.in_place.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        println!("ranks replaced in place: {}, of which {} until all stepped again", in_place.0, in_place.1);
+        let counts: Vec<String> = IN_PLACE.iter().zip(in_place).map(|(name, count)| format!("{name} {count}")).collect();
+        println!("in place: {}", counts.join(", "));
         println!(
             "simulation: {} seeds ({}..{} and {kept} kept), {} jobs, {} happenings, no violation, {:.1} s",
             done.0,
@@ -154,7 +155,7 @@ impl Sum {
             took.as_secs_f64()
         );
         let silent: Vec<&Fault> = Fault::ALL.iter().filter(|fault| !done.3.contains_key(fault)).collect();
-        if seeds.1 - seeds.0 >= ALL_FIRE_FROM && (!silent.is_empty() || in_place.1 == 0) {
+        if seeds.1 - seeds.0 >= ALL_FIRE_FROM && (!silent.is_empty() || in_place.contains(&0)) {
             println!("never fired: {silent:?}, or no recovery in place");
             return ExitCode::FAILURE;
         }

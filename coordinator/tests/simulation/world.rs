@@ -135,6 +135,9 @@ impl Happening {
     }
 }
 
+/// What becomes of a gang without a new attempt.
+pub const IN_PLACE: [&str; 4] = ["rank_replaced", "gang_shrunk", "recovered_in_place", "gang_grown"];
+
 pub struct World {
     pub now: u64,
     agenda: BTreeMap<(u64, u64), Happening>,
@@ -151,8 +154,8 @@ pub struct World {
     pub violation: Option<String>,
     /// A hash over all that happened: the same seed gives the same.
     pub trace: u64,
-    /// Ranks that were replaced, and recoveries in place that were seen through.
-    pub in_place: (u64, u64),
+    /// How often each of [`IN_PLACE`] was decided or seen.
+    pub in_place: [u64; 4],
     /// Happenings so far.
     pub count: u64,
     pub next_pid: u32,
@@ -182,7 +185,7 @@ impl World {
             checkers: Checkers::default(),
             violation: None,
             trace: 0xCBF2_9CE4_8422_2325,
-            in_place: (0, 0),
+            in_place: [0; 4],
             count: 0,
             next_pid: 100,
             loud: false,
@@ -229,8 +232,9 @@ impl World {
             println!("{:>9}     {}", self.now, seen.text());
         }
         if let Seen::Written(record) = seen {
-            let count = |name| record.events.iter().filter(|event| event.event == name).count() as u64;
-            self.in_place = (self.in_place.0 + count("rank_replaced"), self.in_place.1 + count("recovered_in_place"));
+            for event in &record.events {
+                IN_PLACE.iter().position(|name| event.event == *name).into_iter().for_each(|index| self.in_place[index] += 1);
+            }
         }
         let mut checkers = std::mem::take(&mut self.checkers);
         let result = checkers.saw(self, seen);

@@ -82,7 +82,6 @@ fn what_is_not_built_is_refused_as_such() {
             "resources": {"gpu_memory": "8Gi", "gpus": 0.5},
         }),
         expect![[r#"
-            - /min_world_size elastic jobs are not built: leave it out or set it to world_size (4)
             - /kind kind serve is not built: only "train" and "evaluate" are
             - /resources/gpu_memory sharing a GPU by memory is not built: use resources.gpus
             - /resources/gpus fractions of a GPU are not built: give a whole number
@@ -312,6 +311,12 @@ fn only_what_can_recover_in_place_has_spares() {
             x /restart/scope in_place needs the built-in training program with a world_size of at least 2: use "auto" or "gang"
         "#]],
     );
+    check(json!({"world_size": 2, "min_world_size": 3}), expect![[""]]);
+    check(json!({"world_size": 2, "min_world_size": 1, "command": ["true"]}), expect![[""]]);
+    check(json!({"world_size": 2, "min_world_size": 1, "restart": {"scope": "gang"}}), expect![[""]]);
+    let least = |body: Value| parse(&body).unwrap().least_world_size();
+    assert_eq!(least(json!({"world_size": 4, "min_world_size": 2})), 2);
+    assert_eq!((least(json!({"world_size": 4, "min_world_size": 4, "command": ["true"]})), least(json!({"world_size": 4}))), (4, 4));
     let restart = parse(&json!({"world_size": 2, "restart": {"scope": "in_place", "spares": 1}})).unwrap().restart;
     assert_eq!((restart.scope, restart.spares), (RestartScope::InPlace, 1));
 }

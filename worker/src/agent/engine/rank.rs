@@ -133,6 +133,11 @@ impl Rank {
         Some((now.saturating_sub(at), now.saturating_sub(self.progress_at)))
     }
 
+    /// Its heartbeats stopped so long ago at least.
+    pub(super) fn is_silent(&self, now: u64, quiet_ms: u64) -> bool {
+        self.seq.is_some_and(|(_, at)| now.saturating_sub(at) > quiet_ms)
+    }
+
     /// Who is to blame when several are stuck: whose heartbeats stopped, the longest first; else who is furthest behind.
     pub(super) fn blame(&self, now: u64, quiet_ms: u64) -> (std::cmp::Reverse<u64>, u64) {
         let silence = self.seq.map_or(0, |(_, at)| now.saturating_sub(at));

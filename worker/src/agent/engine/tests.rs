@@ -51,6 +51,7 @@ fn show(action: &Action) -> String {
         Action::FreeSnapshots { committed, attempt, .. } => format!("free snapshots up to step {committed} and before a{attempt}"),
         Action::MarkDrained(incarnation) => format!("mark drained r{}", incarnation.rank),
         Action::ReadCpu(incarnation) => format!("read cpu r{}", incarnation.rank),
+        Action::LeaveOut(incarnation) => format!("leave out a{} r{}", incarnation.attempt, incarnation.rank),
         Action::Probe(_) => "probe the disk".into(),
         Action::RemoveRuns(incarnations) => {
             format!("remove runs {}", incarnations.iter().map(|own| format!("r{}", own.rank)).collect::<Vec<_>>().join(" "))

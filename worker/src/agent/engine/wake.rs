@@ -245,8 +245,9 @@ fn decide_stuck(now: u64, gang: &Gang, pace: &Pace) -> (Option<u32>, Option<u64>
     if first > now || members().any(|(_, own)| own.judged == Some(Verdict::Stuck)) {
         return (None, (first > now).then_some(first));
     }
-    // Beats come every other second, so those who stopped together are seen to stop within that.
-    let together = due().filter(|(.., at)| *at <= now + BEAT_EVERY_MS);
+    // Beats come every other second, so those who stopped together are seen to stop within that. Who is new has a later deadline, and may
+    // be the one that holds all up.
+    let together = due().filter(|(_, own, at)| *at <= now + BEAT_EVERY_MS || own.is_silent(now, BEAT_EVERY_MS));
     let blamed = together.min_by_key(|(rank, own, _)| (own.blame(now, BEAT_EVERY_MS), **rank)).map(|(rank, ..)| *rank);
     (blamed, None)
 }

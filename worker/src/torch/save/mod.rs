@@ -265,7 +265,8 @@ impl Shared {
     }
 
     fn populate(&self) {
-        lower_priority(19);
+        // Not lower: a rank that is killed has gone when its last thread has run once more.
+        lower_priority(2 * WRITER_NICENESS);
         // For a GPU they are pinned, and so present, before the first copy.
         if !self.part.is_on_gpu() {
             self.slots.iter().for_each(Slot::populate);

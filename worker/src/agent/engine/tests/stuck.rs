@@ -150,6 +150,21 @@ fn when_all_beat_on_who_is_behind_is_blamed() {
 }
 
 #[test]
+fn a_newcomer_whose_heartbeats_stopped_is_blamed_though_its_own_deadline_is_later() {
+    let mut s = stepping(100);
+    let exit = no_exit("killed", Timestamp(9));
+    s.engine.handle(s.now, Event::RankEnded { incarnation: s.own(1), exit, lost: false });
+    let spec = GangSpec { generation: 1, seats: vec![0, 2], ..s.spec.clone() };
+    s.engine.handle(s.now, Event::GangOrdered(Box::new(spec)));
+    s.engine.handle(s.now, Event::RankStarted { incarnation: s.own(2), pid: 102, at: Timestamp(9) });
+    for rank in [0, 2] {
+        s.engine.handle(s.now, told(&s, rank, 1_000, Phase::Train, 101));
+    }
+    let until = s.now + 6_000;
+    assert_eq!(judged(&mut s, &[0], Phase::Train, 101, until), ["12700 r2 Stuck 2600"]);
+}
+
+#[test]
 fn a_slow_first_step_a_save_and_an_evaluation_are_no_standstill() {
     let mut s = stepping(1);
     let (until, step) = (s.now + 20 * 60_000, 1);
