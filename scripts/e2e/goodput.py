@@ -202,46 +202,23 @@ class Job:
     def count(self, name):
         return sum(event["event"] == name for event in self.events)
 
-    def stopping_ms(self):
-        """From a failure that is seen to the last rank's end, the mean."""
-        failed, times = 0.0, []
-        for event in self.events:
-            if event["event"] == "gang_failed":
-                failed = moment(event["time"])
-            elif event["event"] == "restart_scheduled":
-                times.append(1_000 * (moment(event["time"]) - failed))
-        return statistics.mean(times) if times else 0.0
-
     def lasted(self):
         return sum(self.summary["ledger"].values())
 
     def loading(self):
-        """Seconds of each attempt from its ranks' start to their first step: training in the ledger, unless the program is the built-in one."""
+        """Seconds of the first attempt from its ranks' start to their first step: training in the ledger of a program that never told of a step."""
         if not self.notes:
-            return []
-        attempt, begun, ended = 0, {}, {}
-        for event in self.events:
-            at = moment(event["time"])
-            if event["event"] == "attempt_placed":
-                attempt = event["data"]["attempt"]
-            elif event["event"] == "job_running":
-                begun[attempt] = at
-            elif event["event"] == "gang_failed":
-                ended[attempt] = at
-        spans = []
-        for attempt, at in begun.items():
-            note = self.notes / str(attempt)
-            first = float(note.read_text()) if note.exists() else math.inf
-            spans.append(max(0.0, min(first, ended.get(attempt, self.began + self.lasted())) - at))
-        return spans
+            return 0.0
+        begun = next((moment(event["time"]) for event in self.events if event["event"] == "job_running"), self.began + self.lasted())
+        ended = next((moment(event["time"]) for event in self.events if event["event"] == "gang_failed"), self.began + self.lasted())
+        note = self.notes / "1"
+        first = float(note.read_text()) if note.exists() else math.inf
+        return max(0.0, min(first, ended) - begun)
 
     def ledger(self):
-        """The job's own, with the loading of a program that is not the built-in one where the built-in one's is."""
-        ledger = dict(self.summary["ledger"])
-        for number, seconds in enumerate(self.loading()):
-            ledger["training"] -= seconds
-            ledger["restoring" if number else "starting"] += seconds
-        return ledger
+        """The job's own, with the first loading of a program that is not the built-in one where the built-in one's is."""
+        ledger, loading = dict(self.summary["ledger"]), self.loading()
+        return ledger | {"training": ledger["training"] - loading, "starting": ledger["starting"] + loading}
 
 
 def busy():
@@ -278,12 +255,6 @@ def in_ms(ms):
     return f"{round(ms)}ms"
 
 
-def save_ms(everlit, jobs):
-    """How long the built-in program's writes took behind its steps, by its own series: the mean."""
-    points = [point["metrics"] for job in jobs for point in everlit.get(f"/jobs/{job.id}/metrics")["data"]]
-    return 1_000 * statistics.mean(metrics["save_write_seconds"] for metrics in points if "save_write_seconds" in metrics)
-
-
 class Policy:
     """One recovery policy: real jobs at each rate, and those that its costs are measured on."""
 
@@ -307,22 +278,18 @@ class Policy:
             everlit.final(job.id)
 
     def measure(self):
-        """Costs in milliseconds: what the simulator itself takes from jobs, and what no ledger holds: the save's time and a program's loading."""
+        """Costs in milliseconds, as the simulator itself takes them from jobs."""
         found = {}
         for job in self.measured:
-            self.everlit.at_step(job.id, 1)
             report = simulate(self.everlit, "--from-job", job.id)
             print(f"     measured, {job.fired} kills: " + "; ".join(report["measured"]))
             found[job] = report["scenario"]["costs"]
         own, gang = found[self.own], found[self.gang]
-        loading = self.own.loading()[1:]
-        costs = {name: own[f"{name}_ms"] for name in ("step", "save_stall", "seen_exit")}
-        costs |= {name: gang[f"{name}_ms"] for name in ("start", "load", "load_snapshot")}
-        # The wait before a restart begins at the failure, so the time of stopping is part of it; the simulator takes it for a part of starting.
-        costs["stop"] = self.gang.stopping_ms()
-        costs["start"] += 1_000 * sum(loading) / max(1, len(loading)) - costs["stop"]
-        # The sleepers commit before they go on.
-        costs["save"] = 0 if self.own.notes else save_ms(self.everlit, self.measured)
+        costs = {name: own[f"{name}_ms"] for name in ("step", "save_stall", "save", "seen_exit")}
+        costs |= {name: gang[f"{name}_ms"] for name in ("start", "stop", "load", "load_snapshot")}
+        if self.own.notes:
+            # The sleepers commit before they go on, and tell nobody how long that takes.
+            costs["save"] = 0
         self.seen_ms = costs["seen_exit"]
         flags = [word for name, ms in costs.items() for word in (FLAGS[name], in_ms(ms))]
         if self.own.count("rank_replaced"):

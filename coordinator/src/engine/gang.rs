@@ -73,7 +73,8 @@ impl Engine {
         job.started_at.get_or_insert(turn.now);
         job.state = JobState::Running;
         job.reason = format!("attempt {attempt} runs");
-        if job.spec.worker.is_none() || job.is_evaluation() {
+        let tells_steps = job.spec.worker.is_some() || job.progress.last_step_at.is_some();
+        if !tells_steps || job.is_evaluation() {
             // A program that is not ours may never tell of steps, and an evaluation does none: it counts as training from here.
             job.book.turn(turn.now, Activity::Training);
         }
