@@ -10,6 +10,7 @@ use everlit_api::ids::{Incarnation, JobId};
 use everlit_api::status::JobState;
 use everlit_api::time::Timestamp;
 
+use super::blame::may_be_the_machine;
 use super::gang::Broken;
 use super::ladder::{Rung, decide_rung};
 use super::ledger::Activity;
@@ -75,6 +76,9 @@ impl Engine {
         turn.event(Some(id), "rank_replaced", job.reason.clone(), facts);
         turn.touched.insert(id);
         self.timers.set(Timer::Regroup(id), Timestamp(turn.now.0 + REGROUP_MAX_MS));
+        if may_be_the_machine(broken.cause, exit.as_ref()) {
+            self.blame(turn, id, rank, broken.cause);
+        }
         self.tell_gang(turn, id, None);
         if exit.is_some() {
             self.forget(turn, id, former);

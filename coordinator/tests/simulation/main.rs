@@ -38,6 +38,7 @@ struct Outcome {
     faults: BTreeMap<Fault, u64>,
     /// Ranks that were replaced, and recoveries in place that were seen through.
     in_place: (u64, u64),
+    told: BTreeMap<&'static str, u64>,
 }
 
 fn run(seed: u64, loud: bool) -> Outcome {
@@ -49,7 +50,7 @@ fn run(seed: u64, loud: bool) -> Outcome {
         Err(format!("at {} ms: {}", world.now, text.unwrap_or_default()))
     });
     let (trace, happenings, jobs, in_place) = (world.trace, world.count, world.checkers.jobs(), world.in_place);
-    Outcome { result, trace, happenings, jobs, faults: world.faults.counts.clone(), in_place }
+    Outcome { result, trace, happenings, jobs, faults: world.faults.counts.clone(), in_place, told: world.told }
 }
 
 /// `A..B`, the end excluded.
@@ -110,6 +111,7 @@ struct Sum {
     failed: AtomicBool,
     done: Mutex<(u64, u64, usize, BTreeMap<Fault, u64>)>,
     in_place: Mutex<(u64, u64)>,
+    told: Mutex<BTreeMap<&'static str, u64>>,
 }
 
 impl Sum {
@@ -130,6 +132,9 @@ impl Sum {
         done.1 += outcome.happenings;
         done.2 += outcome.jobs;
         drop(self.in_place.lock().map(|mut sum| *sum = (sum.0 + outcome.in_place.0, sum.1 + outcome.in_place.1)));
+        let mut told = self.told.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        outcome.told.iter().for_each(|(name, count)| *told.entry(name).or_default() += count);
+        drop(told);
         for (fault, count) in &outcome.faults {
             *done.3.entry(*fault).or_default() += count;
         }
@@ -144,6 +149,8 @@ impl Sum {
         println!("faults fired: {}", fired.join(", "));
         let in_place = *self.in_place.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         println!("ranks replaced in place: {}, of which {} until all stepped again", in_place.0, in_place.1);
+        let told = self.told.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        println!("told: {told:?}");
         println!(
             "simulation: {} seeds ({}..{} and {kept} kept), {} jobs, {} happenings, no violation, {:.1} s",
             done.0,
@@ -154,8 +161,8 @@ impl Sum {
             took.as_secs_f64()
         );
         let silent: Vec<&Fault> = Fault::ALL.iter().filter(|fault| !done.3.contains_key(fault)).collect();
-        if seeds.1 - seeds.0 >= ALL_FIRE_FROM && (!silent.is_empty() || in_place.1 == 0) {
-            println!("never fired: {silent:?}, or no recovery in place");
+        if seeds.1 - seeds.0 >= ALL_FIRE_FROM && (!silent.is_empty() || in_place.1 == 0 || told.values().any(|count| *count == 0)) {
+            println!("never fired: {silent:?}, or no recovery in place, or one of what must be told was not");
             return ExitCode::FAILURE;
         }
         ExitCode::SUCCESS

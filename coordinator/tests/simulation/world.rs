@@ -21,6 +21,9 @@ pub const SAFETY_MS: u64 = 10 * 60 * 1_000;
 /// After the healing every job must be final within this: five minutes for a straggler, and generous time for the work itself.
 pub const LIVENESS_MS: u64 = 4 * 3_600 * 1_000;
 
+/// Events that a long run must have seen.
+pub const TOLD: [&str; 4] = ["log_policy_matched", "nodes_readmitted", "node_blamed", "blame_withdrawn"];
+
 /// What is to happen.
 #[derive(Debug, Clone)]
 pub enum Happening {
@@ -153,6 +156,8 @@ pub struct World {
     pub trace: u64,
     /// Ranks that were replaced, and recoveries in place that were seen through.
     pub in_place: (u64, u64),
+    /// Events that tell of policies and blame, counted.
+    pub told: BTreeMap<&'static str, u64>,
     /// Happenings so far.
     pub count: u64,
     pub next_pid: u32,
@@ -183,6 +188,7 @@ impl World {
             violation: None,
             trace: 0xCBF2_9CE4_8422_2325,
             in_place: (0, 0),
+            told: BTreeMap::new(),
             count: 0,
             next_pid: 100,
             loud: false,
@@ -230,6 +236,9 @@ impl World {
         }
         if let Seen::Written(record) = seen {
             let count = |name| record.events.iter().filter(|event| event.event == name).count() as u64;
+            for name in TOLD {
+                *self.told.entry(name).or_default() += count(name);
+            }
             self.in_place = (self.in_place.0 + count("rank_replaced"), self.in_place.1 + count("recovered_in_place"));
         }
         let mut checkers = std::mem::take(&mut self.checkers);
@@ -334,6 +343,7 @@ impl World {
             Happening::Mend { node } => self.nodes[node].disk_full = false,
             Happening::Care => {
                 self.uncordon_all();
+                self.restart_what_is_kept_from_every_node();
                 self.after(30_000, Happening::Care);
             }
         }
@@ -361,6 +371,17 @@ impl World {
         let ids: Vec<NodeId> = self.nodes.iter().map(|node| node.id.clone()).collect();
         for id in ids {
             self.wish(everlit_coordinator::engine::Event::CordonRequested { node: id, cordoned: false });
+        }
+    }
+
+    /// A job that waits with excluded nodes may wait for ever: a user sees it, and says that they are well.
+    fn restart_what_is_kept_from_every_node(&mut self) {
+        let waits =
+            |job: &everlit_coordinator::engine::state::Job| job.state == everlit_api::status::JobState::Queued && !job.excluded.is_empty();
+        let jobs: Vec<JobId> =
+            self.coordinator.engine.iter().flat_map(|engine| engine.jobs().filter(|job| waits(job)).map(|job| job.id)).collect();
+        for job in jobs {
+            self.wish(everlit_coordinator::engine::Event::RestartRequested { job });
         }
     }
 
