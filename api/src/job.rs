@@ -13,9 +13,11 @@ use crate::time::Millis;
 
 mod inherit;
 mod parse;
+mod policy;
 mod worker;
 pub use inherit::{inherit, resumes};
 pub use parse::{Fault, FaultKind, parse};
+pub use policy::{LogAction, LogPolicy};
 pub use worker::{Auto, BatchSize, Device, EvaluationSpec, ModelSpec, OnNan, Precision, WorkerSpec};
 
 /// Ranks of one job at most.
@@ -66,6 +68,9 @@ pub struct JobSpec {
     /// How to read progress from the output of a program without heartbeats; empty means the defaults.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub log_metrics: Vec<LogMetric>,
+    /// What follows a failure when the failed rank's last output has a line that matches; the first in the list counts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub log_policies: Vec<LogPolicy>,
     /// What each rank reserves.
     #[serde(default)]
     pub resources: Resources,
@@ -311,6 +316,7 @@ impl JobSpec {
             secrets: BTreeMap::new(),
             workdir: None,
             log_metrics: Vec::new(),
+            log_policies: Vec::new(),
             resources: Resources::default(),
             restart: RestartPolicy::default(),
             heartbeat: HeartbeatPolicy::default(),

@@ -43,9 +43,21 @@ pub struct RankExit {
     /// The message of torchrun's error file, when the program wrote one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
+    /// The first of the job's `log_policies` that its last output matches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub matched: Option<LogMatch>,
     /// The kernel killed a process for want of memory when this one ended by SIGKILL.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub out_of_memory: bool,
+}
+
+/// A line of output that one of the job's `log_policies` looks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LogMatch {
+    /// Which of them, from 0.
+    pub policy: u32,
+    /// The line, or the part of it around the match, at most 300 bytes.
+    pub line: String,
 }
 
 /// What the threads of a living rank were doing.

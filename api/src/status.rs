@@ -472,6 +472,23 @@ pub struct NodeView {
     pub agent_version: String,
     /// Since its last report.
     pub report_age_seconds: Option<f64>,
+    /// New ranks go elsewhere where there is room: two failures or more in a day may be the machine's.
+    #[serde(default)]
+    pub avoided: bool,
+    /// Failures of the last day that may be the machine's, oldest first.
+    #[serde(default)]
+    pub blames: Vec<BlameView>,
+}
+
+/// A failure that is held against a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BlameView {
+    /// When it was judged.
+    pub time: Timestamp,
+    /// Whose rank failed.
+    pub job_id: JobId,
+    /// What kind.
+    pub cause: Cause,
 }
 
 /// Whether a node can be reached.

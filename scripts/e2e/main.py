@@ -223,6 +223,41 @@ def a_rank_that_the_kernel_kills_for_want_of_memory_is_told_as_such():
         group.rmdir()
 
 
+def a_line_of_output_ends_retries_or_keeps_from_the_node():
+    line = "CUDA error: uncorrectable ECC error encountered"
+    # Below the line a native stack trace, longer than what is told of the output.
+    script = f"echo 'step 1'; echo '{line}' >&2; for n in $(seq 100); do echo \"frame #$n: c10::cuda\"; done; exit 1"
+    policy = lambda action: [{"name": "ecc", "pattern": "(?i)uncorrectable ecc", "action": action}]
+    with Everlit() as everlit:
+        job = everlit.submit(command=["sh", "-c", script], log_policies=policy("cancel_retries"))
+        summary = everlit.final(job)
+        reason = summary["reason"]
+        assert summary["state"] == "failed" and summary["attempt"] == 1 and summary["restarts"] == 0, summary
+        assert line in reason and '"ecc"' in reason and "rank 0" in reason and "cancel_retries" in reason, reason
+        exit = summary["ranks"][0]["exit"]
+        assert exit["matched"] == {"policy": 0, "line": line} and len(exit["tail"]) == 20, exit
+        told = everlit.get(f"/jobs/{job}/attempts/1/postmortem")
+        assert line in told["reason"] and line in told["failures"][0]["decision"] and line in told["decision"], told
+        event = next(e for e in everlit.events(job) if e["event"] == "log_policy_matched")
+        assert event["data"]["action"] == "cancel_retries" and event["data"]["line"] == line, event
+        print(f"     {reason}")
+
+        # The one node there is: the job waits, says so, and a user may change that.
+        job = everlit.submit(command=["sh", "-c", script], log_policies=policy("exclude_node"))
+        until("the job to wait", lambda: everlit.summary(job)["state"] == "queued" and everlit.summary(job)["attempt"] == 1, 30)
+        told = everlit.get(f"/jobs/{job}/explain")
+        assert "no other node can hold it" in told["reason"] and all("log_policies" in why for why in told["nodes"].values()), told
+        print(f"     {told['reason']}")
+        node = everlit.get("/nodes")["data"][0]
+        assert len(node["blames"]) == 2 and node["avoided"], node
+        everlit.post(f"/jobs/{job}/restart")
+        until("its next attempt", lambda: everlit.summary(job)["attempt"] == 2, 30)
+        everlit.post(f"/jobs/{job}/stop")
+        everlit.final(job)
+        everlit.post(f"/nodes/{node['node']}/uncordon")
+        until("a clean slate", lambda: not everlit.get("/nodes")["data"][0]["avoided"], 10)
+
+
 def typed_as_it_stands():
     """The owner's lines, through bash, curl, jq and ps."""
     missing = [tool for tool in ("bash", "curl", "jq", "ps") if not shutil.which(tool)]
@@ -423,6 +458,7 @@ CHECKS = [
     a_spare_takes_a_lost_rank_s_place_and_the_others_never_stop,
     an_elastic_gang_goes_on_with_fewer_ranks_and_grows_back,
     a_rank_that_the_kernel_kills_for_want_of_memory_is_told_as_such,
+    a_line_of_output_ends_retries_or_keeps_from_the_node,
     typed_as_it_stands,
     the_coordinator_s_death_is_not_noticed,
     ctrl_c_saves_and_the_next_up_resumes,

@@ -8,12 +8,15 @@ use std::process::Command;
 
 use agent_support::{Bench, PATIENCE, is_alive, rank, read};
 use everlit_api::agent::{FromAgent, ToAgent};
+use everlit_api::job::{LogAction, LogPolicy};
+use everlit_api::rank::LogMatch;
 use everlit_api::time::Millis;
 
 #[test]
 fn ranks_live_through_the_agents_death_and_are_adopted() {
     let mut bench = Bench::new();
-    let spec = bench.gang(2, "echo begun; while [ ! -e stop.$RANK ]; do sleep 0.02; done; echo over; exit $((5 + RANK))");
+    let mut spec = bench.gang(2, "echo begun; while [ ! -e stop.$RANK ]; do sleep 0.02; done; echo over; exit $((5 + RANK))");
+    spec.log_policies = vec![LogPolicy { name: None, pattern: "^over$".into(), action: LogAction::CancelRetries }];
     bench.order(&spec);
     let pids = [bench.started(rank(&spec, 0)).pid, bench.started(rank(&spec, 1)).pid];
     bench.kill_agent();
@@ -26,7 +29,11 @@ fn ranks_live_through_the_agents_death_and_are_adopted() {
     let hello = bench.accept();
     let reports: Vec<_> = hello.ranks.iter().map(|r| (r.incarnation.rank, r.pid, r.lost, r.exit.as_ref().and_then(|e| e.code))).collect();
     assert_eq!(reports, [(0, Some(pids[0]), false, None), (1, Some(pids[1]), false, Some(6))]);
-    assert_eq!(hello.ranks[1].exit.as_ref().unwrap().tail, ["begun", "over"]);
+    let exit = hello.ranks[1].exit.as_ref().unwrap();
+    assert_eq!(
+        (exit.tail.clone(), exit.matched.clone()),
+        (vec!["begun".into(), "over".into()], Some(LogMatch { policy: 0, line: "over".into() }))
+    );
     // The adopted one is the new agent's in every way.
     std::fs::write(bench.dir.path().join("stop.0"), "").unwrap();
     assert_eq!(bench.exited(rank(&spec, 0)).exit.code, Some(5));

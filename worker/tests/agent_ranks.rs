@@ -6,6 +6,8 @@ mod agent_support;
 
 use agent_support::{Bench, is_alive, rank, read};
 use everlit_api::agent::{FromAgent, Program, Resumed, ToAgent};
+use everlit_api::job::{LogAction, LogPolicy};
+use everlit_api::rank::LogMatch;
 use everlit_api::time::Millis;
 
 fn resumed(bench: &mut Bench) -> Resumed {
@@ -116,6 +118,14 @@ fn exits_are_told_as_they_were() {
         tail.sort();
         assert_eq!(tail, ["one", "two"], "{script}");
     }
+    // What was wrong is far above the last lines that are told.
+    let mut spec = bench.gang(1, "echo uncorrectable ECC >&2; for n in $(seq 150); do echo frame $n >&2; done; exit 1");
+    let policy = |pattern: &str| LogPolicy { name: None, pattern: pattern.into(), action: LogAction::ExcludeNode };
+    spec.log_policies = vec![policy("not there"), policy("ECC")];
+    bench.order(&spec);
+    let exited = bench.exited(rank(&spec, 0));
+    assert_eq!(exited.exit.matched, Some(LogMatch { policy: 1, line: "uncorrectable ECC".into() }));
+    assert_eq!((exited.exit.tail.len(), exited.exit.tail[0].as_str()), (20, "frame 131"));
     let spec = bench.gang(1, r#"echo '{"message": {"message": "CUDA out of memory"}}' > $TORCHELASTIC_ERROR_FILE; exit 1"#);
     bench.order(&spec);
     assert_eq!(bench.exited(rank(&spec, 0)).exit.message.as_deref(), Some("CUDA out of memory"));

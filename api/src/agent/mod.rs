@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Incarnation, JobId, NodeId};
-use crate::job::{CheckpointPolicy, HeartbeatPolicy, LogMetric};
+use crate::job::{CheckpointPolicy, HeartbeatPolicy, LogMetric, LogPolicy};
 use crate::manifest::{Phase, SaveError};
 use crate::rank::{RankExit, Stacks, Verdict};
 use crate::status::{Capacity, NodeLoad};
@@ -369,6 +369,9 @@ pub struct GangSpec {
     pub heartbeat: HeartbeatPolicy,
     /// How to read progress from output; empty means the defaults.
     pub log_metrics: Vec<LogMetric>,
+    /// What to look for in the last output of a rank that failed.
+    #[serde(default)]
+    pub log_policies: Vec<LogPolicy>,
     /// Bytes of log kept for the job on this node.
     pub log_bytes_max: u64,
     /// From SIGTERM to SIGKILL when the agent itself is told to end and has no coordinator to ask.

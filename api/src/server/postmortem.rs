@@ -130,6 +130,11 @@ fn story(events: Vec<EventView>, attempt: u32) -> (Vec<FailureView>, Option<Stri
                     last.recovered_ms = event.data["took_ms"].as_u64();
                 }
             }
+            "log_policy_matched" if of == Some(attempt) => {
+                if let Some(last) = failures.last_mut() {
+                    last.decision = Some(event.reason);
+                }
+            }
             "restart_scheduled" if of == attempt.checked_add(1) => decision = Some(event.reason),
             "job_final" if decision.is_none() => decision = Some(format!("the job ended: {}", event.reason)),
             _ => {}
@@ -184,6 +189,12 @@ mod tests {
                 json!({"attempt": 2, "cause": "signal", "rank": 0, "not_in_place": "rank 1 is gone too",
                 "exit": {"signal": 9, "at": "2026-01-01T00:00:00Z"}}),
             ),
+            event("log_policy_matched", "an older one", json!({"attempt": 1})),
+            event(
+                "log_policy_matched",
+                "rank 0 wrote \"ECC\" (log policy `ECC`, cancel_retries: it is not tried again)",
+                json!({"attempt": 2}),
+            ),
             event("job_final", "rank 0 died; all 1 restarts are used", json!({"state": "failed"})),
         ];
         let (failures, decision) = story(events, 2);
@@ -204,7 +215,7 @@ mod tests {
             .collect();
         expect![[r#"
             Some(1) Some(Stuck) rank 1 is stuck None 1 stacks, Some("its place was given to another process, and the others went on"), Some(640)
-            Some(0) Some(Signal) rank 0 died Some("signal 9 (SIGKILL)") 0 stacks, Some("the gang is restarted, not in place: rank 1 is gone too"), None
+            Some(0) Some(Signal) rank 0 died Some("signal 9 (SIGKILL)") 0 stacks, Some("rank 0 wrote \"ECC\" (log policy `ECC`, cancel_retries: it is not tried again)"), None
         "#]]
         .assert_eq(&told.concat());
         assert_eq!(decision.as_deref(), Some("the job ended: rank 0 died; all 1 restarts are used"));

@@ -225,9 +225,10 @@ pub(super) fn nodes(nodes: &[NodeView]) -> Result<(), Fail> {
     let row = |node: &NodeView| {
         let state = serde_json::to_value(node.state).unwrap_or_default();
         let cordoned = if node.cordoned { ", cordoned" } else { "" };
+        let avoided = if node.avoided { ", avoided" } else { "" };
         vec![
             node.node.to_string(),
-            format!("{}{cordoned}", state.as_str().unwrap_or_default()),
+            format!("{}{cordoned}{avoided}", state.as_str().unwrap_or_default()),
             format!("{} of {}", node.ranks, node.capacity.slots),
             format!("{:.1} of {:.1}", node.load.cpus, node.capacity.cpus),
             format!("{} of {}", size(node.load.memory), size(node.capacity.memory)),

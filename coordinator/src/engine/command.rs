@@ -10,6 +10,8 @@ use everlit_api::job::JobSpec;
 use everlit_api::status::{AttemptView, JobState};
 use everlit_api::time::Timestamp;
 
+use super::blame::Blame;
+
 /// The outcome of one event.
 #[derive(Debug, Default)]
 pub struct Step {
@@ -30,12 +32,14 @@ pub struct Record {
     pub attempts: Vec<(JobId, AttemptView)>,
     /// Nodes whose cordon changed.
     pub cordons: Vec<(NodeId, bool)>,
+    /// Nodes of which something else is held against them now, with all of it.
+    pub blames: Vec<(NodeId, Vec<Blame>)>,
 }
 
 impl Record {
     /// Nothing to write.
     pub fn is_empty(&self) -> bool {
-        self.jobs.is_empty() && self.events.is_empty() && self.attempts.is_empty() && self.cordons.is_empty()
+        self.jobs.is_empty() && self.events.is_empty() && self.attempts.is_empty() && self.cordons.is_empty() && self.blames.is_empty()
     }
 }
 

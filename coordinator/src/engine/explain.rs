@@ -14,9 +14,9 @@ impl Engine {
     /// Why this job is not running, or that it is. `None` when it is not active.
     pub fn explain(&self, id: JobId) -> Option<Explanation> {
         let job = self.jobs.get(&id)?;
-        let need = Need::of(&job.spec);
+        let need = job.need();
         let queued = job.state == JobState::Queued;
-        let nodes = self.nodes.iter().filter(|_| queued).map(|(name, node)| (name.0.clone(), node.explain(&need)));
+        let nodes = self.nodes.iter().filter(|_| queued).map(|(name, node)| (name.0.clone(), node.explain(name, &need)));
         let position = queued.then(|| self.queue.position(id, job.spec.priority));
         Some(Explanation { state: job.state, reason: self.reason(job), position, nodes: nodes.collect() })
     }
@@ -27,7 +27,7 @@ impl Engine {
             return job.reason.clone();
         }
         let ahead = self.queue.position(job.id, job.spec.priority);
-        match plan_gang(&self.nodes, &Need::of(&job.spec)) {
+        match plan_gang(&self.nodes, &job.need()) {
             Placement::Never(why) => format!("queued: {why}"),
             Placement::Later(why) if ahead == 0 => format!("queued: {why}"),
             Placement::Later(why) => format!("queued behind {ahead} jobs: {why}"),

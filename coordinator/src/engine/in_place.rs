@@ -12,6 +12,7 @@ use everlit_api::rank::Cause;
 use everlit_api::status::JobState;
 use everlit_api::time::Timestamp;
 
+use super::blame::may_be_the_machine;
 use super::gang::Broken;
 use super::ladder::{Rung, decide_rung};
 use super::ledger::Activity;
@@ -94,6 +95,9 @@ impl Engine {
             self.grow_later(turn, id);
         } else if shrunk {
             self.fill_spares(turn, id);
+        }
+        if may_be_the_machine(broken.cause, exit.as_ref()) {
+            self.blame(turn, id, rank, broken.cause);
         }
         self.tell_gang(turn, id, None);
         if exit.is_some() {

@@ -24,7 +24,7 @@ impl Engine {
             job.budget.counted,
             job.spec.restart.max_restarts
         );
-        let need = Need::of(&job.spec);
+        let need = job.need();
         let waits = self.queue.contains(id, job.spec.priority, &need);
         assert_eq!(waits, state == JobState::Queued, "{id}: {state} and in the queue: {waits}");
         match state {
@@ -33,6 +33,8 @@ impl Engine {
                 let gang = job.gang.as_ref().unwrap_or_else(|| panic!("{id}: {state} without places"));
                 let ranks: u32 = gang.placement.iter().map(|p| p.count).sum();
                 assert_eq!(ranks, job.spec.world_size, "{id}: INV-9: a gang is placed whole");
+                let kept_from = gang.placement.iter().find(|share| job.excluded.contains(&share.node));
+                assert!(job.retry_at.is_some() || kept_from.is_none(), "{id}: placed on a node that it is kept from: {kept_from:?}");
                 assert_eq!(gang.attempt, job.attempt, "{id}: INV-1: one attempt at a time");
                 let waits = job.retry_at.is_some();
                 assert_eq!(waits, self.timers.is_set(&Timer::Retry(id)), "{id}: a wait without its timer, or the reverse");

@@ -40,7 +40,7 @@ impl Engine {
     }
 
     fn enqueue(&mut self, job: &Job) {
-        self.queue.push(job.id, job.spec.priority, Need::of(&job.spec));
+        self.queue.push(job.id, job.spec.priority, job.need());
     }
 
     /// Places what fits, in order, until something that could fit later holds the rest back.
@@ -183,9 +183,22 @@ impl Engine {
                 let grace = job.spec.stop_grace;
                 self.end_gang(turn, id, Ending { then: Then::Again, at: turn.now, rank: None, cause: Some(Cause::User), reason }, grace);
             }
-            // Queued: nothing runs. Ending: it comes back or stops anyway.
+            (None, None) => self.readmit_nodes(turn, id),
+            // Ending: it comes back or stops anyway.
             _ => {}
         }
+    }
+
+    /// Queued: nothing runs that could be restarted, but nodes that it was kept from may be what it waits for.
+    fn readmit_nodes(&mut self, turn: &mut Turn, id: JobId) {
+        let Some(job) = self.jobs.get_mut(&id).filter(|job| !job.excluded.is_empty()) else { return };
+        self.queue.remove(id, job.spec.priority, job.need());
+        let nodes = std::mem::take(&mut job.excluded);
+        self.queue.push(id, job.spec.priority, job.need());
+        let names = nodes.iter().map(|node| node.0.as_str()).collect::<Vec<_>>().join(", ");
+        let facts = Facts::from([("nodes", serde_json::json!(nodes))]);
+        turn.event(Some(id), "nodes_readmitted", format!("{names} may be used again: a user restarted the job"), facts);
+        self.schedule(turn);
     }
 
     pub(super) fn on_time_limit_due(&mut self, turn: &mut Turn, id: JobId) {
@@ -207,8 +220,16 @@ impl Engine {
         let Some(gang) = &job.gang else { return };
         let placement = gang.placement.clone();
         let open = placement.iter().all(|p| self.nodes.get(&p.node).is_some_and(super::placement::Node::is_open));
+        let excluded = placement.iter().find(|p| job.excluded.contains(&p.node)).map(|p| p.node.clone());
+        let better = if open && excluded.is_none() { self.better_place(id) } else { None };
         self.release(id);
-        if open {
+        if let Some(node) = excluded {
+            self.requeue(turn, id, &format!("{node} is excluded for it by its log_policies"));
+        } else if let Some(better) = better {
+            self.start_gang(turn, id, better);
+            // What it gave back may be what another waits for.
+            self.schedule(turn);
+        } else if open {
             self.start_gang(turn, id, placement);
         } else {
             self.requeue(turn, id, "its node takes no ranks now");
@@ -218,7 +239,7 @@ impl Engine {
     /// Gives back what the gang held. The gang's record goes with it.
     pub(super) fn release(&mut self, id: JobId) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        let need = Need::of(&job.spec);
+        let need = job.need();
         if job.state == JobState::Queued {
             self.queue.remove(id, job.spec.priority, need.clone());
         }
@@ -244,7 +265,7 @@ impl Engine {
         job.book.turn(turn.now, Activity::Queued);
         turn.event(Some(id), "job_queued", job.reason.clone(), Facts::new());
         turn.touched.insert(id);
-        self.queue.push(id, job.spec.priority, Need::of(&job.spec));
+        self.queue.push(id, job.spec.priority, job.need());
         self.schedule(turn);
     }
 
@@ -308,6 +329,7 @@ impl Job {
                 checkpoint: spec.checkpoint,
                 heartbeat: spec.heartbeat,
                 log_metrics: spec.log_metrics.clone(),
+                log_policies: spec.log_policies.clone(),
                 log_bytes_max,
                 stop_grace: spec.stop_grace,
             };

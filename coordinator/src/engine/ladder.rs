@@ -31,6 +31,9 @@ fn refuse_in_place(job: &Job, rank: u32, cause: Cause) -> Option<String> {
     if job.spec.worker.is_none() || job.spec.kind != JobKind::Train {
         return Some("only the built-in training program recovers in place".into());
     }
+    if job.ranks.get(rank).and_then(|own| own.exit.as_ref()).is_some_and(|exit| exit.matched.is_some()) {
+        return Some("its output matches one of log_policies".into());
+    }
     if job.spec.restart.scope == RestartScope::Gang {
         return Some("restart.scope is gang".into());
     }
@@ -66,6 +69,7 @@ mod tests {
     use std::sync::Arc;
 
     use everlit_api::job::JobSpec;
+    use everlit_api::rank::{LogMatch, RankExit};
     use everlit_api::time::Timestamp;
     use expect_test::expect;
 
@@ -106,8 +110,13 @@ mod tests {
     fn in_place_is_chosen_where_it_can_hold_and_the_reason_is_told_where_not() {
         assert_eq!(decide_rung(&job(|_, _| ()), 1, Cause::Signal), Rung::InPlace);
         type Change = fn(&mut Job, &mut JobSpec);
-        let cases: [(&str, Change); 8] = [
+        let cases: [(&str, Change); 9] = [
             ("program", |_, spec| spec.worker = None),
+            ("line", |job, _| {
+                let matched = Some(LogMatch { policy: 0, line: "ECC".into() });
+                let exit = RankExit { matched, ..serde_json::from_str(r#"{"code": 1, "at": "2026-01-01T00:00:00Z"}"#).expect("an exit") };
+                job.ranks.end(1, exit, false);
+            }),
             ("scope", |_, spec| spec.restart.scope = RestartScope::Gang),
             ("alone", |_, spec| spec.world_size = 1),
             ("again", |job, _| {
@@ -121,6 +130,7 @@ mod tests {
         let told = cases.map(|(name, change)| format!("{name}: {:?}\n", decide_rung(&job(change), 1, Cause::Signal)));
         expect![[r#"
             program: Gang("only the built-in training program recovers in place")
+            line: Gang("its output matches one of log_policies")
             scope: Gang("restart.scope is gang")
             alone: Gang("no other rank holds its state")
             again: Gang("a recovery in place was under way")

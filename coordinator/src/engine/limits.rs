@@ -22,6 +22,14 @@ pub const SERIES_EVERY_MS: u64 = 60_000;
 pub const FAILURE_PRIOR_MS: u64 = 4 * 3_600 * 1_000;
 /// Between two records of failed saves of one rank.
 pub const SAVE_FAILED_EVERY_MS: u64 = 10_000;
+/// Nodes that one job is kept from at most; the one that was excluded first is allowed again.
+pub const EXCLUDED_MAX: usize = 64;
+/// A failure that may be the machine's is held against its node for so long.
+pub const BLAME_MS: u64 = 24 * 3_600 * 1_000;
+/// So many make it a node that is avoided: one may be chance.
+pub const BLAMES_MIN: usize = 2;
+/// Failures remembered of a node at most.
+pub const BLAMES_MAX: usize = 16;
 /// Samples that the rates are computed over.
 pub const RATE_SAMPLES_MAX: usize = 16;
 /// Time that the rates are computed over.

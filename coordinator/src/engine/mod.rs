@@ -11,6 +11,7 @@ use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::time::Timestamp;
 
 mod beats;
+mod blame;
 mod checkpoint;
 pub mod command;
 pub mod event;
@@ -24,6 +25,7 @@ pub mod ledger;
 pub mod limits;
 mod node;
 pub mod placement;
+mod policy;
 pub mod progress;
 pub mod queue;
 pub mod restart;
@@ -34,6 +36,7 @@ mod tests;
 pub mod timers;
 mod view;
 
+pub use blame::Blame;
 pub use checkpoint::CannotSave;
 pub use command::{Command, EventRow, JobRow, Record, Step};
 pub use event::Event;
@@ -153,6 +156,7 @@ impl Engine {
                 Timer::Straggler(job) => self.on_straggler_due(turn, job),
                 Timer::TimeLimit(job) => self.on_time_limit_due(turn, job),
                 Timer::NodeLost(node) => self.on_node_lost(turn, &node),
+                Timer::Blames(node) => self.on_blames_due(turn, &node),
                 Timer::CheckAll => {
                     self.check_all();
                     self.timers.set(Timer::CheckAll, Timestamp(turn.now.0 + CHECK_ALL_MS));

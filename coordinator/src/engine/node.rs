@@ -9,7 +9,7 @@ use everlit_api::rank::{Cause, RankExit};
 use everlit_api::status::NodeLoad;
 use everlit_api::time::{Millis, Timestamp};
 
-use super::placement::{Need, Placement, plan_gang};
+use super::placement::{Placement, plan_gang};
 use super::state::{Ending, Facts, Then};
 use super::timers::Timer;
 use super::{Engine, Turn};
@@ -164,7 +164,7 @@ impl Engine {
             if decided {
                 // It was to end anyway: what may still run there is stopped when the node is back.
                 self.lose_ranks(turn, job_id);
-            } else if matches!(plan_gang(&self.nodes, &Need::of(&job.spec)), Placement::Now(_)) {
+            } else if matches!(plan_gang(&self.nodes, &job.need()), Placement::Now(_)) {
                 let reason = format!("{id} was lost");
                 let ending = Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::NodeLost), reason: reason.clone() };
                 if let Some(gang) = job.gang.as_mut() {
@@ -218,6 +218,8 @@ impl Engine {
         }
         if !cordoned {
             node.draining = false;
+            // Who takes it back into use says that it is well.
+            self.change_blames(turn, id, Vec::clear);
             self.queue.unpark();
             self.schedule(turn);
         }
@@ -262,5 +264,5 @@ fn holds(job: &super::state::Job, node: &NodeId) -> bool {
 }
 
 fn lost_exit(at: Timestamp, why: &str) -> RankExit {
-    RankExit { code: None, signal: None, error: Some(why.into()), at, tail: Vec::new(), message: None, out_of_memory: false }
+    RankExit { code: None, signal: None, error: Some(why.into()), at, tail: Vec::new(), message: None, matched: None, out_of_memory: false }
 }

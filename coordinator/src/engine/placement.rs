@@ -11,6 +11,10 @@ use everlit_api::model::{MemoryEstimate, ModelSizes};
 use everlit_api::status::{Capacity, NodeLoad, PlacedRanks};
 use everlit_api::time::Timestamp;
 
+use super::blame::Blame;
+use super::limits::BLAME_MS;
+use super::state::Job;
+
 /// A node as the engine holds it.
 #[derive(Debug, Clone, Default)]
 pub struct Node {
@@ -34,6 +38,8 @@ pub struct Node {
     pub seen_at: Option<Timestamp>,
     /// What gangs hold there.
     pub taken: Taken,
+    /// Failures of late that may be its own, oldest first.
+    pub blames: Vec<Blame>,
 }
 
 /// What gangs hold on a node.
@@ -66,6 +72,8 @@ pub struct Need {
     pub gpus_optional: bool,
     /// What a rank of the built-in program will take, when the job does not say. Not reserved: it only tells what can never run.
     pub estimate: Estimate,
+    /// Nodes that it must not go to.
+    pub excluded: BTreeSet<NodeId>,
 }
 
 /// Bytes of one rank at least: with one sample in a forward pass.
@@ -101,6 +109,7 @@ impl Need {
             gpus,
             gpus_optional,
             estimate: estimate.map(|e| Estimate { device: e.total(1) - e.snapshot_bytes, snapshots: e.snapshot_bytes }).unwrap_or_default(),
+            excluded: BTreeSet::new(),
         }
     }
 
@@ -114,6 +123,13 @@ impl Need {
             memory: self.memory.saturating_mul(count_wide),
             gpus: gpus.iter().copied().collect(),
         }
+    }
+}
+
+impl Job {
+    /// What its gang needs now.
+    pub fn need(&self) -> Need {
+        Need { excluded: self.excluded.iter().cloned().collect(), ..Need::of(&self.spec) }
     }
 }
 
@@ -209,13 +225,20 @@ impl Node {
     }
 
     /// A sentence on why this gang is not here.
-    pub fn explain(&self, need: &Need) -> String {
+    pub fn explain(&self, id: &NodeId, need: &Need) -> String {
+        if need.excluded.contains(id) {
+            return "is excluded for this job by its log_policies, until a user restarts it".into();
+        }
         match (self.fit(need, true), self.fit(need, false)) {
             (Err(never), _) => format!("can never hold it: {never}"),
             _ if self.lost || !self.linked => "its agent is not connected".into(),
             _ if self.draining => "is draining".into(),
             _ if self.cordoned => "is cordoned".into(),
             (_, Err(later)) => later,
+            _ if self.avoided() > 0 => {
+                let hours = BLAME_MS / 3_600_000;
+                format!("has room, and is avoided: {} failures in {hours} h that may be the machine's", self.avoided())
+            }
             _ => "has room".into(),
         }
     }
@@ -229,24 +252,29 @@ fn gib(bytes: u64) -> String {
     format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))
 }
 
-/// Chooses the node that is left with the fewest free places (best fit), by name among equals.
+/// Chooses the node that is left with the fewest free places (best fit), by name among equals; suspected ones last.
 pub fn plan_gang(nodes: &BTreeMap<NodeId, Node>, need: &Need) -> Placement {
-    let fitting = nodes.iter().filter(|(_, n)| n.is_open()).filter_map(|(id, n)| n.fit(need, false).ok().map(|gpus| (id, n, gpus)));
+    let allowed = |id: &NodeId| !need.excluded.contains(id);
+    let fitting =
+        nodes.iter().filter(|(id, n)| n.is_open() && allowed(id)).filter_map(|(id, n)| n.fit(need, false).ok().map(|gpus| (id, n, gpus)));
     let with_gpus = |gpus: &[u32]| need.gpus_optional && gpus.is_empty();
-    let best = fitting.min_by_key(|(id, n, gpus)| (with_gpus(gpus), n.capacity.slots.saturating_sub(n.taken.ranks), (*id).clone()));
+    let key =
+        |id: &NodeId, n: &Node, gpus: &[u32]| (with_gpus(gpus), n.avoided(), n.capacity.slots.saturating_sub(n.taken.ranks), id.clone());
+    let best = fitting.min_by_key(|(id, n, gpus)| key(id, n, gpus));
     if let Some((id, _, gpus)) = best {
         return Placement::Now(vec![PlacedRanks { node: id.clone(), first_rank: 0, count: need.ranks, gpus }]);
     }
     if nodes.is_empty() {
         return Placement::Later("no node has joined yet".into());
     }
-    let ever: Vec<_> = nodes.iter().filter(|(_, n)| !n.lost && n.fit(need, true).is_ok()).collect();
+    let ever: Vec<_> = nodes.iter().filter(|(id, n)| !n.lost && allowed(id) && n.fit(need, true).is_ok()).collect();
     match ever.first() {
-        Some((id, node)) => Placement::Later(format!("{id} {}", node.explain(need))),
+        Some((id, node)) => Placement::Later(format!("{id} {}", node.explain(id, need))),
         None => {
-            let reasons: Vec<_> = nodes.iter().take(4).map(|(id, n)| format!("{id} {}", n.explain(need))).collect();
-            let which = if nodes.values().any(|n| n.fit(need, true).is_ok()) {
-                "no connected node can hold it"
+            let reasons: Vec<_> = nodes.iter().take(4).map(|(id, n)| format!("{id} {}", n.explain(id, need))).collect();
+            let mut able = nodes.iter().filter(|(_, n)| n.fit(need, true).is_ok()).peekable();
+            let which = if able.peek().is_some() {
+                if able.any(|(id, _)| allowed(id)) { "no connected node can hold it" } else { "no other node can hold it" }
             } else {
                 "no node can ever hold it"
             };
@@ -269,7 +297,16 @@ mod tests {
     }
 
     fn need(ranks: u32) -> Need {
-        Need { ranks, spares: 0, cpu_milli: 0, memory: 0, gpus: 0, gpus_optional: false, estimate: Estimate::default() }
+        Need {
+            ranks,
+            spares: 0,
+            cpu_milli: 0,
+            memory: 0,
+            gpus: 0,
+            gpus_optional: false,
+            estimate: Estimate::default(),
+            excluded: BTreeSet::new(),
+        }
     }
 
     #[test]

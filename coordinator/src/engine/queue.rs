@@ -94,7 +94,16 @@ mod tests {
     use super::*;
 
     fn need(ranks: u32) -> Need {
-        Need { ranks, spares: 0, cpu_milli: 0, memory: 0, gpus: 0, gpus_optional: false, estimate: Default::default() }
+        Need {
+            ranks,
+            spares: 0,
+            cpu_milli: 0,
+            memory: 0,
+            gpus: 0,
+            gpus_optional: false,
+            estimate: Default::default(),
+            excluded: Default::default(),
+        }
     }
 
     fn id(n: u128) -> JobId {

@@ -7,9 +7,10 @@ use everlit_api::job::JobSpec;
 use everlit_api::status::JobState;
 use everlit_api::time::Timestamp;
 
+use super::blame::{Blame, is_fresh};
 use super::command::JobRow;
 use super::limits::{CHECK_ALL_MS, REGROUP_MAX_MS, SERIES_EVERY_MS};
-use super::placement::{Need, Node};
+use super::placement::Node;
 use super::progress::Series;
 use super::state::{Job, ROW_VERSION, Ranks};
 use super::timers::Timer;
@@ -37,6 +38,8 @@ pub struct StoredNode {
     pub id: NodeId,
     /// No new ranks.
     pub cordoned: bool,
+    /// What is held against it, JSON.
+    pub blames: Option<String>,
 }
 
 impl Job {
@@ -92,7 +95,15 @@ impl Engine {
     pub fn load(config: Config, now: Timestamp, jobs: &[StoredJob], nodes: &[StoredNode]) -> Result<Self, String> {
         let mut engine = Self::new(config);
         for node in nodes {
-            engine.nodes.insert(node.id.clone(), Node { cordoned: node.cordoned, ..Node::default() });
+            // What can not be read of them keeps no coordinator from its start: nodes are only avoided by it.
+            let blames: Vec<Blame> = node.blames.as_deref().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+            let blames: Vec<Blame> = blames.into_iter().filter(|blame| is_fresh(blame, now)).collect();
+            if !node.cordoned && blames.is_empty() {
+                // Nothing of it matters any more, and it may have gone for good.
+                continue;
+            }
+            engine.nodes.insert(node.id.clone(), Node { cordoned: node.cordoned, blames, ..Node::default() });
+            engine.await_blames(&node.id);
         }
         for row in jobs {
             let job = read_job(row)?;
@@ -113,7 +124,7 @@ impl Engine {
     fn load_job(&mut self, now: Timestamp, mut job: Job) {
         let id = job.id;
         job.series_kept_at = now;
-        let need = Need::of(&job.spec);
+        let need = job.need();
         if job.state == JobState::Queued {
             self.queue.push(id, job.spec.priority, need);
         } else if let Some(gang) = &job.gang {

@@ -75,6 +75,12 @@ pub struct Job {
     pub checkpoints: Vec<CheckpointView>,
     /// Every node that ever had files of it.
     pub nodes: Vec<NodeId>,
+    /// Nodes that it is kept from, by its `log_policies`; oldest first.
+    #[serde(default)]
+    pub excluded: Vec<NodeId>,
+    /// Its failures followed it to another node: they are held against none.
+    #[serde(default)]
+    pub fails_anywhere: bool,
 }
 
 /// Attempts in a row that began from one place and ended without a step.
@@ -419,6 +425,7 @@ impl Ranks {
             at,
             tail: Vec::new(),
             message: None,
+            matched: None,
             out_of_memory: false,
         };
         for rank in 0..self.list.len() as u32 {

@@ -22,6 +22,8 @@ pub enum Timer {
     TimeLimit(JobId),
     /// A node has not been heard of for the node timeout.
     NodeLost(NodeId),
+    /// The oldest failure that is held against a node is forgotten.
+    Blames(NodeId),
     /// Check every table.
     CheckAll,
 }

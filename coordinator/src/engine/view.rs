@@ -2,7 +2,7 @@
 
 use everlit_api::ids::NodeId;
 use everlit_api::rank::RankState;
-use everlit_api::status::{JobView, LastCheckpoint, NodeState, NodeView, RankView, Summary};
+use everlit_api::status::{BlameView, JobView, LastCheckpoint, NodeState, NodeView, RankView, Summary};
 use everlit_api::time::Timestamp;
 
 use super::placement::Node;
@@ -134,6 +134,8 @@ impl Node {
             memory_reserved: self.taken.memory,
             gpus_granted: self.taken.gpus.iter().copied().collect(),
             agent_version: self.version.clone(),
+            avoided: self.avoided() > 0,
+            blames: self.blames.iter().map(|b| BlameView { time: b.at, job_id: b.job, cause: b.cause }).collect(),
             report_age_seconds: self.seen_at.map(|at| now.since_ms(at) as f64 / 1_000.0),
         }
     }

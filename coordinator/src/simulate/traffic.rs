@@ -169,7 +169,16 @@ impl Sizes {
             ..Beat::default()
         };
         let (none, one) = (bytes(&FromAgent::Beats { beats: Vec::new() }), bytes(&FromAgent::Beats { beats: vec![beat] }));
-        let exit = RankExit { code: None, signal: Some(15), error: None, at, tail: Vec::new(), message: None, out_of_memory: false };
+        let exit = RankExit {
+            code: None,
+            signal: Some(15),
+            error: None,
+            at,
+            tail: Vec::new(),
+            message: None,
+            matched: None,
+            out_of_memory: false,
+        };
         let stop = ToAgent::StopGang { job, attempt: 100, grace: Millis(30_000) };
         Self {
             beat: one,

@@ -1,6 +1,6 @@
 //! What users submit: jobs that would end well by themselves, and some that never would.
 
-use everlit_api::job::{Device, JobSpec, Resources};
+use everlit_api::job::{Device, JobSpec, LogAction, LogPolicy, Resources};
 use everlit_api::time::Millis;
 
 use crate::node::SimNode;
@@ -70,9 +70,13 @@ impl Script {
             spec.restart.spares = (random.below(3) as u32).min(slots - world);
         }
         let steps = random.between(5, 150);
-        if in_place && steps % 3 == 0 {
-            // From a number that is drawn anyway: the kept seeds stay what they were.
+        // No draw of its own, so that seeds of before stay the runs that they were.
+        if in_place && steps.is_multiple_of(3) {
             spec.min_world_size = Some(1 + (steps / 3) as u32 % world).filter(|least| *least < world);
+        }
+        if steps.is_multiple_of(4) {
+            let policy = |action| LogPolicy { name: None, pattern: "x".into(), action };
+            spec.log_policies = vec![policy(LogAction::ExcludeNode), policy(LogAction::CancelRetries)];
         }
         let (step_ms, save_every, peers_notice) = (random.between(50, 3_000), random.between(1, 20), random.percent(70));
         (spec, Self { kind, steps, step_ms, save_every, peers_notice, in_place })

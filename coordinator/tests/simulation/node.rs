@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use everlit_api::agent::{Beat, CheckpointNews, GangSpec, Resumed};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
-use everlit_api::rank::RankExit;
+use everlit_api::rank::{LogMatch, RankExit};
 use everlit_api::status::{Capacity, GpuInfo};
 use everlit_api::time::Timestamp;
 use everlit_worker::agent::engine::{Action, Engine, Event, drained, no_exit};
@@ -115,6 +115,17 @@ impl SimNode {
 
     pub fn has_ended(&self, own: &Incarnation) -> bool {
         self.runs.get(own).is_none_or(|run| run.exit.is_some())
+    }
+
+    /// What one that failed wrote, if its job looks for that: decided by who it is.
+    fn words(&self, own: Incarnation, code: Option<i32>) -> Option<LogMatch> {
+        self.spec(own).filter(|spec| code == Some(1) && !spec.log_policies.is_empty())?;
+        let policy = match (own.job.as_u128() * 5 + u128::from(own.attempt * 3 + own.rank)) % 11 {
+            0 => 1,
+            1..=4 => 0,
+            _ => return None,
+        };
+        Some(LogMatch { policy, line: "what was looked for".into() })
     }
 
     fn gang_ranks(&self, job: JobId, attempt: u32) -> Vec<Incarnation> {
@@ -516,10 +527,11 @@ impl World {
     pub fn rank_end(&mut self, node: usize, boot: u64, incarnation: Incarnation, code: Option<i32>, signal: Option<i32>, lost: bool) {
         let at = self.wall(node);
         let own = &mut self.nodes[node];
+        let matched = own.words(incarnation, code);
         let Some(run) = own.runs.get_mut(&incarnation).filter(|run| run.is_alive() && own.boot == boot) else { return };
         let exit = match lost {
             true => no_exit("its shim died", at),
-            false => RankExit { code, signal, error: None, at, tail: Vec::new(), message: None, out_of_memory: false },
+            false => RankExit { code, signal, error: None, at, tail: Vec::new(), message: None, matched, out_of_memory: false },
         };
         let (exit, lost) = if run.drained { (drained(exit), true) } else { (exit, lost) };
         run.exit = Some((exit.clone(), lost));

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::status::JobState;
 use everlit_api::time::Timestamp;
-use everlit_coordinator::engine::{Command, Record, Step, StoredJob, StoredNode, read_job, state::Job};
+use everlit_coordinator::engine::{Blame, Command, Record, Step, StoredJob, StoredNode, read_job, state::Job};
 
 #[derive(Debug, Default)]
 pub struct Store {
@@ -13,6 +13,7 @@ pub struct Store {
     /// With how often a row of it was written after it was final.
     pub finals: BTreeMap<JobId, StoredJob>,
     pub cordoned: BTreeSet<NodeId>,
+    pub blames: BTreeMap<NodeId, Vec<Blame>>,
     /// Jobs whose files are to go, by node.
     pub removals: BTreeMap<NodeId, BTreeSet<JobId>>,
     /// Removed with everything.
@@ -51,6 +52,7 @@ impl Store {
                 self.active.insert(row.id, stored)
             };
         }
+        self.blames.extend(record.blames.iter().cloned());
         for (node, cordoned) in &record.cordons {
             if *cordoned {
                 self.cordoned.insert(node.clone())
@@ -65,7 +67,9 @@ impl Store {
     }
 
     pub fn nodes(&self) -> Vec<StoredNode> {
-        self.cordoned.iter().map(|id| StoredNode { id: id.clone(), cordoned: true }).collect()
+        let known: BTreeSet<&NodeId> = self.cordoned.iter().chain(self.blames.keys()).collect();
+        let text = |id: &NodeId| self.blames.get(id).map(|blames| serde_json::to_string(blames).expect("plain data"));
+        known.into_iter().map(|id| StoredNode { id: id.clone(), cordoned: self.cordoned.contains(id), blames: text(id) }).collect()
     }
 
     /// A job as the disk has it.

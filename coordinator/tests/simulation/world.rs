@@ -21,6 +21,18 @@ pub const SAFETY_MS: u64 = 10 * 60 * 1_000;
 /// After the healing every job must be final within this: five minutes for a straggler, and generous time for the work itself.
 pub const LIVENESS_MS: u64 = 4 * 3_600 * 1_000;
 
+/// Events that a long run must have seen.
+pub const TOLD: [&str; 8] = [
+    "rank_replaced",
+    "gang_shrunk",
+    "recovered_in_place",
+    "gang_grown",
+    "log_policy_matched",
+    "nodes_readmitted",
+    "node_blamed",
+    "blame_withdrawn",
+];
+
 /// What is to happen.
 #[derive(Debug, Clone)]
 pub enum Happening {
@@ -135,9 +147,6 @@ impl Happening {
     }
 }
 
-/// What becomes of a gang without a new attempt.
-pub const IN_PLACE: [&str; 4] = ["rank_replaced", "gang_shrunk", "recovered_in_place", "gang_grown"];
-
 pub struct World {
     pub now: u64,
     agenda: BTreeMap<(u64, u64), Happening>,
@@ -154,8 +163,8 @@ pub struct World {
     pub violation: Option<String>,
     /// A hash over all that happened: the same seed gives the same.
     pub trace: u64,
-    /// How often each of [`IN_PLACE`] was decided or seen.
-    pub in_place: [u64; 4],
+    /// How often each of [`TOLD`] came.
+    pub told: BTreeMap<&'static str, u64>,
     /// Happenings so far.
     pub count: u64,
     pub next_pid: u32,
@@ -185,7 +194,7 @@ impl World {
             checkers: Checkers::default(),
             violation: None,
             trace: 0xCBF2_9CE4_8422_2325,
-            in_place: [0; 4],
+            told: TOLD.iter().map(|name| (*name, 0)).collect(),
             count: 0,
             next_pid: 100,
             loud: false,
@@ -233,7 +242,9 @@ impl World {
         }
         if let Seen::Written(record) = seen {
             for event in &record.events {
-                IN_PLACE.iter().position(|name| event.event == *name).into_iter().for_each(|index| self.in_place[index] += 1);
+                if let Some(name) = TOLD.iter().find(|name| event.event == **name) {
+                    *self.told.entry(name).or_default() += 1;
+                }
             }
         }
         let mut checkers = std::mem::take(&mut self.checkers);
@@ -338,6 +349,7 @@ impl World {
             Happening::Mend { node } => self.nodes[node].disk_full = false,
             Happening::Care => {
                 self.uncordon_all();
+                self.restart_what_is_kept_from_every_node();
                 self.after(30_000, Happening::Care);
             }
         }
@@ -365,6 +377,17 @@ impl World {
         let ids: Vec<NodeId> = self.nodes.iter().map(|node| node.id.clone()).collect();
         for id in ids {
             self.wish(everlit_coordinator::engine::Event::CordonRequested { node: id, cordoned: false });
+        }
+    }
+
+    /// A job that waits with excluded nodes may wait for ever: a user sees it, and says that they are well.
+    fn restart_what_is_kept_from_every_node(&mut self) {
+        let waits =
+            |job: &everlit_coordinator::engine::state::Job| job.state == everlit_api::status::JobState::Queued && !job.excluded.is_empty();
+        let jobs: Vec<JobId> =
+            self.coordinator.engine.iter().flat_map(|engine| engine.jobs().filter(|job| waits(job)).map(|job| job.id)).collect();
+        for job in jobs {
+            self.wish(everlit_coordinator::engine::Event::RestartRequested { job });
         }
     }
 

@@ -22,6 +22,7 @@ use super::engine::{Action, Engine, Event};
 use super::heartbeat::Heard;
 use super::limits::LOOK_EVERY;
 use super::link::{self, LinkEvent};
+use super::policies::{Policies, shorten};
 use super::ranks::ShimNews;
 use super::shim::{Settled, Told};
 use super::start::Node;
@@ -41,6 +42,7 @@ pub(super) struct Driver {
     started: Instant,
     engine: Engine,
     effects: Effects,
+    policies: Policies,
     hello: Hello,
     coordinator_file: PathBuf,
     health: UnixListener,
@@ -77,6 +79,7 @@ impl Driver {
             started: Instant::now(),
             engine: Engine::new(0, args.linger.0),
             effects: Effects::new(node, gpus, watcher, shims_tx, done_tx),
+            policies: Policies::default(),
             hello,
             coordinator_file,
             health,
@@ -242,7 +245,7 @@ impl Driver {
                 if let Some(Told::Started { pid, at_ms, .. }) = started {
                     self.handle(Event::RankStarted { incarnation, pid, at: Timestamp(at_ms) });
                 }
-                self.on_ended(incarnation, exit, lost)
+                self.on_ended(incarnation, *exit, lost)
             }
         }
     }
@@ -257,6 +260,8 @@ impl Driver {
             self.handle(Event::CheckpointSeen(news));
         }
         self.effects.on_ended(incarnation);
+        exit.matched = self.engine.spec(incarnation.job, incarnation.attempt).and_then(|spec| self.policies.find(spec, &exit));
+        shorten(&mut exit.tail);
         exit.out_of_memory = self.effects.memory_was_short(&exit);
         tracing::info!(%incarnation, exit = exit.describe(), lost, "a rank ended");
         self.handle(Event::RankEnded { incarnation, exit, lost })

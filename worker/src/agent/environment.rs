@@ -139,6 +139,7 @@ pub(crate) mod tests {
             checkpoint: CheckpointPolicy::default(),
             heartbeat: HeartbeatPolicy::default(),
             log_metrics: Vec::new(),
+            log_policies: Vec::new(),
             log_bytes_max: 1 << 30,
             stop_grace: default_stop_grace(),
         }

@@ -79,6 +79,11 @@ pub(super) const REPORT_EVERY: Duration = Duration::from_secs(1);
 pub(super) const METRICS_BYTES_MAX: u64 = 256 * 1024;
 /// Bytes of a compiled pattern at most.
 pub(super) const PATTERN_BYTES_MAX: usize = 256 * 1024;
+/// Lines and bytes of a rank's last output that are told with its end; what its shim kept is searched before it is cut.
+pub(super) const TAIL_LINES_MAX: usize = 20;
+pub(super) const TAIL_BYTES_MAX: usize = 4096;
+/// Bytes of a line that a policy matched that are told.
+pub(super) const MATCHED_BYTES_MAX: usize = 300;
 /// Bytes of a program's error file that are read.
 pub(super) const ERROR_FILE_BYTES_MAX: u64 = 64 * 1024;
 /// Characters of a program's error message that are told.

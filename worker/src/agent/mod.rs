@@ -21,6 +21,7 @@ mod load;
 mod logs;
 mod memory;
 mod metrics;
+mod policies;
 mod procs;
 mod progress;
 mod ranks;

@@ -68,7 +68,7 @@ pub(super) fn rank_exit(told: Told, run_folder: &Path) -> Option<(RankExit, bool
     let Told::Exit { code, signal, error, at_ms, tail } = told else { return None };
     let lost = code.is_none() && signal.is_none();
     let message = if code == Some(0) { None } else { error_message(&run_folder.join(ERROR_NAME)) };
-    let exit = RankExit { code, signal, error, at: Timestamp(at_ms), tail, message, out_of_memory: false };
+    let exit = RankExit { code, signal, error, at: Timestamp(at_ms), tail, message, matched: None, out_of_memory: false };
     Some(if run_folder.join(DRAINED_NAME).exists() { (drained(exit), true) } else { (exit, lost) })
 }
 
@@ -121,7 +121,7 @@ pub(super) enum Settled {
         /// The shim and rank, when the rank ran.
         started: Option<Told>,
         /// How.
-        exit: RankExit,
+        exit: Box<RankExit>,
         /// Nobody saw how.
         lost: bool,
     },
@@ -152,7 +152,7 @@ fn ended(run_folder: &Path, why: &str) -> Settled {
     let exit = told.into_iter().find_map(|told| rank_exit(told, run_folder));
     let why = if started.is_none() { "it was never started" } else { why };
     let (exit, lost) = exit.unwrap_or_else(|| (no_exit(why, Timestamp::now()), true));
-    Settled::Ended { started, exit, lost }
+    Settled::Ended { started, exit: Box::new(exit), lost }
 }
 
 /// Connects to a living shim. Its socket's path may be too long, so it is reached through the folder's descriptor.

@@ -21,10 +21,10 @@ pub const PROTOCOL: u32 = 1;
 pub const STATE_NAME: &str = "state";
 /// The socket in a run folder that later agents connect to.
 pub const SOCKET_NAME: &str = "shim.sock";
-/// Lines of output kept for the exit record.
-pub const TAIL_LINES_MAX: usize = 20;
-/// Bytes of output kept for the exit record.
-pub const TAIL_BYTES_MAX: usize = 4096;
+/// Lines of output kept for the exit record: what the agent searches. Native stack traces can be a hundred lines below the error.
+pub const TAIL_LINES_MAX: usize = 200;
+/// Bytes of output kept for the exit record; in escapes it must still fit into a socket's buffer at once.
+pub const TAIL_BYTES_MAX: usize = 16 * 1024;
 
 /// The whole program.
 pub fn main() -> ExitCode {

@@ -106,10 +106,10 @@ mod tests {
 
     #[test]
     fn only_the_last_lines_are_told() {
-        let output: String = (0..100).map(|n| format!("line {n}\n")).collect();
+        let output: String = (0..1000).map(|n| format!("line {n}\n")).collect();
         let line = end_line(&End::default(), output.as_bytes());
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();
         let tail = value["exit"]["tail"].as_array().unwrap();
-        assert_eq!((tail.len(), tail[0].as_str(), tail[19].as_str()), (20, Some("line 80"), Some("line 99")));
+        assert_eq!((tail.len(), tail[0].as_str(), tail[199].as_str()), (200, Some("line 800"), Some("line 999")));
     }
 }

@@ -286,6 +286,7 @@ impl Bench {
             checkpoint: CheckpointPolicy::default(),
             heartbeat: HeartbeatPolicy::default(),
             log_metrics: Vec::new(),
+            log_policies: Vec::new(),
             log_bytes_max: 1 << 30,
             stop_grace: Millis(30_000),
         }

@@ -89,6 +89,7 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
     let (env, secrets) = environment::variables(&mut top);
     let workdir = top.read("workdir", path);
     let log_metrics = policies::log_metrics(&mut top);
+    let log_policies = policies::log_policies(&mut top);
     let resources = top.object("resources", policies::resources);
     let in_place = kind == JobKind::Train && command.is_none() && world_size > 1;
     let restart = top.object("restart", |fields| policies::restart(fields, in_place));
@@ -102,7 +103,6 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
     for field in ["replicas", "engine", "model", "port", "health", "autoscale"] {
         top.not_built(field, |_| false, "belongs to kind serve, which is not built");
     }
-    top.not_built("log_policies", |v| v.as_array().is_some_and(Vec::is_empty), "policies over log lines are not built");
     top.finish();
     JobSpec {
         name,
@@ -118,6 +118,7 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
         secrets,
         workdir,
         log_metrics,
+        log_policies,
         resources,
         restart,
         heartbeat,

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use super::DAY;
 use super::reader::Reader;
-use super::values::{boolean, choice, duration, integer, number, size, text};
-use crate::job::{Backoff, FailureAction, HeartbeatPolicy, LogMetric, Resources, RestartPolicy, RestartScope};
+use super::values::{self, boolean, choice, duration, integer, number, size, text};
+use crate::job::{Backoff, FailureAction, HeartbeatPolicy, LogAction, LogMetric, LogPolicy, Resources, RestartPolicy, RestartScope};
 use crate::rank::Cause;
 use crate::time::Millis;
 
@@ -18,6 +18,7 @@ const GPUS_MAX: u64 = 1024;
 const RESTARTS_MAX: u64 = 1_000_000;
 const SPARES_MAX: u64 = 64;
 const LOG_METRICS_MAX: usize = 16;
+const LOG_POLICIES_MAX: usize = 16;
 const PATTERN_BYTES_MAX: usize = 1024;
 /// Compiled bytes of one pattern at most.
 const PATTERN_SIZE_MAX: usize = 1 << 20;
@@ -145,14 +146,41 @@ pub(super) fn log_metrics(top: &mut Reader<'_, '_>) -> Vec<LogMetric> {
 
 fn pattern(value: &Value) -> Result<String, String> {
     let text = text(value, PATTERN_BYTES_MAX)?;
-    let regex = regex::RegexBuilder::new(text).size_limit(PATTERN_SIZE_MAX).build().map_err(|bad| {
-        let last = bad.to_string().lines().last().unwrap_or_default().trim().to_string();
-        format!("is not a regular expression: {}", last.strip_prefix("error: ").unwrap_or(&last))
-    })?;
+    let regex = regex::RegexBuilder::new(text).size_limit(PATTERN_SIZE_MAX).build().map_err(not_a_pattern)?;
     if regex.captures_len() < 2 {
         return Err("must have a group that holds the number, like `loss=([0-9.]+)`".into());
     }
     Ok(text.into())
+}
+
+fn not_a_pattern(bad: regex::Error) -> String {
+    let last = bad.to_string().lines().last().unwrap_or_default().trim().to_string();
+    format!("is not a regular expression: {}", last.strip_prefix("error: ").unwrap_or(&last))
+}
+
+pub(super) fn log_policies(top: &mut Reader<'_, '_>) -> Vec<LogPolicy> {
+    let policies = top.objects("log_policies", LOG_POLICIES_MAX, |fields| {
+        for needed in ["pattern", "action"] {
+            if fields.get(needed).is_none() {
+                fields.fault(needed, "must be given".into());
+            }
+        }
+        let name = fields.read("name", values::name);
+        let pattern = fields.read("pattern", policy_pattern);
+        let actions = [("exclude_node", LogAction::ExcludeNode), ("cancel_retries", LogAction::CancelRetries)];
+        let action = fields.read("action", |v| choice(v, &actions));
+        Some(LogPolicy { name, pattern: pattern?, action: action? })
+    });
+    policies.unwrap_or_default()
+}
+
+fn policy_pattern(value: &Value) -> Result<String, String> {
+    let pattern = text(value, PATTERN_BYTES_MAX)?;
+    let regex = LogPolicy::compile(pattern).map_err(not_a_pattern)?;
+    if regex.is_match("") {
+        return Err("matches an empty line, so it would match any output: write what the line must hold".into());
+    }
+    Ok(pattern.into())
 }
 
 fn metric_name(value: &Value) -> Result<String, String> {

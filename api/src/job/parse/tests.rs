@@ -9,8 +9,8 @@ use super::*;
 use crate::environment::RESERVED;
 use crate::job::FailureAction;
 use crate::job::{
-    Backoff, BatchSize, Device, EvaluationSpec, HeartbeatPolicy, LogMetric, MODEL_PRESETS, ModelSpec, OnNan, Precision, Resources,
-    RestartPolicy, RestartScope, WorkerSpec,
+    Backoff, BatchSize, Device, EvaluationSpec, HeartbeatPolicy, LogAction, LogMetric, LogPolicy, MODEL_PRESETS, ModelSpec, OnNan,
+    Precision, Resources, RestartPolicy, RestartScope, WorkerSpec,
 };
 use crate::model::LlamaSizes;
 use crate::rank::Cause;
@@ -77,7 +77,7 @@ fn what_is_not_built_is_refused_as_such() {
     check(
         json!({
             "world_size": 4, "min_world_size": 2, "kind": "serve", "image": "x", "replicas": 1, "engine": "vllm", "model": "m", "port": 1,
-            "health": {}, "autoscale": {}, "log_policies": [{}], "checkpoint": {"to": "s3://b"},
+            "health": {}, "autoscale": {}, "checkpoint": {"to": "s3://b"},
             "restart": {"scope": "rank", "spares": 0},
             "resources": {"gpu_memory": "8Gi", "gpus": 0.5},
         }),
@@ -94,7 +94,6 @@ fn what_is_not_built_is_refused_as_such() {
             - /port belongs to kind serve, which is not built
             - /health belongs to kind serve, which is not built
             - /autoscale belongs to kind serve, which is not built
-            - /log_policies policies over log lines are not built
         "#]],
     );
 }
@@ -376,6 +375,49 @@ fn log_metrics_must_compile_and_hold_a_number() {
 }
 
 #[test]
+fn log_policies_are_read_and_their_faults_named() {
+    let body = json!({"log_policies": [{"name": "ecc", "pattern": "(?i)uncorrectable ECC", "action": "exclude_node"},
+                                       {"name": null, "pattern": "assert", "action": "cancel_retries"}]});
+    let policy = |name: Option<&str>, pattern: &str, action| LogPolicy { name: name.map(Into::into), pattern: pattern.into(), action };
+    assert_eq!(
+        parse(&body).expect("well formed").log_policies,
+        [policy(Some("ecc"), "(?i)uncorrectable ECC", LogAction::ExcludeNode), policy(None, "assert", LogAction::CancelRetries)]
+    );
+    check(
+        json!({"log_policies": [{"pattern": "a(", "action": "restart"}, {"pattern": "x*"}, {"action": "exclude_node", "name": "a/b"}, "ECC",
+               {"pattern": "((a{500}){500})", "action": "exclude_node", "actions": 1}, {"pattern": "", "action": 3}]}),
+        expect![[r#"
+            x /log_policies/0/pattern is not a regular expression: unclosed group
+            x /log_policies/0/action must be one of "exclude_node", "cancel_retries"
+            x /log_policies/1/action must be given
+            x /log_policies/1/pattern matches an empty line, so it would match any output: write what the line must hold
+            x /log_policies/2/pattern must be given
+            x /log_policies/2/name must be 1 to 128 letters, digits, `.`, `_`, `-` and spaces, and not blank
+            x /log_policies/3 must be an object, not a text
+            x /log_policies/4/pattern is not a regular expression: Compiled regex exceeds size limit of 262144 bytes.
+            x /log_policies/4/actions is not a known field: did you mean `action`?
+            x /log_policies/5/pattern matches an empty line, so it would match any output: write what the line must hold
+            x /log_policies/5/action must be one of "exclude_node", "cancel_retries"
+        "#]],
+    );
+    let many: Vec<Value> = (0..17).map(|_| json!({"pattern": "x", "action": "exclude_node"})).collect();
+    check(
+        json!({"log_policies": many}),
+        expect![[r#"
+            x /log_policies has 17 entries: at most 16 are allowed
+        "#]],
+    );
+    check(
+        json!({"log_policies": {"pattern": "x"}, "log_policy": [], "restart": {"log_policies": []}}),
+        expect![[r#"
+            x /log_policies must be a list, not an object
+            x /restart/log_policies is not a known field
+            x /log_policy is not a known field
+        "#]],
+    );
+}
+
+#[test]
 fn labels_and_resume_from_are_checked() {
     let labels: serde_json::Map<String, Value> = (0..65).map(|i| (format!("k{i}"), json!("v"))).collect();
     check(
@@ -460,6 +502,8 @@ fn json_value() -> impl Strategy<Value = Value> {
             "gpus",
             "cpus",
             "log_metrics",
+            "log_policies",
+            "action",
             "pattern",
             "field",
             "resume_from",
@@ -544,8 +588,10 @@ prop_compose! {
         shards in proptest::collection::vec("/[a-z.]{1}[a-z/]{0,9}", 0..4),
         priority in proptest::sample::select(vec![Priority::Low, Priority::Normal, Priority::High, Priority::Critical]),
     ) -> JobSpec {
+        let policy = |name: &String| LogPolicy { name: Some(name.clone()), pattern: name.clone(), action: LogAction::ExcludeNode };
+        let log_policies = metric.iter().map(policy).collect();
         let log_metrics = metric.map(|name| LogMetric { pattern: format!("{name}=(\\d+)"), field: name }).into_iter().collect();
-        JobSpec { name, labels, env, secrets, workdir, resume_from, log_metrics, data: DataSpec { shards }, priority, ..JobSpec::default_for(1) }
+        JobSpec { name, labels, env, secrets, workdir, resume_from, log_metrics, log_policies, data: DataSpec { shards }, priority, ..JobSpec::default_for(1) }
     }
 }
 

@@ -97,6 +97,8 @@ fn node(name: &str) -> NodeView {
         gpus_granted: Vec::new(),
         agent_version: "0.1.0".into(),
         report_age_seconds: None,
+        avoided: false,
+        blames: Vec::new(),
     }
 }
 

@@ -162,6 +162,7 @@ fn a_lost_shim_is_free() {
         at: Timestamp(50),
         tail: vec![],
         message: None,
+        matched: None,
         out_of_memory: false,
     };
     scene.at(50, Event::RankExited(Exited { incarnation: rank(1, 1, 0), exit: lost, lost: true }));
@@ -255,6 +256,7 @@ fn a_shim_that_died_first_is_named_and_free_though_its_news_came_last() {
         at: Timestamp(50),
         tail: vec![],
         message: None,
+        matched: None,
         out_of_memory: false,
     };
     scene.at(53, Event::RankExited(Exited { incarnation: rank(1, 1, 1), exit: lost, lost: true }));

@@ -97,6 +97,7 @@ fn a_rank_that_hangs_is_replaced_and_its_end_is_nobody_s_failure() {
     assert_eq!(scene.summary(1).ledger.undetected, 2.0);
     scene.expect(expect![[r#"
         3000 job 1: rank_replaced: rank 1 is stuck after step 7: neither a step nor a new phase for 2000 ms (heartbeat.progress_timeout); recovering in place with a new process
+        3000 job 1: node_blamed: the failure of rank 1 may be the machine's: 1 on n1 in 24 h, one may be chance
         3000   n1 <- start job 1 attempt 1 ranks 0+2 port 29500 membership 1 [0, 2]
         3010   n1 <- forget 1.1.1
         3500 job 1: recovered_in_place: rank 1 has a new process; all ranks step again after 500 ms

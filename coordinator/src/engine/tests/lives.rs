@@ -210,6 +210,7 @@ fn a_silent_rank_ends_the_gang_and_stale_news_changes_nothing() {
     scene.expect(expect![[r#"
         20000 job 1: gang_failed: rank 1 is silent: no heartbeat for 10000 ms (heartbeat.timeout 10s)
         20000   n1 <- stop job 1 attempt 1 grace 0s
+        20011 job 1: node_blamed: the failure of rank 1 may be the machine's: 1 on n1 in 24 h, one may be chance
         20011 job 1: restart_scheduled: attempt 2 in 500 ms: restart 1 of 50
         20011   n1 <- forget 1.1.0 1.1.1
         20500 job 1: attempt_placed: attempt 2 is starting on n1

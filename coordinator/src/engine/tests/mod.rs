@@ -6,6 +6,7 @@ mod faults;
 mod in_place;
 mod lives;
 mod nodes;
+mod policies;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -25,6 +26,7 @@ pub(super) struct Scene {
     now: Timestamp,
     told: String,
     rows: std::collections::BTreeMap<JobId, StoredJob>,
+    blames: std::collections::BTreeMap<NodeId, String>,
 }
 
 pub(super) fn job(n: u128) -> JobId {
@@ -53,12 +55,22 @@ pub(super) fn exit(code: i32, at: u64) -> RankExit {
         at: Timestamp(at),
         tail: vec![format!("last words {code}")],
         message: None,
+        matched: None,
         out_of_memory: false,
     }
 }
 
 pub(super) fn killed(at: u64) -> RankExit {
-    RankExit { code: None, signal: Some(9), error: None, at: Timestamp(at), tail: vec![], message: None, out_of_memory: false }
+    RankExit {
+        code: None,
+        signal: Some(9),
+        error: None,
+        at: Timestamp(at),
+        tail: vec![],
+        message: None,
+        matched: None,
+        out_of_memory: false,
+    }
 }
 
 pub(super) fn hello(name: &str, ranks: Vec<RankReport>) -> Event {
@@ -94,7 +106,7 @@ pub(super) fn saved(job_n: u128, attempt: u32, step: u64) -> CheckpointNews {
 impl Scene {
     pub(super) fn new() -> Self {
         let engine = Engine::new(Config::default());
-        Self { engine, now: Timestamp(0), told: String::new(), rows: Default::default() }
+        Self { engine, now: Timestamp(0), told: String::new(), rows: Default::default(), blames: Default::default() }
     }
 
     /// With one node that has room for 8 ranks.
@@ -145,6 +157,9 @@ impl Scene {
                 self.rows.insert(row.id, StoredJob { id: row.id, spec, body: row.body, ranks: row.ranks, series });
             }
         }
+        for (node, blames) in step.record.blames {
+            self.blames.insert(node, serde_json::to_string(&blames).unwrap());
+        }
         for event in step.record.events {
             let of = event.job.map(|j| format!("job {}: ", j.as_u128())).unwrap_or_default();
             writeln!(self.told, "{at} {of}{}: {}", event.event, event.reason).unwrap();
@@ -178,7 +193,8 @@ impl Scene {
     pub(super) fn restart_coordinator(&mut self, ms: u64) {
         self.now = Timestamp(ms);
         let rows: Vec<StoredJob> = self.rows.values().cloned().collect();
-        let nodes: Vec<StoredNode> = vec![];
+        let row = |(id, blames): (&NodeId, &String)| StoredNode { id: id.clone(), cordoned: false, blames: Some(blames.clone()) };
+        let nodes: Vec<StoredNode> = self.blames.iter().map(row).collect();
         self.engine = Engine::load(Config::default(), self.now, &rows, &nodes).expect("its own rows");
     }
 }

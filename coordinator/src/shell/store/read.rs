@@ -63,8 +63,8 @@ impl Store {
 
     /// Every node that has a row.
     pub async fn nodes(&self) -> Result<Vec<StoredNode>, StoreError> {
-        let rows = sqlx::query("SELECT node, cordoned FROM nodes").fetch_all(&self.readers).await?;
-        let read = |row: &SqliteRow| Ok(StoredNode { id: NodeId(row.try_get(0)?), cordoned: row.try_get(1)? });
+        let rows = sqlx::query("SELECT node, cordoned, blames FROM nodes").fetch_all(&self.readers).await?;
+        let read = |row: &SqliteRow| Ok(StoredNode { id: NodeId(row.try_get(0)?), cordoned: row.try_get(1)?, blames: row.try_get(2)? });
         Ok(rows.iter().map(read).collect::<Result<_, sqlx::Error>>()?)
     }
 

@@ -9,7 +9,7 @@ use serde_json::json;
 use sqlx::{Connection, SqliteConnection};
 
 use super::{Store, StoreError};
-use crate::engine::{EventRow, JobRow, Record};
+use crate::engine::{Blame, EventRow, JobRow, Record};
 
 /// A used `Idempotency-Key`.
 #[derive(Debug, Clone)]
@@ -34,6 +34,7 @@ pub struct Batch {
     pub events: Vec<(u64, EventRow)>,
     attempts: BTreeMap<(JobId, u32), AttemptView>,
     cordons: BTreeMap<NodeId, bool>,
+    blames: BTreeMap<NodeId, Vec<Blame>>,
     /// Keys used by jobs of this batch.
     pub idempotency: Vec<Idempotency>,
     removed: BTreeMap<JobId, Vec<NodeId>>,
@@ -48,6 +49,7 @@ impl Batch {
             && self.events.is_empty()
             && self.attempts.is_empty()
             && self.cordons.is_empty()
+            && self.blames.is_empty()
             && self.idempotency.is_empty()
             && self.removed.is_empty()
             && self.cleared.is_empty()
@@ -67,6 +69,7 @@ impl Batch {
         self.events.extend(record.events.into_iter().map(|e| (number(), e)));
         self.attempts.extend(record.attempts.into_iter().map(|(job, view)| ((job, view.attempt), view)));
         self.cordons.extend(record.cordons);
+        self.blames.extend(record.blames);
     }
 
     /// A job goes with everything that is known of it; its nodes are to remove its files.
@@ -165,7 +168,20 @@ async fn write_history(tx: &mut SqliteConnection, batch: &Batch) -> Result<(), S
 /// Nodes, keys, and what is removed.
 async fn write_rest(tx: &mut SqliteConnection, batch: &Batch) -> Result<(), StoreError> {
     for (node, cordoned) in &batch.cordons {
-        sqlx::query("INSERT OR REPLACE INTO nodes (node, cordoned) VALUES (?, ?)").bind(&node.0).bind(cordoned).execute(&mut *tx).await?;
+        sqlx::query("INSERT INTO nodes (node, cordoned) VALUES (?, ?) ON CONFLICT (node) DO UPDATE SET cordoned = excluded.cordoned")
+            .bind(&node.0)
+            .bind(cordoned)
+            .execute(&mut *tx)
+            .await?;
+    }
+    for (node, blames) in &batch.blames {
+        sqlx::query(
+            "INSERT INTO nodes (node, cordoned, blames) VALUES (?, 0, ?) ON CONFLICT (node) DO UPDATE SET blames = excluded.blames",
+        )
+        .bind(&node.0)
+        .bind(text(blames)?)
+        .execute(&mut *tx)
+        .await?;
     }
     for used in &batch.idempotency {
         sqlx::query("INSERT OR IGNORE INTO idempotency (key, body_hash, job_id, created_at) VALUES (?, ?, ?, ?)")
@@ -219,6 +235,32 @@ mod tests {
         let series = series.map(Into::into);
         let row = JobRow { id, state, finished_at: None, spec, body: "{}".into(), ranks: None, series, delete: false };
         Record { jobs: vec![row], ..Record::default() }
+    }
+
+    #[tokio::test]
+    async fn what_is_held_against_a_node_and_its_cordon_do_not_overwrite_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).await.unwrap();
+        let node = |name: &str| NodeId(name.into());
+        let blame = Blame { at: Timestamp(5), job: JobId::from_u128(1), cause: everlit_api::rank::Cause::Stuck };
+        let mut seen = Vec::new();
+        for record in [
+            Record { blames: vec![(node("a"), vec![blame])], ..Record::default() },
+            Record { cordons: vec![(node("a"), true), (node("b"), true)], ..Record::default() },
+            Record { blames: vec![(node("b"), vec![blame]), (node("a"), vec![])], ..Record::default() },
+        ] {
+            let mut batch = Batch::default();
+            batch.add(Timestamp(7), record, || 0);
+            assert!(!batch.is_empty());
+            store.commit(&batch).await.unwrap();
+            let rows = store.nodes().await.unwrap();
+            seen.push(rows.iter().map(|row| (row.id.0.clone(), row.cordoned, row.blames.clone())).collect::<Vec<_>>());
+        }
+        let one = serde_json::to_string(&[blame]).unwrap();
+        assert_eq!(seen[0], [("a".to_string(), false, Some(one.clone()))]);
+        assert_eq!(seen[1], [("a".to_string(), true, Some(one.clone())), ("b".to_string(), true, None)]);
+        assert_eq!(seen[2], [("a".to_string(), true, Some("[]".to_string())), ("b".to_string(), true, Some(one))]);
+        store.close().await;
     }
 
     #[tokio::test]

@@ -16,6 +16,7 @@ mod durable_first;
 mod ledger;
 mod one_lives;
 mod placement;
+mod policies;
 mod quiet;
 pub mod retention;
 pub mod signals;
@@ -94,6 +95,7 @@ pub struct Checkers {
     pub signals: signals::Signals,
     pub retention: retention::Retention,
     budget: budget::Budget,
+    policies: policies::Policies,
 }
 
 impl Checkers {
@@ -104,6 +106,7 @@ impl Checkers {
         self.signals.saw(world, seen)?;
         self.retention.saw(world, seen)?;
         self.budget.saw(world, seen)?;
+        self.policies.saw(world, seen)?;
         quiet::saw(world, seen)?;
         placement::saw(world, seen)?;
         ledger::saw(world, seen)

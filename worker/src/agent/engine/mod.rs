@@ -65,7 +65,16 @@ impl Gang {
 
 /// The end of a rank that nobody saw.
 pub fn no_exit(error: &str, at: Timestamp) -> RankExit {
-    RankExit { code: None, signal: None, error: Some(error.into()), at, tail: Vec::new(), message: None, out_of_memory: false }
+    RankExit {
+        code: None,
+        signal: None,
+        error: Some(error.into()),
+        at,
+        tail: Vec::new(),
+        message: None,
+        matched: None,
+        out_of_memory: false,
+    }
 }
 
 /// The end of a rank that this agent stopped because it was told to end itself, with nobody to ask: no fault of the rank's, so it is said

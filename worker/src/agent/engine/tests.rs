@@ -133,6 +133,7 @@ impl Scene {
             at: Timestamp(2),
             tail: Vec::new(),
             message: None,
+            matched: None,
             out_of_memory: false,
         };
         Event::RankEnded { incarnation: self.own(rank), exit, lost: false }
