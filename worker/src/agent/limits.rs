@@ -55,6 +55,14 @@ pub(super) const WAKE_MAX_MS: u64 = 1_000;
 pub(super) const PROBE_SLOW_MS: u64 = 250;
 /// So long a disk that was found well counts as well.
 pub(super) const PROBE_FRESH_MS: u64 = 500;
+/// Probes that are no further apart say of the time between them, too, that the disk was well.
+pub(super) const PROBE_RUN_MS: u64 = 2_000;
+/// A disk that stood still must have been well for so long again before who is silent is blamed: whoever waited for it may not have run yet.
+pub(super) const WELL_BEFORE_STUCK_MS: u64 = 250;
+/// The same, before heartbeats that did not come are held against a rank by themselves.
+pub(super) const WELL_BEFORE_SILENT_MS: u64 = 1_000;
+/// The disk is asked after when heartbeats of a program that is not ours are so late.
+pub(super) const SUSPECT_MS: u64 = BEAT_EVERY_MS + 500;
 /// A draining agent stops its ranks itself when its coordinator has not done so by then.
 pub(super) const DRAIN_PATIENCE_MS: u64 = 3_000;
 /// After its last rank's end an ending agent waits so long for the coordinator to have it on record.

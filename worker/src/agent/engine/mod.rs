@@ -94,11 +94,12 @@ struct Ending {
 }
 
 /// What is known of the disk that heartbeats go through: one that is full or stands still keeps every rank's from being seen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Probe {
-    None,
-    Asked,
-    Good(u64),
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Disk {
+    /// It was asked after, and has not answered yet.
+    asked: bool,
+    /// It was well from then to then, at each of several probes in a row.
+    well: Option<(u64, u64)>,
 }
 
 /// The agent's decisions.
@@ -114,7 +115,7 @@ pub struct Engine {
     leaving: BTreeMap<JobId, bool>,
     /// Damaged checkpoints that no coordinator was told of.
     quarantined: Vec<(JobId, u64, String)>,
-    probe: Probe,
+    disk: Disk,
     linked: bool,
     ending: Option<Ending>,
     /// Since when there has been neither coordinator nor living rank.
@@ -136,7 +137,7 @@ impl Engine {
             paces: BTreeMap::new(),
             leaving: BTreeMap::new(),
             quarantined: Vec::new(),
-            probe: Probe::None,
+            disk: Disk::default(),
             linked: false,
             ending: None,
             alone_since: Some(now),

@@ -133,6 +133,12 @@ impl Rank {
         Some((now.saturating_sub(at), now.saturating_sub(self.progress_at)))
     }
 
+    /// When it is doubtful whether its heartbeats go on.
+    pub(super) fn suspect_at(&self, late_ms: u64) -> Option<u64> {
+        let looked_at = self.is_alive() && self.judged.is_none() && !self.killed && !self.termed;
+        self.seq.filter(|_| looked_at).map(|(_, at)| at.saturating_add(late_ms))
+    }
+
     /// Its heartbeats stopped so long ago at least.
     pub(super) fn is_silent(&self, now: u64, quiet_ms: u64) -> bool {
         self.seq.is_some_and(|(_, at)| now.saturating_sub(at) > quiet_ms)

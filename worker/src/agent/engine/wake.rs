@@ -8,11 +8,14 @@ use everlit_api::ids::Incarnation;
 use everlit_api::rank::Verdict;
 use everlit_api::time::Millis;
 
-use crate::agent::limits::{BEAT_EVERY_MS, EARLY_LOOK_MS, FRESH_MS, LATE_MS, PROBE_FRESH_MS, PROBE_SLOW_MS, QUIET_MS, WAKE_MAX_MS};
+use crate::agent::limits::{
+    BEAT_EVERY_MS, EARLY_LOOK_MS, FRESH_MS, LATE_MS, PROBE_FRESH_MS, PROBE_RUN_MS, PROBE_SLOW_MS, QUIET_MS, SUSPECT_MS, WAKE_MAX_MS,
+    WELL_BEFORE_SILENT_MS, WELL_BEFORE_STUCK_MS,
+};
 
 use super::pace::Pace;
 use super::rank::{Look, Rank};
-use super::{Action, BEATS_EVERY_MS, DRAIN_PATIENCE_MS, Engine, FORGET_PATIENCE_MS, Gang, Probe, SIGKILL, SIGTERM, Stage};
+use super::{Action, BEATS_EVERY_MS, DRAIN_PATIENCE_MS, Disk, Engine, FORGET_PATIENCE_MS, Gang, SIGKILL, SIGTERM, Stage};
 
 impl Engine {
     pub(super) fn wake(&mut self, at: u64) {
@@ -143,11 +146,10 @@ impl Engine {
 
     /// The disk answered: what it kept from being seen is held against nobody.
     pub(super) fn on_probed(&mut self, now: u64, took_ms: Option<u64>) {
-        self.probe = match took_ms {
-            Some(took) if took < PROBE_SLOW_MS => Probe::Good(now),
-            _ => Probe::None,
-        };
-        if self.probe == Probe::None {
+        let is_well = took_ms.is_some_and(|took| took < PROBE_SLOW_MS);
+        let since = self.disk.well.filter(|(_, newest)| now <= newest + PROBE_RUN_MS).map_or(now, |(since, _)| since);
+        self.disk = Disk { asked: false, well: is_well.then_some((since, now)) };
+        if !is_well {
             self.gangs.values_mut().flat_map(|gang| gang.ranks.values_mut()).for_each(|rank| rank.absolve(now));
         }
         self.wake(now);
@@ -155,9 +157,12 @@ impl Engine {
 
     fn look_at_ranks(&mut self, now: u64, out: &mut Vec<Action>) {
         let mut next: Option<u64> = None;
-        // Heartbeats that do not come may be the disk's fault: that is found out before anybody is blamed.
-        let trusted = matches!(self.probe, Probe::Good(at) if now <= at + PROBE_FRESH_MS);
-        let mut untrusted = None;
+        // Heartbeats that do not come may be the disk's fault: that is found out before anybody is blamed, and from the first doubt on, or
+        // a disk that stood still until just now would count as well.
+        let disk = self.disk;
+        let fresh = disk.well.filter(|(_, newest)| !disk.asked && now <= newest + PROBE_FRESH_MS);
+        let well_ms = fresh.map(|(since, _)| now - since);
+        let mut doubted = None;
         let mut at_latest = |at: u64| next = Some(next.map_or(at, |before: u64| before.min(at)));
         let unknown = Pace::default();
         for gang in self.gangs.values_mut() {
@@ -166,21 +171,35 @@ impl Engine {
             next_stuck.into_iter().for_each(&mut at_latest);
             let (early, next_early) = decide_stuck_early(now, gang, self.paces.get(&job).unwrap_or(&unknown));
             next_early.into_iter().for_each(&mut at_latest);
-            let stuck = stuck.or(early);
-            let incarnation = Incarnation { job, attempt, rank: stuck.unwrap_or_default() };
-            untrusted = untrusted.or(stuck.filter(|_| !trusted).map(|_| incarnation));
-            if let Some(own) = stuck.filter(|_| trusted).and_then(|rank| gang.ranks.get_mut(&rank)) {
-                own.judged = Some(Verdict::Stuck);
-                let age_ms = own.age(now, Verdict::Stuck);
-                out.push(Action::Say(FromAgent::Judged { incarnation, verdict: Verdict::Stuck, age_ms, stacks: Vec::new() }));
+            let ours = is_ours(gang);
+            if let Some((rank, own)) = stuck.or(early).and_then(|rank| Some((rank, gang.ranks.get_mut(&rank)?))) {
+                let incarnation = Incarnation { job, attempt, rank };
+                let needed = if own.is_silent(now, FRESH_MS) { WELL_BEFORE_STUCK_MS } else { 0 };
+                match well_ms {
+                    Some(well_ms) if well_ms >= needed => {
+                        own.judged = Some(Verdict::Stuck);
+                        let age_ms = own.age(now, Verdict::Stuck);
+                        out.push(Action::Say(FromAgent::Judged { incarnation, verdict: Verdict::Stuck, age_ms, stacks: Vec::new() }));
+                    }
+                    Some(well_ms) => at_latest(now + needed - well_ms),
+                    None => doubted = Some(incarnation),
+                }
             }
             for (rank, own) in &mut gang.ranks {
                 let incarnation = Incarnation { job, attempt, rank: *rank };
+                match own.suspect_at(if ours { QUIET_MS } else { SUSPECT_MS }) {
+                    Some(at) if now < at => at_latest(at),
+                    Some(_) if fresh.is_none() => doubted = Some(incarnation),
+                    _ => {}
+                }
                 if let Some(kill_at) = gang.kill_at.filter(|_| own.is_alive() && !own.killed) {
                     at_latest(kill_at);
                 }
                 match own.look(now, &gang.spec.heartbeat, gang.spec.world_size) {
-                    Look::Judged(Verdict::Silent, _) if !trusted => untrusted = Some(incarnation),
+                    Look::Judged(Verdict::Silent, _) if well_ms.is_none_or(|well_ms| well_ms < WELL_BEFORE_SILENT_MS) => {
+                        doubted = doubted.or(well_ms.is_none().then_some(incarnation));
+                        at_latest(now + WELL_BEFORE_SILENT_MS - well_ms.unwrap_or(0));
+                    }
                     Look::Judged(verdict, age_ms) => {
                         own.judged = Some(verdict);
                         out.push(Action::Say(FromAgent::Judged { incarnation, verdict, age_ms, stacks: Vec::new() }));
@@ -195,8 +214,8 @@ impl Engine {
                 }
             }
         }
-        if let Some(incarnation) = untrusted.filter(|_| self.probe != Probe::Asked) {
-            self.probe = Probe::Asked;
+        if let Some(incarnation) = doubted.filter(|_| !disk.asked) {
+            self.disk.asked = true;
             out.push(Action::Probe(incarnation));
         }
         if let Some(at) = next {

@@ -224,38 +224,66 @@ fn who_was_to_join_a_gang_that_is_stopped_is_left_out_and_that_is_said() {
     "#]],
     );
     // Before the hanging one is gone, and so before its successor was started.
-    s.at(11, Event::StopOrdered { job: s.spec.job, attempt: 1, grace: Millis(0) }, expect![[r#"
+    s.at(
+        11,
+        Event::StopOrdered { job: s.spec.job, attempt: 1, grace: Millis(0) },
+        expect![[r#"
         leave out a1 r2
         signal a1 r0 9
-    "#]]);
+    "#]],
+    );
     let exit = no_exit("stopped before it was started", Timestamp(9));
-    s.at(12, Event::RankEnded { incarnation: s.own(2), exit, lost: true }, expect![[r#"
+    s.at(
+        12,
+        Event::RankEnded { incarnation: s.own(2), exit, lost: true },
+        expect![[r#"
         say exited r2 stopped before it was started lost true
-    "#]]);
-    s.at(20, ended(&s, 1), expect![[r#"
+    "#]],
+    );
+    s.at(
+        20,
+        ended(&s, 1),
+        expect![[r#"
         say exited r1 signal 9 (SIGKILL) lost false
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_smaller_membership_starts_only_who_is_to_join() {
     let mut s = scene(3);
     s.running();
-    s.at(10, ended(&s, 0), expect![[r#"
+    s.at(
+        10,
+        ended(&s, 0),
+        expect![[r#"
         say exited r0 signal 9 (SIGKILL) lost false
-    "#]]);
+    "#]],
+    );
     let smaller = |s: &Scene, generation, seats: &[u32], spares: &[u32]| {
         let (world_size, count) = (seats.len() as u32, seats.len() as u32);
         let Event::GangOrdered(spec) = regroup(s, generation, seats, spares) else { unreachable!() };
         Event::GangOrdered(Box::new(GangSpec { world_size, count, ..*spec }))
     };
-    s.at(20, smaller(&s, 1, &[2, 1], &[3]), expect![[r#"
+    s.at(
+        20,
+        smaller(&s, 1, &[2, 1], &[3]),
+        expect![[r#"
         regroup a1 g1 env 1 fresh [3]
-    "#]]);
-    s.at(30, started(&s, 3), expect![[r#"
+    "#]],
+    );
+    s.at(
+        30,
+        started(&s, 3),
+        expect![[r#"
         say started r3 pid 103
-    "#]]);
-    s.at(40, smaller(&s, 2, &[2, 1, 3], &[]), expect![[r#"
+    "#]],
+    );
+    s.at(
+        40,
+        smaller(&s, 2, &[2, 1, 3], &[]),
+        expect![[r#"
         regroup a1 g2 env 1 fresh []
-    "#]]);
+    "#]],
+    );
 }
