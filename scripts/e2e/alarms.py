@@ -32,7 +32,18 @@ CLEAN_SECONDS_MAX = 240
 # So many of the newest steps decide how long the next may take.
 NEWEST_STEPS = 130
 SLOW_FIRST_SECONDS, SLOW_SAVE_SECONDS = 20, 1
+# Nothing that happens here lasts so long: a job that does no step, or does not stop, hangs.
+HANGS_SECONDS = 240
 ALARMS = ("rank_replaced", "gang_failed", "rank_alert", "node_lost")
+
+
+def load():
+    """How busy the machine is, all of it."""
+    told = f"load average {os.getloadavg()[0]:.1f}"
+    with contextlib.suppress(OSError):
+        # Some process had to wait for a core in so much of the last ten seconds.
+        told += f", CPU pressure {pathlib.Path('/proc/pressure/cpu').read_text().split()[1].split('=')[1]} %"
+    return told
 
 
 class Events(EventFollower):
@@ -61,7 +72,9 @@ class Events(EventFollower):
         with contextlib.suppress(Exception):
             told = self.everlit.get(f"/jobs/{job}/attempts/{attempt or self.everlit.summary(job)['attempt']}/postmortem")
             for failure in told["failures"][-1:]:
-                stacks = [f"rank {stack['rank']}: {stack['text'][:1500]}" for stack in failure.get("stacks", [])[:3]]
+                # Of each thread the line that says what it waits in.
+                threads = lambda stack: "\n     ".join(line for line in stack["text"].splitlines()[:200] if not line.startswith(" "))
+                stacks = [f"rank {stack['rank']}: {threads(stack)[:1500]}" for stack in failure.get("stacks", [])[:3]]
                 print(f"     postmortem of {job}: {failure.get('reason')}; load {failure.get('nodes')}", *stacks, sep="\n     ", flush=True)
         with contextlib.suppress(OSError):
             lines = (self.everlit.data / "agent/agent.log").read_text().splitlines()
@@ -119,7 +132,8 @@ class Lane(threading.Thread):
                     self.firsts_of[job] = time.monotonic() - running
                 if not stopped and (self.quit or time.monotonic() > began + patience):
                     patiently(lambda: self.everlit.post(f"/jobs/{job}/stop"))
-                    stopped = True
+                    stopped, began = True, time.monotonic()
+                assert not stopped or time.monotonic() < began + HANGS_SECONDS, f"{kind}, {job}, does not stop: {summary['state']}, {summary['reason']}"
             time.sleep(0.3)
         self.jobs += 1
         good = summary["state"] == ("stopped" if stopped else "succeeded") or (stopped and summary["state"] == "succeeded")
@@ -215,7 +229,7 @@ class Run:
 
     def circumstances(self):
         now = [f"now: {d.now}" for d in (self.bursts, self.stalls) if d.now]
-        return "     " + "; ".join([f"load average {os.getloadavg()[0]:.1f}", *now, "before:", *self.bursts.newest, *self.stalls.newest])
+        return "     " + "; ".join([load(), *now, "lately", *self.bursts.newest, *self.stalls.newest])
 
     def begin_steady(self):
         """The long training; its batch is such that a step takes about 100 ms here."""
@@ -248,14 +262,21 @@ class Run:
             disturber.may.set()
         self.lanes[0].may.set()
         end = time.monotonic() + seconds
+        self.steps_seen = (0, time.monotonic())
         while time.monotonic() < end and len(self.losses.found) < 50:
             self.minute()
             time.sleep(1)
 
-    told = 0
+    told, steps_seen, hangs = 0, (0, 0.0), False
 
     def minute(self):
         step = self.look()
+        if step != self.steps_seen[0] or self.hangs:
+            self.steps_seen = (step, time.monotonic())
+        elif time.monotonic() > self.steps_seen[1] + HANGS_SECONDS:
+            self.hangs = True
+            summary = self.everlit.summary(self.steady)
+            self.losses.add(f"the long training does no step since {HANGS_SECONDS} s: {summary['state']}, {summary['reason']}")
         minute = int((time.monotonic() - self.began) / 60)
         if minute == self.told:
             return
@@ -265,7 +286,7 @@ class Run:
         print(
             f"     {time.strftime('%H:%M:%S')} minute {minute}: {sum(lane.jobs for lane in self.lanes)} jobs over, long training at step {step}, slowest first step "
             f"{max(firsts, default=0):.0f} s, slowest save {max(saves):.1f} s, {self.bursts.seconds:.0f} s of load, disk stood {self.stalls.stood:.0f} s, "
-            f"load average {os.getloadavg()[0]:.1f}, false alarms: {self.events.false or 'none'}",
+            f"{load()}, false alarms: {self.events.false or 'none'}",
             flush=True,
         )
 
@@ -276,6 +297,8 @@ class Run:
         for disturber in (self.bursts, self.stalls):
             disturber.calm()
         self.lanes[0].may.clear()
+        if self.hangs:
+            return
         until("the trainings beside it are over", lambda: self.minute() or self.lanes[0].idle.is_set(), 400, 0.2)
         began, first = time.monotonic(), self.everlit.at_step(self.steady, 1)["step"]
         wanted = first + CLEAN_STEPS - NEWEST_STEPS
@@ -283,6 +306,9 @@ class Run:
             self.minute()
             time.sleep(0.5)
         gang = Gang(self.ranks, self.steady)
+        if len(gang.who) < 2:
+            self.losses.add(f"the long training does not run: {self.everlit.summary(self.steady)['reason']}")
+            return
         longest = self.longest_of_newest(gang)
         clean = max(1, max(gang.step(rank) or 0 for rank in gang.who) - first)
         step_ms = 1000 * (time.monotonic() - began) / clean
@@ -300,7 +326,7 @@ class Run:
             now = Gang(self.ranks, self.steady)
             return sorted(now.who) == sorted(gang.who) and not lives(gang.who[victim]) and all((s or 0) > reached for s in now.steps.values())
 
-        load = os.getloadavg()[0]
+        busy = load()
         try:
             until("all ranks step again", all_step, 90, 0.01)
         except AssertionError:
@@ -315,17 +341,17 @@ class Run:
         with contextlib.suppress(AssertionError):
             until("the recovery is told", lambda: any(e["event"] == "recovered_in_place" for e in self.events.events[self.steady][known:]), 5)
         recovered = next((e for e in self.events.events[self.steady][known:] if e["event"] == "recovered_in_place"), None)
-        proof = (moment(found["time"]) - stopped, moment(recovered["time"]) - stopped if recovered else None, back, clean, step_ms, longest, load, found)
+        proof = (moment(found["time"]) - stopped, moment(recovered["time"]) - stopped if recovered else None, back, clean, step_ms, longest, busy, found)
         self.proofs.append(proof)
         print("     " + self.say(proof), flush=True)
 
     def say(self, proof):
-        found, recovered, back, clean, step_ms, longest, load, event = proof
+        found, recovered, back, clean, step_ms, longest, busy, event = proof
         told = f"recovered in place after {recovered:.2f} s" if recovered is not None else f"not in place ({event['event']})"
         verdict = "within" if back <= TARGET_SECONDS else "ABOVE"
         return (
             f"stopped for good after {clean} clean steps of {step_ms:.0f} ms (longest of the newest {longest:.0f} ms): found after {found:.2f} s, {told}, "
-            f"all step after {back:.2f} s, {verdict} {TARGET_SECONDS:.0f} s; load average {load:.1f}; {event['reason']}"
+            f"all step after {back:.2f} s, {verdict} {TARGET_SECONDS:.0f} s; {busy}; {event['reason']}"
         )
 
     def longest_of_newest(self, gang):
@@ -355,7 +381,8 @@ class Run:
         for disturber in (self.bursts, self.stalls):
             self.losses.check(not disturber.trouble, f"{type(disturber).__name__}: {disturber.trouble}")
         summary = self.everlit.summary(self.steady)
-        self.losses.check(summary["restarts"] == len(self.proofs), f"the long training has {summary['restarts']} restarts, {len(self.proofs)} were caused")
+        told = self.events.count(self.steady, "rank_replaced", "gang_failed")
+        self.losses.check(summary["restarts"] == told, f"the long training has {summary['restarts']} restarts, events tell of {told}")
         self.everlit.post(f"/jobs/{self.steady}/stop")
         state = self.everlit.final(self.steady)["state"]
         self.losses.check(state == "stopped", f"the long training ended {state}")
