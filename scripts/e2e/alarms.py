@@ -110,7 +110,7 @@ class Lane(threading.Thread):
             try:
                 self.one()
             except Exception as e:
-                if not self.quit:
+                if not self.run_of.over:
                     self.run_of.losses.add(f"{type(self).__name__}: {e!r}")
             time.sleep(0.2)
         self.idle.set()
@@ -135,6 +135,8 @@ class Lane(threading.Thread):
                     stopped, began = True, time.monotonic()
                 assert not stopped or time.monotonic() < began + HANGS_SECONDS, f"{kind}, {job}, does not stop: {summary['state']}, {summary['reason']}"
             time.sleep(0.3)
+        if self.run_of.over:
+            return
         self.jobs += 1
         good = summary["state"] == ("stopped" if stopped else "succeeded") or (stopped and summary["state"] == "succeeded")
         good = good and summary["restarts"] == 0 and summary["attempt"] == 1
@@ -267,6 +269,8 @@ class Run:
             self.minute()
             time.sleep(1)
 
+    # Everything is being ended, whatever it was doing.
+    over = False
     told, steps_seen, hangs = 0, (0, 0.0), False
 
     def minute(self):
@@ -440,7 +444,9 @@ def main():
         losses.add(repr(e))
     finally:
         if run:
-            run.bursts.quit = run.stalls.quit = run.events.quit = True
+            run.over = run.bursts.quit = run.stalls.quit = run.events.quit = True
+            for lane in run.lanes:
+                lane.quit = True
             run.bursts.calm()
             run.stalls.calm()
         with contextlib.suppress(Exception):
