@@ -288,7 +288,8 @@ mod tests {
     #[test]
     fn a_torn_record_reads_the_same_at_every_moment() {
         let torn = record(1, &[b'x'; 90]);
-        let others = [record(2, b"one\n"), record(3, b""), record(2, b"three\n"), record(3, b"four, which is longer\n"), record(2, b"five\n")];
+        let others =
+            [record(2, b"one\n"), record(3, b""), record(2, b"three\n"), record(3, b"four, which is longer\n"), record(2, b"five\n")];
         for cut in HEADER_BYTES..torn.len() {
             let bytes = [record(0, b"a\n"), torn[..cut].to_vec(), others.concat()].concat();
             let (at_once, _) = read(&bytes, true);

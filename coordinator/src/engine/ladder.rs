@@ -120,7 +120,8 @@ mod tests {
             ("scope", |_, spec| spec.restart.scope = RestartScope::Gang),
             ("alone", |_, spec| spec.world_size = 1),
             ("again", |job, _| {
-                job.gang.as_mut().expect("some").regroup = Some(Regroup { rank: 0, since: Timestamp(2), cause: Cause::Exit, change: super::super::state::Change::Replaced });
+                job.gang.as_mut().expect("some").regroup =
+                    Some(Regroup { rank: 0, since: Timestamp(2), cause: Cause::Exit, change: super::super::state::Change::Replaced });
             }),
             ("start", |job, _| job.progress.step = None),
             ("repeat", |job, _| job.gang.as_mut().expect("some").floor = 7),

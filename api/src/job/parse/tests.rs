@@ -310,15 +310,24 @@ fn only_what_can_recover_in_place_has_spares() {
             x /restart/scope in_place needs the built-in training program with a world_size of at least 2: use "auto" or "gang"
         "#]],
     );
-    check(json!({"world_size": 2, "min_world_size": 3}), expect![[r#"
+    check(
+        json!({"world_size": 2, "min_world_size": 3}),
+        expect![[r#"
         x /min_world_size is more than world_size (2)
-    "#]]);
-    check(json!({"world_size": 2, "min_world_size": 1, "command": ["true"]}), expect![[r#"
+    "#]],
+    );
+    check(
+        json!({"world_size": 2, "min_world_size": 1, "command": ["true"]}),
+        expect![[r#"
         x /min_world_size below world_size (2) needs the built-in training program, which goes on without a lost rank, and a restart.scope other than "gang"
-    "#]]);
-    check(json!({"world_size": 2, "min_world_size": 1, "restart": {"scope": "gang"}}), expect![[r#"
+    "#]],
+    );
+    check(
+        json!({"world_size": 2, "min_world_size": 1, "restart": {"scope": "gang"}}),
+        expect![[r#"
         x /min_world_size below world_size (2) needs the built-in training program, which goes on without a lost rank, and a restart.scope other than "gang"
-    "#]]);
+    "#]],
+    );
     let least = |body: Value| parse(&body).unwrap().least_world_size();
     assert_eq!(least(json!({"world_size": 4, "min_world_size": 2})), 2);
     assert_eq!((least(json!({"world_size": 4, "min_world_size": 4, "command": ["true"]})), least(json!({"world_size": 4}))), (4, 4));

@@ -189,7 +189,8 @@ async fn raw_logs_are_the_bytes_themselves() {
     let reply = house.get(&format!("/jobs/{}/logs?rank=1&attempt=2&tail=5&follow=true", id())).await;
     expect!["LogQuery { rank: Some(1), attempt: Some(2), tail: Some(5), after: None, follow: true }"].assert_eq(&house.asked());
     assert_eq!(reply.header("content-type"), "text/plain; charset=utf-8");
-    let expected = b"step=1 loss=2.5\nwith \"quotes\" \\ and\ttab\r\n\x1b[1mbold\x07\ncaf\xc3\xa9 \xff\xfe\nhalf of a line\nhalf a lino end";
+    let expected =
+        b"step=1 loss=2.5\nwith \"quotes\" \\ and\ttab\r\n\x1b[1mbold\x07\ncaf\xc3\xa9 \xff\xfe\nhalf of a line\nhalf a lino end";
     assert_eq!(reply.body, expected);
 }
 

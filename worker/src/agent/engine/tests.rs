@@ -303,12 +303,15 @@ fn a_rank_whose_heartbeats_stop_is_silent_once() {
     s.running();
     s.at(4_000, s.beat(0, 1), expect!["say beats r0 step Some(1) age 0\n"]);
     s.at(9_000, s.beat(0, 2), expect!["say beats r0 step Some(2) age 0\n"]);
-    s.pass(18_999, expect![[r#"
+    s.pass(
+        18_999,
+        expect![[r#"
         15500: probe the disk
         16500: probe the disk
         17500: probe the disk
         18500: probe the disk
-    "#]]);
+    "#]],
+    );
     s.pass(
         40_000,
         expect![[r#"
@@ -397,7 +400,9 @@ fn time_without_an_agent_is_nobodys_silence() {
     let incarnation = s.own(0);
     s.at(1_000_001, Event::RankStarted { incarnation, pid: 7, at: Timestamp(1) }, expect!["say started r0 pid 7\n"]);
     s.at(1_000_002, s.beat(0, 900), expect!["say beats r0 step Some(900) age 0\n"]);
-    s.pass(1_010_001, expect![[r#"
+    s.pass(
+        1_010_001,
+        expect![[r#"
         1002502: probe the disk
         1003502: probe the disk
         1004502: probe the disk
@@ -406,7 +411,8 @@ fn time_without_an_agent_is_nobodys_silence() {
         1007502: probe the disk
         1008502: probe the disk
         1009502: probe the disk
-    "#]]);
+    "#]],
+    );
     s.pass(
         1_020_000,
         expect![[r#"
