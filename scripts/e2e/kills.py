@@ -95,7 +95,7 @@ class Kills:
         return known and pids == {rank: who[0] for rank, who in gang.who.items()} and summary
 
     def drafts(self):
-        return any(name.startswith(".draft-") for name in os.listdir(checkpoints(self.everlit, self.train)))
+        return any(name.startswith(".draft-") and not name.endswith("-a0") for name in os.listdir(checkpoints(self.everlit, self.train)))
 
     def wait_for_save(self):
         deadline = time.monotonic() + 20

@@ -238,7 +238,11 @@ fn pruning_keeps_the_newest_ones_and_the_newest_that_verifies() {
     for step in [40, 50] {
         flip(&dir.join(step_folder(step)).join("b.safetensors"), 1);
     }
+    // A removal that somebody died in, and a draft that somebody writes.
+    let (grave, draft) = (dir.join(".draft-step-000000000005-a0"), dir.join(".draft-step-000000000060-a1"));
+    [&grave, &draft].map(|left| fs::create_dir_all(left.join("within")).unwrap());
     assert_eq!(prune(dir, 2).unwrap(), [20, 10]);
+    assert!(!grave.exists() && draft.exists());
     assert_eq!(steps(), [50, 40, 30], "30 is the newest good one");
     assert_eq!(prune(dir, 3).unwrap(), Vec::<u64>::new());
     flip(&dir.join(step_folder(30)).join("b.safetensors"), 1);

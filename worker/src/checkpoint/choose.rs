@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use everlit_api::manifest::Manifest;
 
-use super::commit::remove_tree;
+use super::commit::{remove_tree, sweep_graves};
 use super::verify::{Damage, verify};
 use super::{CheckpointError, Found, QUARANTINE, REASON_NAME, draft_folder, fence, io_error, list, step_folder};
 
@@ -141,6 +141,8 @@ pub fn prune(dir: &Path, keep: u32) -> Result<Vec<u64>, CheckpointError> {
         }
     }
     let Some(good) = good else { return Ok(Vec::new()) };
+    // An attempt that never ends sweeps nothing else, however often its agent dies in here.
+    sweep_graves(dir)?;
     let held = fence::lock(dir)?;
     let mut removed = Vec::new();
     for (index, found) in all.iter().enumerate().skip(keep) {

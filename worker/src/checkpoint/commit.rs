@@ -181,6 +181,11 @@ pub fn sweep_drafts(dir: &Path, below_attempt: u32) -> Result<usize, CheckpointE
     sweep(dir, |attempt, _| attempt < below_attempt)
 }
 
+/// Removes what an interrupted removal of checkpoints left: nobody else has drafts of attempt 0.
+pub(super) fn sweep_graves(dir: &Path) -> Result<usize, CheckpointError> {
+    sweep(dir, |attempt, _| attempt == 0)
+}
+
 fn sweep(dir: &Path, old: impl Fn(u32, u32) -> bool) -> Result<usize, CheckpointError> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
