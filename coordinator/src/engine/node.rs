@@ -10,7 +10,7 @@ use everlit_api::status::NodeLoad;
 use everlit_api::time::{Millis, Timestamp};
 
 use super::placement::{Placement, plan_gang};
-use super::state::{Ending, Facts, Then};
+use super::state::{Change, Ending, Facts, Then};
 use super::timers::Timer;
 use super::{Engine, Turn};
 
@@ -97,7 +97,7 @@ impl Engine {
             let Some(gang) = &job.gang else { continue };
             let shares = gang.placement.iter().filter(|p| p.node == *node);
             let ranks = shares.flat_map(|p| p.first_rank..p.first_rank + gang.count_in(p));
-            let awaited = gang.regroup.as_ref().map(|regroup| regroup.rank);
+            let awaited = gang.regroup.as_ref().filter(|regroup| regroup.change != Change::Shrunk).map(|regroup| regroup.rank);
             let incarnation = |seat| Incarnation { job: id, attempt: gang.attempt, rank: seat };
             let missing: Vec<_> = ranks
                 .filter(|rank| job.ranks.get(*rank).is_some_and(|r| r.exit.is_none()))
@@ -108,7 +108,9 @@ impl Engine {
             // The agent may not have heard of the newest membership: it hears again, and starts what it never started.
             let news = !ending && started && (gang.generation > 0 || !gang.spares.is_empty());
             let lost_spares: Vec<_> = gang.spares.iter().map(|s| incarnation(s.seat)).filter(|i| ending && !seen.contains(i)).collect();
-            let missing: Vec<_> = missing.into_iter().filter(|(rank, _)| ending || awaited != Some(*rank)).map(|(_, i)| i).collect();
+            // Who is to start yet is missing only with a gang that is gone.
+            let gone = ending || missing.iter().any(|(rank, _)| awaited != Some(*rank));
+            let missing: Vec<_> = missing.into_iter().filter(|_| gone).map(|(_, i)| i).collect();
             if !missing.is_empty() && (started || ending) {
                 let why = if started { "its node does not know it any more" } else { "it was stopped before it was started" };
                 for incarnation in missing {

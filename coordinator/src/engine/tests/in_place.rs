@@ -287,3 +287,20 @@ fn a_coordinator_that_dies_with_a_smaller_gang_has_it_grow_back() {
         1700   n1 <- start job 1 attempt 1 ranks 0+2 port 29500 membership 1 [0, 2] spares [4]
     "#]]);
 }
+
+#[test]
+fn a_node_that_reboots_in_a_recovery_leaves_nothing_awaited() {
+    for min_world_size in [None, Some(1)] {
+        let mut scene = Scene::with_node();
+        scene.submit(0, 1, JobSpec { min_world_size, ..trains(3, 0) });
+        scene.start_all(10, 1, 1, 3);
+        steps(&mut scene, 900, 0, &[0, 1, 2], 7);
+        scene.exits(1_000, rank(1, 1, 0), killed(999));
+        assert_eq!(scene.summary(1).state, JobState::Recovering);
+        scene.at(2_000, Event::NodeUnlinked { node: node("n1") });
+        scene.at(3_000, hello("n1", Vec::new()));
+        scene.at(10_000, Event::Woke);
+        assert_eq!(scene.summary(1).attempt, 2, "{min_world_size:?}: {}", scene.summary(1).reason.unwrap_or_default());
+        scene.take();
+    }
+}
