@@ -107,21 +107,18 @@ impl Engine {
             let (started, ending) = (gang.running_at.is_some(), gang.ending.is_some());
             // The agent may not have heard of the newest membership: it hears again, and starts what it never started.
             let news = !ending && started && (gang.generation > 0 || !gang.spares.is_empty());
-            let lost_spares: Vec<_> = gang.spares.iter().map(|s| incarnation(s.seat)).filter(|i| ending && !seen.contains(i)).collect();
-            // Who is to start yet is missing only with a gang that is gone.
-            let gone = ending || missing.iter().any(|(rank, _)| awaited != Some(*rank));
-            let missing: Vec<_> = missing.into_iter().filter(|_| gone).map(|(_, i)| i).collect();
-            if !missing.is_empty() && (started || ending) {
+            // Who is to start yet is missing only with a gang that is gone, and then its spares are, too.
+            let gone = ending || (started && missing.iter().any(|(rank, _)| awaited != Some(*rank)));
+            let lost_spares: Vec<_> = gang.spares.iter().map(|s| incarnation(s.seat)).filter(|i| !seen.contains(i)).collect();
+            if gone {
                 let why = if started { "its node does not know it any more" } else { "it was stopped before it was started" };
-                for incarnation in missing {
-                    self.on_rank_exited(turn, Exited { incarnation, exit: lost_exit(turn.now, why), lost: true });
-                }
+                let lost = |incarnation| Exited { incarnation, exit: lost_exit(turn.now, why), lost: true };
+                let (missing, lost_spares): (Vec<_>, Vec<_>) =
+                    (missing.into_iter().map(|(_, i)| lost(i)).collect(), lost_spares.into_iter().map(lost).collect());
+                missing.into_iter().for_each(|exited| self.on_rank_exited(turn, exited));
+                lost_spares.iter().for_each(|exited| self.on_outsider_exited(turn, exited));
             } else if !missing.is_empty() || news {
                 self.tell_gang(turn, id, Some(node));
-            }
-            for incarnation in lost_spares {
-                let exit = lost_exit(turn.now, "its node does not know it any more");
-                self.on_outsider_exited(turn, &Exited { incarnation, exit, lost: true });
             }
             let grace = self.jobs.get(&id).map(|j| j.spec.stop_grace).unwrap_or_default();
             if ending && self.jobs.get(&id).is_some_and(|j| j.retry_at.is_none() && j.gang.as_ref().is_some_and(|g| g.ending.is_some())) {

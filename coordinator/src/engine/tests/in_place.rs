@@ -300,7 +300,7 @@ fn a_node_that_reboots_in_a_recovery_leaves_nothing_awaited() {
         scene.at(2_000, Event::NodeUnlinked { node: node("n1") });
         scene.at(3_000, hello("n1", Vec::new()));
         scene.at(10_000, Event::Woke);
-        assert_eq!(scene.summary(1).attempt, 2, "{min_world_size:?}: {}", scene.summary(1).reason.unwrap_or_default());
-        scene.take();
+        let told = scene.take();
+        assert_eq!(scene.summary(1).attempt, 2, "{min_world_size:?}: {told}");
     }
 }
