@@ -227,6 +227,8 @@ pub enum RestartScope {
     Auto,
     /// All ranks, from the newest snapshot or verified checkpoint.
     Gang,
+    /// The rank that failed, and no other, for a command whose ranks do not need each other.
+    Rank,
     /// As `auto`, and refused for what can not recover in place.
     InPlace,
 }

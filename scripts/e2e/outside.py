@@ -20,7 +20,7 @@ from lib import Refused, sse, until
 FINAL = ("succeeded", "failed", "stopped")
 FREE = ("infrastructure", "node_lost")
 # A failure, whichever rung of the recovery ladder followed.
-FAILURES = ("gang_failed", "rank_replaced")
+FAILURES = ("gang_failed", "rank_replaced", "rank_failed")
 # What may still be told of a final job: its last save, by an agent whose disk was slow.
 AFTER_FINAL = ("checkpoint_committed",)
 # What a gang that is left alone never causes.

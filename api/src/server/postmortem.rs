@@ -105,12 +105,12 @@ fn story(events: Vec<EventView>, attempt: u32) -> (Vec<FailureView>, Option<Stri
     for mut event in events {
         let of = number(&event, "attempt");
         match event.event.as_str() {
-            "gang_failed" | "rank_replaced" if of == Some(attempt) => {
-                let in_place = event.event == "rank_replaced";
+            "gang_failed" | "rank_replaced" | "rank_failed" if of == Some(attempt) => {
                 let why_not = event.data["not_in_place"].as_str().map(|why| format!("the gang is restarted, not in place: {why}"));
-                let decided = match in_place {
-                    true => Some("its place was given to another process, and the others went on".to_string()),
-                    false => why_not,
+                let decided = match event.event.as_str() {
+                    "rank_replaced" => Some("its place was given to another process, and the others went on".to_string()),
+                    "rank_failed" => Some("only this rank was started again".to_string()),
+                    _ => why_not,
                 };
                 let take = |event: &mut EventView, name: &str| event.data[name].take();
                 failures.push(FailureView {

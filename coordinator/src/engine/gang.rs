@@ -4,7 +4,7 @@
 
 use everlit_api::agent::{Exited, Started, ToAgent};
 use everlit_api::ids::{Incarnation, JobId};
-use everlit_api::job::{FailureAction, LogAction};
+use everlit_api::job::{FailureAction, LogAction, RestartScope};
 use everlit_api::rank::{Cause, RankExit, RankState, Stacks, Verdict};
 use everlit_api::status::JobState;
 use everlit_api::time::{Millis, Timestamp};
@@ -34,11 +34,13 @@ pub(super) struct Broken {
     pub(super) kill: bool,
     /// What ranks were doing when it was seen.
     pub(super) stacks: Vec<Stacks>,
+    /// What follows, should the gang end by it.
+    pub(super) then: Then,
 }
 
 impl Broken {
     pub(super) fn new(cause: Cause, reason: String, unseen_ms: u64, kill: bool) -> Self {
-        Self { cause, reason, unseen_ms, kill, stacks: Vec::new() }
+        Self { cause, reason, unseen_ms, kill, stacks: Vec::new(), then: Then::Judge }
     }
 }
 
@@ -66,7 +68,14 @@ impl Engine {
             // What was replaced and lives is killed by the membership that its agent was told.
             Some(Role::Former) | None => return,
         };
-        if !job.ranks.start(rank, started.pid) || !job.ranks.all_started() {
+        if !job.ranks.start(rank, started.pid) {
+            return;
+        }
+        if job.gang.as_ref().is_some_and(|gang| gang.restarts.contains_key(&rank)) {
+            job.note_lone_lives(turn.now);
+            turn.touched.insert(id);
+        }
+        if !job.ranks.all_started() {
             return;
         }
         // Adoption is no change of state: a gang that ran before a restart of ours is not announced again.
@@ -98,7 +107,9 @@ impl Engine {
         }
         let ending = job.gang.as_ref().is_some_and(|g| g.ending.is_some());
         if !ending && exit.is_success() && !exited.lost {
-            if !job.ranks.all_ended() && !self.timers.is_set(&Timer::Straggler(id)) {
+            // Ranks that are restarted alone finish when they do.
+            let together = job.spec.restart.scope != RestartScope::Rank;
+            if together && !job.ranks.all_ended() && !self.timers.is_set(&Timer::Straggler(id)) {
                 self.timers.set(Timer::Straggler(id), Timestamp(turn.now.0 + STRAGGLER_WAIT_MS));
             }
         } else if !ending {
@@ -113,7 +124,7 @@ impl Engine {
     pub(super) fn fail_gang(&mut self, turn: &mut Turn, id: JobId, rank: Option<u32>, broken: Broken, why: Option<String>) {
         let load = self.load_of(id);
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        let Broken { cause, reason, unseen_ms, kill, stacks } = broken;
+        let Broken { cause, reason, unseen_ms, kill, stacks, then } = broken;
         job.book.reclaim_undetected(turn.now, unseen_ms);
         let mut facts = Facts::from([("attempt", job.attempt.into()), ("cause", serde_json::json!(cause))]);
         if let Some(rank) = rank {
@@ -127,7 +138,7 @@ impl Engine {
         facts.extend(load);
         turn.event(Some(id), "gang_failed", reason.clone(), facts);
         let grace = if kill { Millis(0) } else { job.spec.stop_grace };
-        self.end_gang(turn, id, Ending { then: Then::Judge, at: turn.now, rank, cause: Some(cause), reason }, grace);
+        self.end_gang(turn, id, Ending { then, at: turn.now, rank, cause: Some(cause), reason }, grace);
     }
 
     /// Decides the ending and stops what lives. A stronger ending overrides a weaker one (the order of [`Then`]).
@@ -148,6 +159,7 @@ impl Engine {
         gang.ending = Some(ending);
         gang.regroup = None;
         self.timers.clear(&Timer::Regroup(id));
+        self.timers.clear_ranks(id);
         turn.touched.insert(id);
         self.stop_ranks(turn, id, grace);
         self.end_attempt_when_over(turn, id);
@@ -167,7 +179,12 @@ impl Engine {
 
     pub(super) fn end_attempt_when_over(&mut self, turn: &mut Turn, id: JobId) {
         let Some(job) = self.jobs.get(&id) else { return };
-        let Some(gang) = job.gang.as_ref().filter(|_| job.retry_at.is_none() && job.ranks.all_ended() && !job.state.is_final()) else {
+        let Some(gang) = job
+            .gang
+            .as_ref()
+            .filter(|_| job.retry_at.is_none() && job.ranks.all_ended() && !job.state.is_final())
+            .filter(|gang| !gang.awaits_rank())
+        else {
             return;
         };
         if gang.spares.is_empty() {
@@ -188,7 +205,10 @@ impl Engine {
             turn.tell(&share.node, ToAgent::Forget { incarnations });
         }
         // By now the kernel's order is known: the first to fail is named, not the first that was heard of.
-        if let Some(ending) = gang.ending.as_mut().filter(|e| matches!(e.cause, Some(Cause::Exit | Cause::Signal | Cause::OutOfMemory)))
+        if let Some(ending) = gang
+            .ending
+            .as_mut()
+            .filter(|e| e.then == Then::Judge && matches!(e.cause, Some(Cause::Exit | Cause::Signal | Cause::OutOfMemory)))
             && let Some((rank, exit)) = job.ranks.first_failure()
         {
             ending.rank = Some(rank);

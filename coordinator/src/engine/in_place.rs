@@ -32,9 +32,14 @@ impl Engine {
     /// A rank failed in a gang that was not ending: the cheapest rung that holds.
     pub(super) fn on_rank_broken(&mut self, turn: &mut Turn, id: JobId, rank: u32, broken: Broken) {
         let Some(job) = self.jobs.get(&id) else { return };
+        if job.gang.as_ref().is_some_and(|gang| gang.rank_retry_at(rank).is_some()) {
+            // Decided before, and heard again.
+            return;
+        }
         match decide_rung(job, rank, broken.cause) {
             Rung::Gang(why) => self.fail_gang(turn, id, Some(rank), broken, Some(why)),
             Rung::InPlace => self.recover_in_place(turn, id, rank, broken),
+            Rung::Rank => self.restart_rank(turn, id, rank, broken),
         }
     }
 
@@ -106,7 +111,7 @@ impl Engine {
     }
 
     /// An end that nothing hangs on any more is on record, or needs no record.
-    fn forget(&self, turn: &mut Turn, id: JobId, incarnation: Incarnation) {
+    pub(super) fn forget(&self, turn: &mut Turn, id: JobId, incarnation: Incarnation) {
         let Some(gang) = self.jobs.get(&id).and_then(|job| job.gang.as_ref()) else { return };
         for share in &gang.placement {
             turn.tell(&share.node, ToAgent::Forget { incarnations: vec![incarnation] });
@@ -269,11 +274,26 @@ impl Gang {
             self.seats.swap_remove(rank as usize);
             return (Change::Shrunk, None);
         }
-        let seat = spare.as_ref().map_or_else(|| self.take_seat(self.placed()), |spare| spare.seat);
+        let Some(spare) = spare else {
+            self.replace_seat(rank);
+            return (Change::Replaced, None);
+        };
+        if let Some(own) = self.seats.get_mut(rank as usize) {
+            *own = spare.seat;
+        }
+        (Change::Replaced, Some(spare))
+    }
+
+    /// A seat that nobody had, for a process that is yet to start.
+    pub(super) fn replace_seat(&mut self, rank: u32) -> u32 {
+        if self.seats.is_empty() {
+            self.seats = (0..self.placed()).collect();
+        }
+        let seat = self.take_seat(self.placed());
         if let Some(own) = self.seats.get_mut(rank as usize) {
             *own = seat;
         }
-        (Change::Replaced, spare)
+        seat
     }
 }
 

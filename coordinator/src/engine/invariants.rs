@@ -38,10 +38,21 @@ impl Engine {
                 assert_eq!(gang.attempt, job.attempt, "{id}: INV-1: one attempt at a time");
                 let waits = job.retry_at.is_some();
                 assert_eq!(waits, self.timers.is_set(&Timer::Retry(id)), "{id}: a wait without its timer, or the reverse");
-                assert!(waits || !job.ranks.all_ended() || !gang.spares.is_empty(), "{id}: nothing runs and nothing is awaited");
+                assert!(
+                    waits || !job.ranks.all_ended() || !gang.spares.is_empty() || gang.awaits_rank(),
+                    "{id}: nothing runs and nothing is awaited"
+                );
                 let mut seats: Vec<u32> = gang.seats.iter().copied().chain(gang.spares.iter().map(|spare| spare.seat)).collect();
                 seats.sort_unstable();
                 assert!(seats.windows(2).all(|two| two[0] < two[1]), "{id}: INV-1: two ranks on one seat");
+                for (rank, own) in &gang.restarts {
+                    let waits = own.retry_at.is_some() && gang.ending.is_none();
+                    assert_eq!(
+                        waits,
+                        self.timers.is_set(&Timer::RankRetry(id, *rank)),
+                        "{id}: rank {rank} waits without its timer, or the reverse"
+                    );
+                }
                 let regroups = gang.regroup.is_some();
                 assert_eq!(
                     regroups,

@@ -108,6 +108,7 @@ impl Engine {
             spares: Vec::new(),
             next_seat: job.spec.world_size,
             regroup: None,
+            restarts: std::collections::BTreeMap::new(),
         });
         if job.state == JobState::Queued {
             job.state = JobState::Starting;

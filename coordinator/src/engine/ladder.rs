@@ -14,16 +14,40 @@ use super::state::{Change, Job};
 pub(super) enum Rung {
     /// Another process takes its place.
     InPlace,
+    /// It alone is started again, after its backoff.
+    Rank,
     /// All ranks are started again, for this reason.
     Gang(String),
 }
 
 /// The rung for `rank` of the current attempt, which `cause` took.
 pub(super) fn decide_rung(job: &Job, rank: u32, cause: Cause) -> Rung {
-    match refuse_in_place(job, rank, cause) {
-        None => Rung::InPlace,
-        Some(why) => Rung::Gang(why),
+    if job.spec.restart.scope == RestartScope::Rank {
+        return refuse_alone(job, rank, cause).map_or(Rung::Rank, |why| Rung::Gang(why.into()));
     }
+    refuse_in_place(job, rank, cause).map_or(Rung::InPlace, Rung::Gang)
+}
+
+fn refuse_alone(job: &Job, rank: u32, cause: Cause) -> Option<&'static str> {
+    if is_matched(job, rank) {
+        return Some("its output matches one of log_policies");
+    }
+    if job.spec.world_size < 2 {
+        return Some("there is no other rank");
+    }
+    if !may_end_one(cause) && !matches!(cause, Cause::NoStart | Cause::Idle) {
+        return Some("what ended it would end its successor");
+    }
+    job.gang.as_ref().is_some_and(|gang| gang.running_at.is_none()).then_some("not every rank had started")
+}
+
+fn is_matched(job: &Job, rank: u32) -> bool {
+    job.ranks.get(rank).and_then(|own| own.exit.as_ref()).is_some_and(|exit| exit.matched.is_some())
+}
+
+/// It may end one rank and spare its successor.
+fn may_end_one(cause: Cause) -> bool {
+    matches!(cause, Cause::Exit | Cause::Signal | Cause::OutOfMemory | Cause::Silent | Cause::Stuck | Cause::Infrastructure)
 }
 
 fn refuse_in_place(job: &Job, rank: u32, cause: Cause) -> Option<String> {
@@ -31,7 +55,7 @@ fn refuse_in_place(job: &Job, rank: u32, cause: Cause) -> Option<String> {
     if job.spec.worker.is_none() || job.spec.kind != JobKind::Train {
         return Some("only the built-in training program recovers in place".into());
     }
-    if job.ranks.get(rank).and_then(|own| own.exit.as_ref()).is_some_and(|exit| exit.matched.is_some()) {
+    if is_matched(job, rank) {
         return Some("its output matches one of log_policies".into());
     }
     if job.spec.restart.scope == RestartScope::Gang {
@@ -40,7 +64,7 @@ fn refuse_in_place(job: &Job, rank: u32, cause: Cause) -> Option<String> {
     if job.spec.world_size < 2 {
         return Some("no other rank holds its state".into());
     }
-    if !matches!(cause, Cause::Exit | Cause::Signal | Cause::OutOfMemory | Cause::Silent | Cause::Stuck | Cause::Infrastructure) {
+    if !may_end_one(cause) {
         return Some("what ended it would end its successor".into());
     }
     if gang.regroup.as_ref().is_some_and(|under_way| under_way.change != Change::Grown || under_way.rank != rank) {
@@ -100,6 +124,7 @@ mod tests {
             spares: Vec::new(),
             next_seat: 3,
             regroup: None,
+            restarts: std::collections::BTreeMap::new(),
         });
         change(&mut job, &mut spec);
         job.spec = Arc::new(spec);

@@ -28,6 +28,7 @@ pub mod placement;
 mod policy;
 pub mod progress;
 pub mod queue;
+pub mod rank_restart;
 pub mod restart;
 mod snapshot;
 pub mod state;
@@ -151,6 +152,7 @@ impl Engine {
         while let Some(timer) = self.timers.pop_due(turn.now) {
             match timer {
                 Timer::Retry(job) => self.on_retry_due(turn, job),
+                Timer::RankRetry(job, rank) => self.on_rank_retry_due(turn, job, rank),
                 Timer::Regroup(job) => self.on_regroup_due(turn, job),
                 Timer::Grow(job) => self.on_grow_due(turn, job),
                 Timer::Straggler(job) => self.on_straggler_due(turn, job),

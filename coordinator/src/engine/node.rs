@@ -5,10 +5,12 @@
 
 use everlit_api::agent::{Exited, Hello, RankReport, Started, ToAgent};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
+use everlit_api::job::RestartScope;
 use everlit_api::rank::{Cause, RankExit};
 use everlit_api::status::NodeLoad;
 use everlit_api::time::{Millis, Timestamp};
 
+use super::gang::Broken;
 use super::placement::{Placement, plan_gang};
 use super::state::{Change, Ending, Facts, Then};
 use super::timers::Timer;
@@ -89,15 +91,30 @@ impl Engine {
         Some(Exited { incarnation, exit, lost: report.lost })
     }
 
+    /// An agent that knows nothing of an attempt would start every rank of it, and of ranks that are restarted alone some may be done.
+    fn end_what_is_unknown(&mut self, turn: &mut Turn, id: JobId, seen: &std::collections::BTreeSet<Incarnation>) {
+        let Some(job) = self.jobs.get(&id).filter(|job| job.spec.restart.scope == RestartScope::Rank) else { return };
+        let Some(gang) = job.gang.as_ref().filter(|gang| gang.ending.is_none() && gang.running_at.is_some()) else { return };
+        let of_it = |incarnation: &&Incarnation| incarnation.job == id && incarnation.attempt == gang.attempt;
+        if seen.iter().chain(&turn.ordered).find(of_it).is_none() {
+            let broken = Broken::new(Cause::Infrastructure, "its node does not know it any more".into(), 0, false);
+            self.fail_gang(turn, id, None, broken, Some("the node has lost all of its ranks".into()));
+        }
+    }
+
     /// Gangs that hold places on this node and whose ranks the agent did not name.
     fn look_for_missing(&mut self, turn: &mut Turn, node: &NodeId, seen: &std::collections::BTreeSet<Incarnation>) {
         let held: Vec<JobId> = self.jobs.values().filter(|j| holds(j, node) && j.retry_at.is_none()).map(|j| j.id).collect();
         for id in held {
+            self.end_what_is_unknown(turn, id, seen);
             let Some(job) = self.jobs.get(&id) else { continue };
             let Some(gang) = &job.gang else { continue };
             let shares = gang.placement.iter().filter(|p| p.node == *node);
             let ranks = shares.flat_map(|p| p.first_rank..p.first_rank + gang.count_in(p));
-            let awaited = gang.regroup.as_ref().filter(|regroup| regroup.change != Change::Shrunk).map(|regroup| regroup.rank);
+            let joining = gang.regroup.as_ref().filter(|regroup| regroup.change != Change::Shrunk).map(|regroup| regroup.rank);
+            let awaited = |rank: u32| {
+                joining == Some(rank) || (gang.restarts.contains_key(&rank) && job.ranks.get(rank).is_some_and(|own| own.pid.is_none()))
+            };
             let incarnation = |seat| Incarnation { job: id, attempt: gang.attempt, rank: seat };
             let missing: Vec<_> = ranks
                 .filter(|rank| job.ranks.get(*rank).is_some_and(|r| r.exit.is_none()))
@@ -108,7 +125,7 @@ impl Engine {
             // The agent may not have heard of the newest membership: it hears again, and starts what it never started.
             let news = !ending && started && (gang.generation > 0 || !gang.spares.is_empty());
             // Who is to start yet is missing only with a gang that is gone, and then its spares are, too.
-            let gone = ending || (started && missing.iter().any(|(rank, _)| awaited != Some(*rank)));
+            let gone = ending || (started && missing.iter().any(|(rank, _)| !awaited(*rank)));
             let lost_spares: Vec<_> = gang.spares.iter().map(|s| incarnation(s.seat)).filter(|i| !seen.contains(i)).collect();
             if gone {
                 let why = if started { "its node does not know it any more" } else { "it was stopped before it was started" };

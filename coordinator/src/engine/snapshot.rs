@@ -137,6 +137,10 @@ impl Engine {
         if let Some(regroup) = job.gang.as_ref().and_then(|gang| gang.regroup.as_ref()) {
             self.timers.set(Timer::Regroup(id), Timestamp(regroup.since.0 + REGROUP_MAX_MS).max(now));
         }
+        for gang in job.gang.iter().filter(|gang| gang.ending.is_none()) {
+            let waits = gang.restarts.iter().filter_map(|(rank, own)| Some((*rank, own.retry_at?)));
+            waits.for_each(|(rank, at)| self.timers.set(Timer::RankRetry(id, rank), at));
+        }
         if job.gang.as_ref().is_some_and(|gang| gang.size() < gang.placed()) {
             // Whether one waits to join already, or was to be tried later: trying now asks for nothing twice.
             self.timers.set(Timer::Grow(id), now);

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ledger::Book;
 use super::progress::{Progress, Rates, Series};
+use super::rank_restart::RankRestart;
 
 /// Version of a job's row. A row of a later version is refused at start.
 pub const ROW_VERSION: u32 = 1;
@@ -130,6 +131,9 @@ pub struct Gang {
     /// The recovery in place that is under way.
     #[serde(default)]
     pub regroup: Option<Regroup>,
+    /// Ranks that were restarted alone, or wait for it.
+    #[serde(default)]
+    pub restarts: BTreeMap<u32, RankRestart>,
 }
 
 /// A started rank that waits. What its process does is told again by its agent after a restart.

@@ -12,6 +12,8 @@ use everlit_api::time::Timestamp;
 pub enum Timer {
     /// The backoff before the next attempt is over.
     Retry(JobId),
+    /// The backoff of a rank that is restarted alone is over.
+    RankRetry(JobId, u32),
     /// A recovery in place takes too long.
     Regroup(JobId),
     /// A smaller gang tries again to get back to its size.
@@ -55,6 +57,14 @@ impl Timers {
         for timer in [Timer::Retry(job), Timer::Regroup(job), Timer::Grow(job), Timer::Straggler(job), Timer::TimeLimit(job)] {
             self.clear(&timer);
         }
+        self.clear_ranks(job);
+    }
+
+    /// Takes back all that concern single ranks of a job.
+    pub fn clear_ranks(&mut self, job: JobId) {
+        let of_ranks = self.by_timer.range(Timer::RankRetry(job, 0)..=Timer::RankRetry(job, u32::MAX));
+        let of_ranks: Vec<Timer> = of_ranks.map(|(timer, _)| timer.clone()).collect();
+        of_ranks.iter().for_each(|timer| self.clear(timer));
     }
 
     /// Whether it is set.

@@ -1,6 +1,6 @@
 //! What users submit: jobs that would end well by themselves, and some that never would.
 
-use everlit_api::job::{Device, JobSpec, LogAction, LogPolicy, Resources};
+use everlit_api::job::{Device, JobSpec, LogAction, LogPolicy, Resources, RestartScope};
 use everlit_api::time::Millis;
 
 use crate::node::SimNode;
@@ -17,6 +17,8 @@ pub struct Script {
     pub peers_notice: bool,
     /// The built-in program: ranks of a broken gang wait for another membership.
     pub in_place: bool,
+    /// Ranks that need each other in nothing, and are restarted one by one.
+    pub alone: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +81,10 @@ impl Script {
             spec.log_policies = vec![policy(LogAction::ExcludeNode), policy(LogAction::CancelRetries)];
         }
         let (step_ms, save_every, peers_notice) = (random.between(50, 3_000), random.between(1, 20), random.percent(70));
-        (spec, Self { kind, steps, step_ms, save_every, peers_notice, in_place })
+        let alone = kind == Kind::Mute && world > 1 && steps.is_multiple_of(2);
+        if alone {
+            spec.restart.scope = RestartScope::Rank;
+        }
+        (spec, Self { kind, steps, step_ms, save_every, peers_notice, in_place, alone })
     }
 }

@@ -371,7 +371,18 @@ impl World {
             Kind::Trains | Kind::Mute => {}
         }
         self.soon(100, 1_500, Happening::Beat { node, boot, incarnation });
+        if script.alone {
+            let work_ms = script.steps * script.step_ms;
+            return self.soon(work_ms / 2, work_ms * 2, Happening::LoneEnd { node, boot, incarnation });
+        }
         self.meet(node, boot, job, attempt);
+    }
+
+    /// A rank that needs nobody is done.
+    pub fn lone_end(&mut self, node: usize, boot: u64, incarnation: Incarnation) {
+        if self.nodes[node].runs.get(&incarnation).is_some_and(|run| !run.hung && !run.ending) {
+            self.rank_end(node, boot, incarnation, Some(0), None, false);
+        }
     }
 
     /// Ranks that all live begin to step, once for each membership.
@@ -408,7 +419,9 @@ impl World {
             self.nodes[node].runs.insert(seat, Run::default());
             self.soon(2, 300, Happening::RankUp { node, life, boot, incarnation: seat });
         }
-        self.meet(node, boot, job, attempt);
+        if !self.scripts[&job].alone {
+            self.meet(node, boot, job, attempt);
+        }
     }
 
     /// Nobody said who follows a dead rank.
@@ -548,7 +561,7 @@ impl World {
         let (notice, in_place) = (script.peers_notice, script.in_place);
         let own = &self.nodes[node];
         let generation = own.spec(dead).map_or(0, |spec| spec.generation);
-        if !(notice || in_place) || own.spec(dead).is_some_and(|spec| spec.rank_of(dead.rank).is_none()) {
+        if script.alone || !(notice || in_place) || own.spec(dead).is_some_and(|spec| spec.rank_of(dead.rank).is_none()) {
             return;
         }
         for incarnation in self.nodes[node].members(dead.job, dead.attempt) {

@@ -22,8 +22,10 @@ pub const SAFETY_MS: u64 = 10 * 60 * 1_000;
 pub const LIVENESS_MS: u64 = 4 * 3_600 * 1_000;
 
 /// Events that a long run must have seen.
-pub const TOLD: [&str; 8] = [
+pub const TOLD: [&str; 10] = [
     "rank_replaced",
+    "rank_failed",
+    "rank_restarted",
     "gang_shrunk",
     "recovered_in_place",
     "gang_grown",
@@ -108,6 +110,11 @@ pub enum Happening {
         fresh: Vec<u32>,
     },
     /// A rank has waited for another membership for too long.
+    LoneEnd {
+        node: usize,
+        boot: u64,
+        incarnation: Incarnation,
+    },
     GiveUp {
         node: usize,
         boot: u64,
@@ -342,6 +349,7 @@ impl World {
             Happening::Beat { node, boot, incarnation } => self.beat(node, boot, incarnation),
             Happening::GangStep { node, boot, job, attempt, generation } => self.gang_step(node, boot, job, attempt, generation),
             Happening::Regroup { node, life, spec, resumed, fresh } => self.regroup(node, life, *spec, *resumed, &fresh),
+            Happening::LoneEnd { node, boot, incarnation } => self.lone_end(node, boot, incarnation),
             Happening::GiveUp { node, boot, incarnation, generation } => self.give_up(node, boot, incarnation, generation),
             Happening::RankEnd { node, boot, incarnation, code, signal, lost } => {
                 self.rank_end(node, boot, incarnation, code, signal, lost);

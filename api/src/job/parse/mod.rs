@@ -92,7 +92,7 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
     let log_policies = policies::log_policies(&mut top);
     let resources = top.object("resources", policies::resources);
     let in_place = kind == JobKind::Train && command.is_none() && world_size > 1;
-    let restart = top.object("restart", |fields| policies::restart(fields, in_place));
+    let restart = top.object("restart", |fields| policies::restart(fields, in_place, command.is_some()));
     let min_world_size = elastic(&mut top, world_size, in_place && restart.scope != RestartScope::Gang);
     let heartbeat = top.object("heartbeat", policies::heartbeat);
     let checkpoint = top.object("checkpoint", checkpoint);

@@ -46,12 +46,16 @@ fn is_zero(value: &Value) -> bool {
     value.as_u64() == Some(0)
 }
 
-/// `in_place`: the job is the built-in program in training, with ranks that hold each other's state.
-pub(super) fn restart(fields: &mut Reader<'_, '_>, in_place: bool) -> RestartPolicy {
+/// `in_place`: the job is the built-in program in training, with ranks that hold each other's state; `is_command`: another program.
+pub(super) fn restart(fields: &mut Reader<'_, '_>, in_place: bool, is_command: bool) -> RestartPolicy {
     let defaults = RestartPolicy::default();
     let needs = "needs the built-in training program with a world_size of at least 2";
     if !in_place && fields.get("spares").and_then(Value::as_u64).is_some_and(|spares| spares > 0) {
         fields.fault("spares", format!("{needs}: leave it out or set it to 0"));
+    }
+    if !is_command && fields.get("scope").and_then(Value::as_str) == Some("rank") {
+        let why = "rank needs a command whose ranks do not need each other; those of the built-in program do: use \"auto\" or \"gang\"";
+        fields.fault("scope", why.into());
     }
     if !in_place && fields.get("scope").and_then(Value::as_str) == Some("in_place") {
         fields.fault("scope", format!("in_place {needs}: use \"auto\" or \"gang\""));
@@ -93,11 +97,8 @@ fn actions(fields: &mut Reader<'_, '_>) -> BTreeMap<Cause, FailureAction> {
 }
 
 fn scope(fields: &mut Reader<'_, '_>) -> RestartScope {
-    if fields.get("scope").and_then(Value::as_str) == Some("rank") {
-        fields.refuse("scope", "scope rank is not built: use \"auto\", \"gang\" or \"in_place\"".into());
-        return RestartScope::Auto;
-    }
-    let scopes = [("auto", RestartScope::Auto), ("gang", RestartScope::Gang), ("in_place", RestartScope::InPlace)];
+    let scopes =
+        [("auto", RestartScope::Auto), ("gang", RestartScope::Gang), ("rank", RestartScope::Rank), ("in_place", RestartScope::InPlace)];
     fields.read_or("scope", RestartScope::Auto, |v| choice(v, &scopes))
 }
 

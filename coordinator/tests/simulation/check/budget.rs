@@ -17,7 +17,7 @@ pub struct Budget {
 impl Budget {
     pub fn saw(&mut self, world: &World, seen: &Seen<'_>) -> Result<(), String> {
         let Seen::Written(record) = seen else { return Ok(()) };
-        for event in record.events.iter().filter(|event| matches!(event.event, "restart_scheduled" | "rank_replaced")) {
+        for event in record.events.iter().filter(|event| matches!(event.event, "restart_scheduled" | "rank_replaced" | "rank_failed")) {
             let Some(id) = event.job else { continue };
             let cause: Cause = serde_json::from_value(event.data["cause"].clone()).map_err(|error| error.to_string())?;
             let counted = self.counted.entry(id).or_default();
