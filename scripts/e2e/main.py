@@ -202,6 +202,60 @@ def an_elastic_gang_goes_on_with_fewer_ranks_and_grows_back():
         assert saved["samples"] == 12 * saved["step"] and saved["world_size"] == 3, saved
 
 
+def an_elastic_gang_begins_small_and_takes_the_room_that_comes():
+    with Everlit() as everlit:
+        cpus = everlit.get("/nodes")["data"][0]["capacity"]["cpus"]
+        filler = everlit.submit(command=["sleep", "600"], resources={"cpus": cpus - 1})
+        everlit.running(filler)
+        worker = {"model": "mlp-10k", "steps": 1_000_000, "batch_size": 16}
+        job = everlit.submit(world_size=2, min_world_size=1, worker=worker, resources={"cpus": 1}, checkpoint={"every_steps": 200})
+        small = everlit.at_step(job, 300)
+        assert len(small["ranks"]) == 1, small
+        everlit.post(f"/jobs/{filler}/stop?force=true")
+        until("two ranks that step", lambda: any(e["event"] == "gang_grown" for e in everlit.events(job)), 60)
+        grown = everlit.at_step(job, everlit.summary(job)["step"] + 100)
+        assert len(grown["ranks"]) == 2 and grown["ranks"][0]["pid"] == small["ranks"][0]["pid"], grown
+        assert (grown["attempt"], grown["restarts"], grown["lost_steps"]) == (1, 0, 0), grown
+        placed = next(e for e in everlit.events(job) if e["event"] == "attempt_placed")
+        print(f"     {placed['reason']}; {next(e for e in everlit.events(job) if e['event'] == 'gang_grown')['reason']}")
+
+
+def one_rank_is_restarted_and_the_others_hear_nothing():
+    with Everlit() as everlit, tempfile.TemporaryDirectory() as folder:
+        script = 'echo "rank $RANK of $WORLD_SIZE, restart $TORCHELASTIC_RESTART_COUNT"; while [ ! -e "$DONE" ]; do sleep 0.05; done; echo "rank $RANK done"'
+        done = pathlib.Path(folder, "done")
+        job = everlit.submit(world_size=3, command=["sh", "-c", script], env={"DONE": str(done)}, restart={"scope": "rank"})
+        before = [rank["pid"] for rank in everlit.running(job)["ranks"]]
+
+        def replaced(rank, old):
+            summary = everlit.summary(job)
+            return summary if summary["ranks"][rank]["pid"] not in (None, old) else None
+
+        killed = time.monotonic()
+        os.kill(before[1], signal.SIGKILL)
+        first = until("another process of rank 1", lambda: replaced(1, before[1]))
+        took = time.monotonic() - killed
+        pids = [rank["pid"] for rank in first["ranks"]]
+        assert (pids[0], pids[2]) == (before[0], before[2]) and (first["attempt"], first["restarts"]) == (1, 1), first
+        # With the agent dead nobody sees the end; the next agent does.
+        os.kill(everlit.agent_pid(), signal.SIGKILL)
+        os.kill(pids[2], signal.SIGKILL)
+        second = until("another process of rank 2", lambda: replaced(2, pids[2]))
+        everlit.kill()
+        os.kill(before[0], signal.SIGKILL)
+        everlit.up()
+        third = until("another process of rank 0", lambda: replaced(0, before[0]))
+        assert [rank["pid"] for rank in third["ranks"]][1:] == [pids[1], second["ranks"][2]["pid"]] and third["attempt"] == 1, third
+        done.touch()
+        summary = everlit.final(job)
+        assert (summary["state"], summary["attempt"], summary["restarts"]) == ("succeeded", 1, 3), summary
+        lines = everlit.get(f"/jobs/{job}/logs", raw=True).decode().splitlines()
+        assert sum("done" in line for line in lines) == 3 and sum("rank 1 of 3" in line for line in lines) == 2, lines
+        told = everlit.get(f"/jobs/{job}/attempts/1/postmortem")["failures"]
+        assert [failure["rank"] for failure in told] == [1, 2, 0] and all("only this rank" in failure["decision"] for failure in told), told
+        print(f"     another process of the killed rank after {took:.2f} s, the others went on")
+
+
 def a_rank_that_the_kernel_kills_for_want_of_memory_is_told_as_such():
     group = pathlib.Path("/sys/fs/cgroup/memory/everlit-e2e")
     if os.geteuid() != 0 or not group.parent.joinpath("memory.limit_in_bytes").exists():
@@ -457,6 +511,8 @@ CHECKS = [
     a_stopped_rank_is_found_by_its_gang_s_own_pace,
     a_spare_takes_a_lost_rank_s_place_and_the_others_never_stop,
     an_elastic_gang_goes_on_with_fewer_ranks_and_grows_back,
+    an_elastic_gang_begins_small_and_takes_the_room_that_comes,
+    one_rank_is_restarted_and_the_others_hear_nothing,
     a_rank_that_the_kernel_kills_for_want_of_memory_is_told_as_such,
     a_line_of_output_ends_retries_or_keeps_from_the_node,
     typed_as_it_stands,

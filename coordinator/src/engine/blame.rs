@@ -137,6 +137,7 @@ impl Engine {
         }
         let mut need: Need = job.need();
         need.excluded.extend(suspects);
+        need.least = gang.placed();
         let Placement::Now(place) = plan_gang(&self.nodes, &need) else { return None };
         let gpus = |shares: &[PlacedRanks]| shares.iter().map(|share| share.gpus.len()).sum::<usize>();
         (!place.iter().any(|share| is_avoided(&share)) && gpus(&place) == gpus(&gang.placement)).then_some(place)

@@ -91,6 +91,9 @@ impl Engine {
         }
         turn.event(Some(id), "job_running", format!("all {} ranks of attempt {attempt} run", job.ranks.list().len()), Facts::new());
         turn.touched.insert(id);
+        if self.short.contains(&id) {
+            self.take_free_places(turn);
+        }
     }
 
     pub(super) fn on_rank_exited(&mut self, turn: &mut Turn, exited: Exited) {

@@ -8,7 +8,6 @@
 
 use everlit_api::agent::{Exited, ToAgent};
 use everlit_api::ids::{Incarnation, JobId};
-use everlit_api::rank::Cause;
 use everlit_api::status::JobState;
 use everlit_api::time::Timestamp;
 
@@ -16,7 +15,7 @@ use super::blame::may_be_the_machine;
 use super::gang::Broken;
 use super::ladder::{Rung, decide_rung};
 use super::ledger::Activity;
-use super::limits::{GROW_RETRY_MIN_MS, REGROUP_MAX_MS};
+use super::limits::REGROUP_MAX_MS;
 use super::restart::{Decision, Failure, decide_restart};
 use super::state::{Change, Facts, Gang, Regroup, Role, Spare};
 use super::timers::Timer;
@@ -195,52 +194,8 @@ impl Engine {
             self.fill_spares(turn, id);
             self.tell_gang(turn, id, None);
         }
-    }
-
-    /// A process that waits for it joins a gang that has fewer ranks than places.
-    pub(super) fn grow(&mut self, turn: &mut Turn, id: JobId) {
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        let Some(gang) = job.gang.as_mut().filter(|gang| gang.size() < gang.placed() && gang.ending.is_none() && gang.regroup.is_none())
-        else {
-            return;
-        };
-        let steps = |own: &super::state::Rank| own.pid.is_some() && own.in_place == Some(true) && own.stepped_in == Some(gang.generation);
-        let ready = gang.spares.iter().position(|spare| spare.pid.is_some() && spare.is_ready);
-        let Some(index) = ready.filter(|_| job.ranks.list().iter().all(steps)) else { return };
-        let spare = gang.spares.remove(index);
-        let rank = gang.size();
-        gang.seats.push(spare.seat);
-        gang.generation += 1;
-        // Should it not come to that, it never started.
-        gang.regroup = Some(Regroup { rank, since: turn.now, cause: Cause::NoStart, change: Change::Grown });
-        job.ranks.join(spare.pid);
-        job.rates.clear();
-        job.book.turn(turn.now, Activity::Restoring);
-        let facts = Facts::from([
-            ("attempt", gang.attempt.into()),
-            ("generation", gang.generation.into()),
-            ("rank", rank.into()),
-            ("world_size", gang.size().into()),
-        ]);
-        turn.event(Some(id), "gang_growing", format!("a process that was ready joins as rank {rank}"), facts);
-        turn.touched.insert(id);
-        self.timers.set(Timer::Regroup(id), Timestamp(turn.now.0 + REGROUP_MAX_MS));
-        self.tell_gang(turn, id, None);
-    }
-
-    fn grow_later(&mut self, turn: &Turn, id: JobId) {
-        let Some(job) = self.jobs.get(&id) else { return };
-        let wait_ms = job.spec.restart.backoff.max.0.max(GROW_RETRY_MIN_MS);
-        self.timers.set(Timer::Grow(id), Timestamp(turn.now.0 + wait_ms));
-    }
-
-    pub(super) fn on_grow_due(&mut self, turn: &mut Turn, id: JobId) {
-        let Some(job) = self.jobs.get(&id).filter(|job| job.retry_at.is_none() && !job.ranks.all_ended()) else { return };
-        // A membership that is under way is followed by this anyway.
-        if job.gang.as_ref().is_some_and(|gang| gang.ending.is_none() && gang.regroup.is_none() && gang.size() < gang.placed()) {
-            self.fill_spares(turn, id);
-            turn.touched.insert(id);
-            self.tell_gang(turn, id, None);
+        if self.short.contains(&id) {
+            self.take_free_places(turn);
         }
     }
 
@@ -255,6 +210,13 @@ impl Engine {
 }
 
 impl Gang {
+    /// From here on it is said which rank has which seat.
+    pub(super) fn begin_seats(&mut self) {
+        if self.seats.is_empty() {
+            self.seats = (0..self.placed()).collect();
+        }
+    }
+
     fn take_seat(&mut self, world_size: u32) -> u32 {
         let seat = self.next_seat.max(world_size);
         self.next_seat = seat + 1;
@@ -263,9 +225,7 @@ impl Gang {
 
     /// Gives a rank's place to a spare that lives, to nobody while `least` are left, or to a process that is yet to start.
     fn go_on_without(&mut self, rank: u32, least: u32) -> (Change, Option<Spare>) {
-        if self.seats.is_empty() {
-            self.seats = (0..self.placed()).collect();
-        }
+        self.begin_seats();
         let can_shrink = self.size() > least;
         // Rather fewer ranks now than one that is not ready yet.
         let usable = |spare: &Spare| spare.pid.is_some() && (spare.is_ready || !can_shrink);
@@ -286,9 +246,7 @@ impl Gang {
 
     /// A seat that nobody had, for a process that is yet to start.
     pub(super) fn replace_seat(&mut self, rank: u32) -> u32 {
-        if self.seats.is_empty() {
-            self.seats = (0..self.placed()).collect();
-        }
+        self.begin_seats();
         let seat = self.take_seat(self.placed());
         if let Some(own) = self.seats.get_mut(rank as usize) {
             *own = seat;

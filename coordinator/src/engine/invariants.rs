@@ -32,7 +32,9 @@ impl Engine {
             JobState::Starting | JobState::Running | JobState::Recovering | JobState::Stopping => {
                 let gang = job.gang.as_ref().unwrap_or_else(|| panic!("{id}: {state} without places"));
                 let ranks: u32 = gang.placement.iter().map(|p| p.count).sum();
-                assert_eq!(ranks, job.spec.world_size, "{id}: INV-9: a gang is placed whole");
+                let (least, whole) = (job.spec.least_world_size(), job.spec.world_size);
+                assert!((least..=whole).contains(&ranks), "{id}: INV-9: places for {ranks} ranks of a gang of {least} to {whole}");
+                assert_eq!(ranks < whole, self.short.contains(&id), "{id}: places for {ranks} of {whole} ranks, and not known as such");
                 let kept_from = gang.placement.iter().find(|share| job.excluded.contains(&share.node));
                 assert!(job.retry_at.is_some() || kept_from.is_none(), "{id}: placed on a node that it is kept from: {kept_from:?}");
                 assert_eq!(gang.attempt, job.attempt, "{id}: INV-1: one attempt at a time");

@@ -56,6 +56,7 @@ impl Engine {
                 Placement::Later(_) => break,
             }
         }
+        self.take_free_places(turn);
     }
 
     fn lease_port(&mut self) -> u16 {
@@ -92,6 +93,11 @@ impl Engine {
         job.ranks = Ranks::pending(placement.iter().map(|share| share.count).sum());
         job.rates.clear();
         job.progress.step = None;
+        let placed = placement.iter().map(|share| share.count).sum::<u32>();
+        let whole = job.spec.world_size;
+        if placed < whole {
+            self.short.insert(id);
+        }
         let place = placement.iter().map(|p| p.node.to_string()).collect::<Vec<_>>().join(", ");
         job.gang = Some(Gang {
             attempt: job.attempt,
@@ -114,7 +120,8 @@ impl Engine {
             job.state = JobState::Starting;
         }
         job.book.turn(turn.now, if job.attempt == 1 { Activity::Starting } else { Activity::Restoring });
-        job.reason = format!("attempt {} is starting on {place}", job.attempt);
+        let fewer = if placed < whole { format!(" with {placed} of {whole} ranks: there is no room for more") } else { String::new() };
+        job.reason = format!("attempt {} is starting on {place}{fewer}", job.attempt);
         if let Some(limit) = job.spec.time_limit
             && !self.timers.is_set(&Timer::TimeLimit(id))
         {
@@ -224,6 +231,8 @@ impl Engine {
         let excluded = placement.iter().find(|p| job.excluded.contains(&p.node)).map(|p| p.node.clone());
         let better = if open && excluded.is_none() { self.better_place(id) } else { None };
         self.release(id);
+        let Some(job) = self.jobs.get(&id) else { return };
+        let placement = self.places_again(job, placement);
         if let Some(node) = excluded {
             self.requeue(turn, id, &format!("{node} is excluded for it by its log_policies"));
         } else if let Some(better) = better {
@@ -249,6 +258,7 @@ impl Engine {
         self.timers.clear(&Timer::Regroup(id));
         self.timers.clear(&Timer::Grow(id));
         job.retry_at = None;
+        self.short.remove(&id);
         let Some(gang) = job.gang.take() else { return };
         self.ports.remove(&gang.port);
         for share in &gang.placement {

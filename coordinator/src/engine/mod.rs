@@ -14,6 +14,7 @@ mod beats;
 mod blame;
 mod checkpoint;
 pub mod command;
+mod elastic;
 pub mod event;
 mod explain;
 mod gang;
@@ -76,6 +77,8 @@ pub struct Engine {
     timers: Timers,
     ports: BTreeSet<u16>,
     next_port: u16,
+    /// Jobs whose gang has places for fewer ranks than were asked for.
+    short: BTreeSet<JobId>,
     /// News of a past incarnation that was dropped.
     stale: u64,
 }
@@ -112,6 +115,7 @@ impl Engine {
             timers: Timers::default(),
             ports: BTreeSet::new(),
             next_port,
+            short: BTreeSet::new(),
             stale: 0,
         }
     }

@@ -60,6 +60,8 @@ pub struct Taken {
 pub struct Need {
     /// Ranks.
     pub ranks: u32,
+    /// Ranks that it begins with at least.
+    pub least: u32,
     /// Spares beside them, which hold as much but no GPU.
     pub spares: u32,
     /// Thousandths of a CPU per rank.
@@ -103,6 +105,7 @@ impl Need {
         let estimate = memory_estimate(spec).filter(|_| spec.resources.memory == 0);
         Self {
             ranks: spec.world_size,
+            least: spec.least_world_size(),
             spares: spec.restart.spares,
             cpu_milli: (spec.resources.cpus * 1_000.0).ceil() as u64,
             memory: spec.resources.memory,
@@ -224,6 +227,18 @@ impl Node {
         Ok(())
     }
 
+    /// As many ranks as it can hold now, if those are enough to begin with.
+    pub(super) fn most(&self, need: &Need) -> Option<(u32, Vec<u32>)> {
+        (need.least..=need.ranks).rev().find_map(|ranks| Some((ranks, self.fit(&Need { ranks, ..need.clone() }, false).ok()?)))
+    }
+
+    /// So many ranks more of a gang that has some here, on no GPU.
+    pub(super) fn has_room_beside(&self, held: u32, more: u32, need: &Need) -> bool {
+        let on_cpu = Need { gpus: 0, ..need.clone() };
+        let fits = self.fit(&Need { ranks: more, spares: 0, ..on_cpu.clone() }, false).is_ok();
+        fits && self.holds(&Need { ranks: held + more, ..on_cpu }, &[]).is_ok()
+    }
+
     /// A sentence on why this gang is not here.
     pub fn explain(&self, id: &NodeId, need: &Need) -> String {
         if need.excluded.contains(id) {
@@ -264,6 +279,13 @@ pub fn plan_gang(nodes: &BTreeMap<NodeId, Node>, need: &Need) -> Placement {
     if let Some((id, _, gpus)) = best {
         return Placement::Now(vec![PlacedRanks { node: id.clone(), first_rank: 0, count: need.ranks, gpus }]);
     }
+    let open = nodes.iter().filter(|(id, n)| need.least < need.ranks && n.is_open() && allowed(id));
+    let most = open.filter_map(|(id, n)| n.most(need).map(|(count, gpus)| (id, n, count, gpus)));
+    if let Some((id, _, count, gpus)) = most.min_by_key(|(id, n, count, gpus)| (std::cmp::Reverse(*count), key(id, n, gpus))) {
+        return Placement::Now(vec![PlacedRanks { node: id.clone(), first_rank: 0, count, gpus }]);
+    }
+    // What keeps it from beginning is want of room for the fewest.
+    let need = &Need { ranks: need.least, ..need.clone() };
     if nodes.is_empty() {
         return Placement::Later("no node has joined yet".into());
     }
@@ -298,6 +320,7 @@ mod tests {
 
     fn need(ranks: u32) -> Need {
         Need {
+            least: ranks,
             ranks,
             spares: 0,
             cpu_milli: 0,

@@ -95,6 +95,7 @@ mod tests {
 
     fn need(ranks: u32) -> Need {
         Need {
+            least: ranks,
             ranks,
             spares: 0,
             cpu_milli: 0,

@@ -130,6 +130,9 @@ impl Engine {
         } else if let Some(gang) = &job.gang {
             self.ports.insert(gang.port);
             self.next_port = self.next_port.max(gang.port.saturating_add(1));
+            if gang.placed() < job.spec.world_size {
+                self.short.insert(id);
+            }
             for share in &gang.placement {
                 self.nodes.entry(share.node.clone()).or_default().take(&need.taken(share.count, &share.gpus));
             }

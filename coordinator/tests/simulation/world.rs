@@ -22,11 +22,12 @@ pub const SAFETY_MS: u64 = 10 * 60 * 1_000;
 pub const LIVENESS_MS: u64 = 4 * 3_600 * 1_000;
 
 /// Events that a long run must have seen.
-pub const TOLD: [&str; 10] = [
+pub const TOLD: [&str; 11] = [
     "rank_replaced",
     "rank_failed",
     "rank_restarted",
     "gang_shrunk",
+    "places_added",
     "recovered_in_place",
     "gang_grown",
     "log_policy_matched",

@@ -78,14 +78,12 @@ fn what_is_not_built_is_refused_as_such() {
         json!({
             "world_size": 4, "min_world_size": 2, "kind": "serve", "image": "x", "replicas": 1, "engine": "vllm", "model": "m", "port": 1,
             "health": {}, "autoscale": {}, "checkpoint": {"to": "s3://b"},
-            "restart": {"scope": "rank", "spares": 0},
             "resources": {"gpu_memory": "8Gi", "gpus": 0.5},
         }),
         expect![[r#"
             - /kind kind serve is not built: only "train" and "evaluate" are
             - /resources/gpu_memory sharing a GPU by memory is not built: use resources.gpus
             - /resources/gpus fractions of a GPU are not built: give a whole number
-            - /restart/scope scope rank is not built: use "auto", "gang" or "in_place"
             - /checkpoint/to checkpoints go to the node's data folder; object storage is not built
             - /image containers are not built: give a command that is installed on the nodes
             - /replicas belongs to kind serve, which is not built
@@ -331,6 +329,14 @@ fn only_what_can_recover_in_place_has_spares() {
     let least = |body: Value| parse(&body).unwrap().least_world_size();
     assert_eq!(least(json!({"world_size": 4, "min_world_size": 2})), 2);
     assert_eq!((least(json!({"world_size": 4, "min_world_size": 4, "command": ["true"]})), least(json!({"world_size": 4}))), (4, 4));
+    check(
+        json!({"world_size": 2, "restart": {"scope": "rank"}}),
+        expect![[r#"
+        x /restart/scope rank needs a command whose ranks do not need each other; those of the built-in program do: use "auto" or "gang"
+    "#]],
+    );
+    let restart = parse(&json!({"world_size": 2, "command": ["true"], "restart": {"scope": "rank"}})).unwrap().restart;
+    assert_eq!(restart.scope, RestartScope::Rank);
     let restart = parse(&json!({"world_size": 2, "restart": {"scope": "in_place", "spares": 1}})).unwrap().restart;
     assert_eq!((restart.scope, restart.spares), (RestartScope::InPlace, 1));
 }
@@ -358,7 +364,7 @@ fn policies_are_checked() {
             x /restart/max_restarts must be a whole number from 0 to 1000000
             x /restart/max_start_failures must be a whole number from 1 to 1000000
             x /restart/backoff/initial is longer than restart.backoff.max (30s)
-            x /restart/scope must be one of "auto", "gang", "in_place"
+            x /restart/scope must be one of "auto", "gang", "rank", "in_place"
             x /restart/no_retry_exit_codes/1 must be a whole number from 0 to 255
             x /restart/no_retry_exit_codes/2 must be a whole number from 0 to 255, not a text
             x /heartbeat/timeout must be from 1s to 1d

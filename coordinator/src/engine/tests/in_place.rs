@@ -7,7 +7,7 @@ use expect_test::expect;
 use super::super::limits::REGROUP_MAX_MS;
 use super::*;
 
-fn trains(world_size: u32, spares: u32) -> JobSpec {
+pub(super) fn trains(world_size: u32, spares: u32) -> JobSpec {
     let mut spec = JobSpec::default_for(world_size);
     spec.worker.as_mut().expect("built in").device = everlit_api::job::Device::Cpu;
     spec.restart.backoff.jitter = 0.0;
@@ -16,12 +16,12 @@ fn trains(world_size: u32, spares: u32) -> JobSpec {
 }
 
 /// Every seat has done `step` in a membership.
-fn steps(scene: &mut Scene, ms: u64, generation: u32, seats: &[u32], step: u64) {
+pub(super) fn steps(scene: &mut Scene, ms: u64, generation: u32, seats: &[u32], step: u64) {
     let beats = seats.iter().map(|seat| Beat { in_place: Some(true), generation, ..beat(rank(1, 1, *seat), step) });
     scene.at(ms, Event::RanksBeat(beats.collect()));
 }
 
-fn starts(scene: &mut Scene, ms: u64, seat: u32) {
+pub(super) fn starts(scene: &mut Scene, ms: u64, seat: u32) {
     scene.at(ms, Event::RankStarted(Started { incarnation: rank(1, 1, seat), pid: 1_000 + seat, at: Timestamp(ms) }));
 }
 
@@ -195,96 +195,6 @@ fn a_user_s_stop_ends_a_recovery_and_every_process_of_it() {
         1110   n1 <- forget 1.1.0 1.1.2
         1110   n1 <- job 1 ended
         1110   final job 1 stopped
-    "#]]);
-}
-
-/// Three ranks that did seven steps and may go on as one or two.
-fn elastic() -> Scene {
-    let mut scene = Scene::with_node();
-    scene.submit(0, 1, JobSpec { min_world_size: Some(1), ..trains(3, 0) });
-    scene.start_all(10, 1, 1, 3);
-    steps(&mut scene, 900, 0, &[0, 1, 2], 7);
-    scene.take();
-    scene
-}
-
-/// A process that waits says that it can take a place.
-fn is_ready(scene: &mut Scene, ms: u64, seat: u32) {
-    scene.at(ms, Event::RanksBeat(vec![Beat { in_place: Some(true), step: None, ..beat(rank(1, 1, seat), 0) }]));
-}
-
-#[test]
-fn an_elastic_gang_goes_on_with_fewer_at_once_and_grows_back_when_another_is_ready() {
-    let mut scene = elastic();
-    scene.exits(1_000, rank(1, 1, 0), killed(999));
-    // The last rank took the lost one's number.
-    assert_eq!(scene.summary(1).ranks.iter().map(|own| own.pid).collect::<Vec<_>>(), [Some(102), Some(101)]);
-    starts(&mut scene, 1_100, 3);
-    is_ready(&mut scene, 1_200, 3);
-    assert_eq!(scene.summary(1).state, JobState::Recovering, "nobody joins before those who are left step");
-    steps(&mut scene, 1_300, 1, &[2, 1], 8);
-    assert_eq!((scene.summary(1).state, scene.summary(1).ranks.len(), scene.summary(1).spares.len()), (JobState::Running, 3, 0));
-    steps(&mut scene, 1_600, 2, &[2, 1, 3], 12);
-    let summary = scene.summary(1);
-    assert_eq!((summary.state, summary.attempt, summary.restarts, summary.lost_steps), (JobState::Running, 1, 1, 0));
-    scene.expect(expect![[r#"
-        1000 job 1: gang_shrunk: rank 0 ended with signal 9 (SIGKILL); going on with 2 ranks until another can join
-        1000   n1 <- start job 1 attempt 1 ranks 0+2 port 29500 membership 1 [2, 1] spares [3]
-        1000   n1 <- forget 1.1.0
-        1300 job 1: recovered_in_place: 2 ranks go on without one; all ranks step again after 300 ms
-        1300 job 1: gang_growing: a process that was ready joins as rank 2
-        1300   n1 <- start job 1 attempt 1 ranks 0+2 port 29500 membership 1 [2, 1] spares [3]
-        1300   n1 <- start job 1 attempt 1 ranks 0+3 port 29500 membership 2 [2, 1, 3]
-        1600 job 1: gang_grown: rank 2 has joined; all ranks step again after 300 ms
-    "#]]);
-}
-
-#[test]
-fn who_joins_a_smaller_gang_and_dies_costs_nothing_and_is_tried_again_later() {
-    let mut scene = elastic();
-    scene.exits(1_000, rank(1, 1, 2), killed(999));
-    steps(&mut scene, 1_300, 1, &[0, 1], 8);
-    starts(&mut scene, 1_400, 3);
-    scene.take();
-    // While it waits.
-    scene.exits(1_500, rank(1, 1, 3), killed(1_499));
-    scene.at(31_499, Event::Woke).at(31_500, Event::Woke);
-    starts(&mut scene, 31_600, 4);
-    is_ready(&mut scene, 31_700, 4);
-    // While the others come to meet it.
-    scene.exits(31_800, rank(1, 1, 4), killed(31_799));
-    steps(&mut scene, 32_000, 3, &[0, 1], 300);
-    assert_eq!((scene.summary(1).state, scene.summary(1).restarts, scene.summary(1).ranks.len()), (JobState::Running, 1, 2));
-    scene.at(61_800, Event::Woke);
-    scene.expect(expect![[r#"
-        1500 job 1: spare_lost: a spare ended with signal 9 (SIGKILL); another one starts later
-        1500   n1 <- forget 1.1.3
-        31500   n1 <- start job 1 attempt 1 ranks 0+2 port 29500 membership 1 [0, 1] spares [4]
-        31700 job 1: gang_growing: a process that was ready joins as rank 2
-        31700   n1 <- start job 1 attempt 1 ranks 0+3 port 29500 membership 2 [0, 1, 4]
-        31800 job 1: gang_shrunk: rank 2 ended with signal 9 (SIGKILL); going on with 2 ranks until another can join
-        31800   n1 <- start job 1 attempt 1 ranks 0+2 port 29500 membership 3 [0, 1]
-        31800   n1 <- forget 1.1.4
-        32000 job 1: recovered_in_place: 2 ranks go on without one; all ranks step again after 200 ms
-        32000   n1 <- start job 1 attempt 1 ranks 0+2 port 29500 membership 3 [0, 1]
-        61800   n1 <- start job 1 attempt 1 ranks 0+2 port 29500 membership 3 [0, 1] spares [5]
-    "#]]);
-}
-
-#[test]
-fn a_coordinator_that_dies_with_a_smaller_gang_has_it_grow_back() {
-    let mut scene = elastic();
-    scene.exits(1_000, rank(1, 1, 1), killed(999));
-    steps(&mut scene, 1_300, 1, &[0, 2], 8);
-    starts(&mut scene, 1_400, 3);
-    scene.exits(1_500, rank(1, 1, 3), killed(1_499));
-    scene.take();
-    scene.restart_coordinator(1_600);
-    scene.at(1_700, hello("n1", vec![alive(rank(1, 1, 0), 100), alive(rank(1, 1, 2), 102)]));
-    assert_eq!(scene.summary(1).ranks.len(), 2);
-    scene.expect(expect![[r#"
-        1700   n1 <- start job 1 attempt 1 ranks 0+2 port 29500 membership 1 [0, 2]
-        1700   n1 <- start job 1 attempt 1 ranks 0+2 port 29500 membership 1 [0, 2] spares [4]
     "#]]);
 }
 

@@ -2,6 +2,7 @@
 //! scenario that leaves outcomes unread fails.
 
 mod checkpoints;
+mod elastic;
 mod faults;
 mod in_place;
 mod lives;
@@ -179,6 +180,12 @@ impl Scene {
     /// Everything that came of the events since the last call.
     pub(super) fn take(&mut self) -> String {
         std::mem::take(&mut self.told)
+    }
+
+    /// What came before a line that begins so is left out.
+    pub(super) fn take_from(&mut self, start: &str) {
+        let at = self.told.find(start).unwrap_or_else(|| panic!("nothing begins with {start}: {}", self.told));
+        self.told.drain(..at);
     }
 
     pub(super) fn expect(&mut self, expected: expect_test::Expect) {
