@@ -3,7 +3,7 @@
 //! The door refuses them and the agent overwrites them, so that no rank ever believes a wrong rank, port or folder.
 
 /// Set for each rank by everlit.
-pub const RESERVED: [&str; 28] = [
+pub const RESERVED: [&str; 29] = [
     "RANK",
     "LOCAL_RANK",
     "GROUP_RANK",
@@ -32,11 +32,14 @@ pub const RESERVED: [&str; 28] = [
     SNAPSHOT_DIR,
     SEAT,
     SPARE,
+    ELASTIC,
 ];
 
 /// The process's number within its attempt ([`crate::ids::Incarnation::rank`]).
 pub const SEAT: &str = "EVERLIT_SEAT";
 /// `1`: the rank is a spare, and waits until it is given a rank.
 pub const SPARE: &str = "EVERLIT_SPARE";
+/// `1`: other ranks may join a rank that began alone.
+pub const ELASTIC: &str = "EVERLIT_ELASTIC";
 /// Folder in shared memory for snapshots of the training state; missing where there is no shared memory.
 pub const SNAPSHOT_DIR: &str = "EVERLIT_SNAPSHOT_DIR";

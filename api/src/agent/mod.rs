@@ -135,6 +135,9 @@ pub struct RankReport {
     pub pid: Option<u32>,
     /// When its process started.
     pub started_at: Option<Timestamp>,
+    /// The newest membership of its gang that its agent was told.
+    #[serde(default)]
+    pub generation: u32,
     /// How it ended, when it has.
     pub exit: Option<RankExit>,
     /// It ended without an exit record.
@@ -324,6 +327,9 @@ pub struct GangSpec {
     /// Seats of the spares on this node: started ranks that wait.
     #[serde(default)]
     pub spares: Vec<u32>,
+    /// Ranks may join or leave while the others go on.
+    #[serde(default)]
+    pub elastic: bool,
     /// Ranks of the whole gang.
     pub world_size: u32,
     /// The first rank here.

@@ -66,6 +66,7 @@ impl Engine {
 
     pub(super) fn on_checkpoint_seen(&mut self, turn: &mut Turn, node: &NodeId, news: CheckpointNews) {
         let id = news.job;
+        self.note_attempt(turn, node, id, news.attempt);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let was = job.checkpoints.iter().find(|c| c.step == news.step && c.attempt == news.attempt).map(|c| c.verified);
         let known = was.is_some_and(|verified| verified || !news.verified);

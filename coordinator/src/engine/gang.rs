@@ -273,12 +273,12 @@ impl Engine {
                 view.backoff_ms = Some(delay_ms);
                 turn.step.record.attempts.push((id, view));
                 let facts = Facts::from([
-                    ("attempt", (job.attempt + 1).into()),
+                    ("attempt", (job.next_attempt()).into()),
                     ("delay_ms", delay_ms.into()),
                     ("counted", job.budget.counted.into()),
                     ("cause", serde_json::json!(cause)),
                 ]);
-                turn.event(Some(id), "restart_scheduled", format!("attempt {} in {delay_ms} ms: {reason}", job.attempt + 1), facts);
+                turn.event(Some(id), "restart_scheduled", format!("attempt {} in {delay_ms} ms: {reason}", job.next_attempt()), facts);
                 let left = delay_ms.saturating_sub(turn.now.since_ms(ending.at));
                 self.bring_back(turn, id, left);
             }

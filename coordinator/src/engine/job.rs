@@ -88,7 +88,7 @@ impl Engine {
             job.nodes.retain(|node| *node != share.node);
             job.nodes.push(share.node.clone());
         }
-        job.attempt += 1;
+        job.attempt = job.next_attempt();
         job.retry_at = None;
         job.ranks = Ranks::pending(placement.iter().map(|share| share.count).sum());
         job.rates.clear();
@@ -319,6 +319,7 @@ impl Job {
                 generation: gang.generation,
                 seats: gang.seats.clone(),
                 spares: if group_rank == 0 { gang.spares.iter().map(|spare| spare.seat).collect() } else { Vec::new() },
+                elastic: spec.least_world_size() < spec.world_size,
                 world_size: gang.size(),
                 first_rank: share.first_rank,
                 count: gang.count_in(share),

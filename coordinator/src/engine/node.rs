@@ -43,11 +43,20 @@ impl Engine {
         let mut unwanted: std::collections::BTreeSet<(JobId, u32)> = std::collections::BTreeSet::new();
         let mut forget = Vec::new();
         let mut seen: std::collections::BTreeSet<Incarnation> = std::collections::BTreeSet::new();
+        let (mut twice, mut forgotten) = (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
         let mut beats = Vec::new();
         let mut ended = Vec::new();
         for mut report in hello.ranks {
             let Incarnation { job, attempt, .. } = report.incarnation;
-            let wanted = self.jobs.get(&job).is_some_and(|j| j.retry_at.is_none() && j.gang.as_ref().is_some_and(|g| g.attempt == attempt));
+            self.note_attempt(turn, node, job, attempt);
+            let current = self.jobs.get(&job).filter(|j| j.retry_at.is_none() && j.gang.as_ref().is_some_and(|g| g.attempt == attempt));
+            let wanted = current.is_some_and(|job| holds(job, node));
+            if current.is_some() && !wanted {
+                twice.insert(job);
+            }
+            if current.and_then(|job| job.gang.as_ref()).is_some_and(|gang| gang.generation < report.generation) {
+                forgotten.insert(job);
+            }
             if wanted {
                 seen.insert(report.incarnation);
                 beats.extend(report.beat.take());
@@ -56,6 +65,14 @@ impl Engine {
                 forget.push(report.incarnation);
             } else {
                 unwanted.insert((job, attempt));
+            }
+        }
+        let lost = "the coordinator's disk has lost what it said was durable";
+        // What one attempt says can not be told from what its twin does, nor a rank's seat from one that it had: all go, and another attempt comes.
+        let all = twice.into_iter().map(|job| (job, format!("its attempt runs on {node}, too: {lost}")));
+        for (job, reason) in all.chain(forgotten.into_iter().map(|job| (job, format!("who is in it is not on record: {lost}")))) {
+            if self.jobs.get(&job).and_then(|job| job.gang.as_ref()).is_some_and(|gang| gang.ending.is_none()) {
+                self.fail_gang(turn, job, None, Broken::new(Cause::Infrastructure, reason, 0, true), Some(lost.into()));
             }
         }
         self.on_ranks_beat(turn, beats);
@@ -79,6 +96,17 @@ impl Engine {
     }
 
     /// What lives is taken over; how it ended, when it has, is for after all beats.
+    /// A number that was used is never used again, also when the store has forgotten that it was.
+    pub(super) fn note_attempt(&mut self, turn: &mut Turn, node: &NodeId, id: JobId, attempt: u32) {
+        let Some(job) = self.jobs.get_mut(&id).filter(|job| attempt > job.attempt.max(job.known_attempt)) else { return };
+        job.known_attempt = attempt;
+        let reason = format!(
+            "{node} knows of attempt {attempt}, and nothing is on record of it: the coordinator's disk has lost what it said was durable"
+        );
+        turn.event(Some(id), "attempt_unknown", reason, Facts::from([("attempt", attempt.into())]));
+        turn.touched.insert(id);
+    }
+
     fn adopt(&mut self, turn: &mut Turn, report: RankReport) -> Option<Exited> {
         let incarnation = report.incarnation;
         if let Some(pid) = report.pid {

@@ -57,6 +57,9 @@ pub struct Job {
     pub finished_at: Option<Timestamp>,
     /// Number of the last attempt, 0 before the first.
     pub attempt: u32,
+    /// The highest attempt that a node told of: above `attempt` only where the store has lost what it said was durable.
+    #[serde(default)]
+    pub known_attempt: u32,
     /// The attempt that holds places and maybe processes.
     pub gang: Option<Gang>,
     /// A failed gang is brought back then; its places stay reserved.
@@ -487,6 +490,11 @@ impl Job {
     pub fn node_of(&self, rank: u32) -> Option<&NodeId> {
         let share = |p: &&PlacedRanks| rank >= p.first_rank && rank - p.first_rank < p.count;
         self.gang.as_ref()?.placement.iter().find(share).map(|p| &p.node)
+    }
+
+    /// Its next attempt's number, which no attempt ever had.
+    pub fn next_attempt(&self) -> u32 {
+        self.attempt.max(self.known_attempt) + 1
     }
 
     /// `name` or `key` per label, for people.

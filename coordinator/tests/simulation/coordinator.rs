@@ -86,6 +86,7 @@ impl World {
         if written && !committing.is_empty() {
             self.write(&committing);
         }
+        self.lose_store_writes();
         self.coordinator.life += 1;
         self.cut_where(|link| link.coordinator_up || !link.agent_seen_end, 1, 50);
     }
@@ -186,6 +187,7 @@ impl World {
     }
 
     fn write(&mut self, steps: &[(Timestamp, Step)]) {
+        self.remember_store();
         self.coordinator.store.commit(steps);
         for (_, step) in steps {
             for row in &step.record.jobs {

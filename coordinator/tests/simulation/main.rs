@@ -14,6 +14,7 @@ mod check;
 mod coordinator;
 mod faults;
 mod jobs;
+mod lies;
 mod link;
 mod node;
 mod random;

@@ -37,7 +37,7 @@ pub struct SimNode {
     /// `runs/`: every rank that is not forgotten.
     pub runs: BTreeMap<Incarnation, Run>,
     /// `gang.json` by attempt.
-    gangs: BTreeMap<(JobId, u32), (GangSpec, Resumed)>,
+    pub gangs: BTreeMap<(JobId, u32), (GangSpec, Resumed)>,
     pub trainers: BTreeMap<(JobId, u32), u64>,
     /// The membership whose ranks have met, and the one that has done a step.
     met: BTreeMap<(JobId, u32), u32>,
@@ -327,10 +327,11 @@ impl World {
         let own = &mut self.nodes[node];
         let newest = own.gangs.range((job, 0)..=(job, u32::MAX)).next_back().map(|((_, attempt), _)| *attempt);
         if own.disk_full || newest.is_some_and(|newest| newest > attempt) {
-            let permanent = !own.disk_full;
             let reason = if own.disk_full { "no space left on device" } else { "a later attempt was started here" }.to_string();
-            return self.tell_agent(node, Event::GangRefused { job, attempt, reason, permanent });
+            return self.tell_agent(node, Event::GangRefused { job, attempt, reason, permanent: false });
         }
+        // A coordinator that says so has forgotten that it was final.
+        own.ended.remove(&job);
         let kept = own.checkpoints.entry(job).or_default();
         kept.fence = kept.fence.max(attempt);
         let damaged: Vec<u64> = kept.steps.iter().filter(|(_, (_, damaged))| *damaged).map(|(step, _)| *step).collect();
@@ -346,6 +347,8 @@ impl World {
         });
         own.gangs.insert((job, attempt), (spec, resumed.clone()));
         own.trainers.insert((job, attempt), step.unwrap_or(0));
+        own.met.remove(&(job, attempt));
+        own.stepped.remove(&(job, attempt));
         let at = self.wall(node);
         self.tell_agent(node, Event::GangPrepared { resumed, at });
     }
@@ -589,6 +592,7 @@ impl World {
         for (job, attempt) in ended {
             self.disturb(job, attempt);
         }
+        self.lose_node_writes(node);
         self.soon(1_000, 40_000, Happening::AgentStart { node });
     }
 }

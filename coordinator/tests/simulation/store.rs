@@ -7,7 +7,7 @@ use everlit_api::status::JobState;
 use everlit_api::time::Timestamp;
 use everlit_coordinator::engine::{Blame, Command, Record, Step, StoredJob, StoredNode, read_job, state::Job};
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Store {
     pub active: BTreeMap<JobId, StoredJob>,
     /// With how often a row of it was written after it was final.

@@ -12,6 +12,7 @@ use crate::check::{Checkers, Seen};
 use crate::coordinator::Coordinator;
 use crate::faults::{Fault, Faults};
 use crate::jobs::Script;
+use crate::lies::Lies;
 use crate::link::Links;
 use crate::node::SimNode;
 use crate::random::Random;
@@ -178,6 +179,8 @@ pub struct World {
     pub next_pid: u32,
     /// Tell what happens.
     pub loud: bool,
+    /// Disks that lie, in some worlds.
+    pub lies: Option<Lies>,
     /// Attempts that something was done to: a signal to their ranks has a reason.
     pub disturbed: BTreeSet<(JobId, u32)>,
 }
@@ -185,7 +188,7 @@ pub struct World {
 impl World {
     pub fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
-        let favourites = (0..3).filter_map(|_| random.pick(Fault::ALL)).collect();
+        let favourites = (0..3).filter_map(|_| random.pick(Fault::DRAWN)).collect();
         let nodes = (0..random.between(1, 3)).map(|number| SimNode::new(number as usize, &mut random)).collect::<Vec<_>>();
         let mut world = Self {
             now: 0,
@@ -206,6 +209,7 @@ impl World {
             count: 0,
             next_pid: 100,
             loud: false,
+            lies: Lies::of(seed),
             disturbed: BTreeSet::new(),
         };
         world.at(0, Happening::CoordinatorStart);

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use everlit_api::agent::{GangSpec, Program};
-use everlit_api::environment::{RESERVED, SEAT, SNAPSHOT_DIR, SPARE};
+use everlit_api::environment::{ELASTIC, RESERVED, SEAT, SNAPSHOT_DIR, SPARE};
 
 /// What is passed on from the agent's own environment.
 pub(super) const PASSED: [&str; 4] = ["PATH", "HOME", "LANG", "LD_LIBRARY_PATH"];
@@ -88,6 +88,9 @@ pub(super) fn environment(
     if place.is_none() {
         set(SPARE, "1".into());
     }
+    if spec.elastic {
+        set(ELASTIC, "1".into());
+    }
     if let Some(snapshots) = paths.snapshots {
         set(SNAPSHOT_DIR, path(snapshots));
     }
@@ -118,6 +121,7 @@ pub(crate) mod tests {
             generation: 0,
             seats: Vec::new(),
             spares: Vec::new(),
+            elastic: false,
             world_size,
             first_rank: 0,
             count: world_size,

@@ -114,16 +114,25 @@ pub(super) fn prepare(node: &Node, spec: &GangSpec) -> Result<Prepared, Refused>
     let attempts = folders.attempts(spec.job);
     let known = newest_attempt(&attempts);
     if known.is_some_and(|newest| newest > spec.attempt) {
-        return Err(Refused::forever(format!("a later attempt than {} was started here", spec.attempt)));
+        // Only a coordinator whose disk has lost writes orders it. The number after this one may be new.
+        return Err(Refused::now(format!("a later attempt than {} was started here", spec.attempt)));
     }
     let attempt = folders.attempt(spec.job, spec.attempt);
     let argv = argv(node, spec, &attempt)?;
+    // What is ordered is not over: the mark is of a coordinator that has lost what it said was durable.
+    match fs::remove_file(folders.ended(spec.job)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &folders.ended(spec.job))(error)),
+        _ => {}
+    }
     let checkpoints = folders.checkpoints(spec.job);
     make_folder(&folders.job(spec.job))?;
     let fresh = make_folder(&checkpoints)?;
     // In a folder that was not there before, nobody is to be fenced off and nothing is to be found.
     if !fresh || spec.attempt > 1 {
-        let busy = |error: checkpoint::CheckpointError| Refused { reason: error.to_string(), permanent: !error.is_transient() };
+        let busy = |error: checkpoint::CheckpointError| Refused {
+            reason: error.to_string(),
+            permanent: !(error.is_transient() || matches!(error, checkpoint::CheckpointError::Fenced { .. })),
+        };
         checkpoint::raise_fence(&checkpoints, spec.attempt).map_err(busy)?;
         checkpoint::sweep_drafts(&checkpoints, spec.attempt).map_err(busy)?;
     }

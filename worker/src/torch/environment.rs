@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use everlit_api::environment::{SEAT, SNAPSHOT_DIR, SPARE};
+use everlit_api::environment::{ELASTIC, SEAT, SNAPSHOT_DIR, SPARE};
 
 use super::TrainError;
 
@@ -43,6 +43,8 @@ pub struct Environment {
     pub rendezvous: Option<String>,
     /// The address that this rank's connections use.
     pub gloo_host: String,
+    /// Other ranks may join one that began alone.
+    pub elastic: bool,
     /// Threads of libtorch's kernels.
     pub threads: i32,
 }
@@ -89,6 +91,7 @@ impl Environment {
             resume_from: variable("EVERLIT_RESUME_FROM").map(|path| (!path.is_empty()).then(|| PathBuf::from(path))),
             rendezvous,
             gloo_host: text("EVERLIT_GLOO_HOST").unwrap_or_else(|| "127.0.0.1".into()),
+            elastic: text(ELASTIC).is_some(),
             threads: i32::try_from(threads).unwrap_or(1),
         })
     }

@@ -265,6 +265,7 @@ impl Bench {
             generation: 0,
             seats: Vec::new(),
             spares: Vec::new(),
+            elastic: false,
             world_size,
             first_rank: 0,
             count: world_size,

@@ -92,7 +92,7 @@ pub(super) fn hello(name: &str, ranks: Vec<RankReport>) -> Event {
 }
 
 pub(super) fn alive(incarnation: Incarnation, pid: u32) -> RankReport {
-    RankReport { incarnation, pid: Some(pid), started_at: None, exit: None, lost: false, beat: None }
+    RankReport { incarnation, pid: Some(pid), started_at: None, generation: 0, exit: None, lost: false, beat: None }
 }
 
 pub(super) fn beat(incarnation: Incarnation, step: u64) -> Beat {

@@ -180,3 +180,43 @@ fn a_wait_before_a_restart_survives_the_coordinator() {
     "#]]);
     assert_eq!(scene.summary(1).restarts, 1);
 }
+
+#[test]
+fn what_a_lying_disk_has_forgotten_is_learned_from_the_nodes_and_no_number_is_used_twice() {
+    // An attempt of which nothing is on record: it is stopped, and the next one gets a number after it.
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(10, 1, 1, 1);
+    scene.at(20, Event::NodeUnlinked { node: node("n1") });
+    scene.at(30, hello("n1", vec![alive(rank(1, 4, 0), 400)]));
+    scene.at(1_000, Event::Woke);
+    // The attempt that is on record runs on another node, too.
+    scene.at(2_000, hello("n2", vec![alive(rank(1, 5, 0), 500)]));
+    scene.exits(2_010, rank(1, 5, 0), killed(2_009));
+    scene.at(3_000, Event::Woke);
+    // A membership of which nothing is on record.
+    scene.at(4_000, Event::NodeUnlinked { node: node("n1") });
+    scene.at(4_100, hello("n1", vec![RankReport { generation: 2, ..alive(rank(1, 6, 0), 600) }]));
+    scene.take_from("30 job 1");
+    scene.expect(expect![[r#"
+        30 job 1: attempt_unknown: n1 knows of attempt 4, and nothing is on record of it: the coordinator's disk has lost what it said was durable
+        30 job 1: gang_failed: rank 0: its node does not know it any more
+        30 job 1: restart_scheduled: attempt 5 in 500 ms: restart without cost to the budget
+        30   n1 <- stop job 1 attempt 4 grace 0s
+        30   n1 <- forget 1.1.0
+        1000 job 1: attempt_placed: attempt 5 is starting on n1
+        1000   n1 <- start job 1 attempt 5 ranks 0+1 port 29501
+        2000 node_ready: n2 joined
+        2000 job 1: gang_failed: its attempt runs on n2, too: the coordinator's disk has lost what it said was durable
+        2000   n1 <- stop job 1 attempt 5 grace 0s
+        2000   n2 <- stop job 1 attempt 5 grace 0s
+        2010 job 1: restart_scheduled: attempt 6 in 1000 ms: restart without cost to the budget
+        2010   n1 <- forget 1.5.0
+        3000 job 1: attempt_placed: attempt 6 is starting on n1
+        3000   n1 <- start job 1 attempt 6 ranks 0+1 port 29502
+        4100 job 1: job_running: all 1 ranks of attempt 6 run
+        4100 job 1: gang_failed: who is in it is not on record: the coordinator's disk has lost what it said was durable
+        4100   n1 <- stop job 1 attempt 6 grace 0s
+        4100   n1 <- stop job 1 attempt 6 grace 30s
+    "#]]);
+}

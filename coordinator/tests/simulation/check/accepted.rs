@@ -6,6 +6,7 @@ use everlit_api::ids::JobId;
 use everlit_api::status::JobState;
 
 use super::Seen;
+use crate::store::Store;
 use crate::world::World;
 
 #[derive(Debug, Default)]
@@ -17,6 +18,11 @@ pub struct Accepted {
 impl Accepted {
     pub fn count(&self) -> usize {
         self.jobs.len()
+    }
+
+    pub fn forget(&mut self, store: &Store) {
+        self.jobs.retain(|job| store.active.contains_key(job) || store.finals.contains_key(job) || store.deleted.contains(job));
+        self.finals.retain(|job, _| store.finals.contains_key(job) || store.deleted.contains(job));
     }
 
     pub fn saw(&mut self, world: &World, seen: &Seen<'_>) -> Result<(), String> {

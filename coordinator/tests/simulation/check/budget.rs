@@ -6,6 +6,7 @@ use everlit_api::ids::JobId;
 use everlit_api::rank::Cause;
 
 use super::Seen;
+use crate::store::Store;
 use crate::world::World;
 
 #[derive(Debug, Default)]
@@ -15,6 +16,16 @@ pub struct Budget {
 }
 
 impl Budget {
+    pub fn forget(&mut self, store: &Store) {
+        self.counted.clear();
+        self.restarts.clear();
+        for id in store.active.keys() {
+            let Some(job) = store.read(*id) else { continue };
+            self.counted.insert(*id, job.budget.counted);
+            self.restarts.insert(*id, job.budget.restarts);
+        }
+    }
+
     pub fn saw(&mut self, world: &World, seen: &Seen<'_>) -> Result<(), String> {
         let Seen::Written(record) = seen else { return Ok(()) };
         for event in record.events.iter().filter(|event| matches!(event.event, "restart_scheduled" | "rank_replaced" | "rank_failed")) {

@@ -1,7 +1,7 @@
 //! INV-3: nothing is acted on before it is durable.
 
 use everlit_api::agent::ToAgent;
-use everlit_coordinator::engine::state::Role;
+use everlit_coordinator::engine::state::{Gang, Role};
 
 use super::Seen;
 use crate::world::World;
@@ -24,11 +24,14 @@ pub fn saw(world: &World, seen: &Seen<'_>) -> Result<(), String> {
                 ));
             }
         }
-        Seen::Told { frame: ToAgent::Forget { incarnations }, .. } => {
+        Seen::Told { frame: ToAgent::Forget { incarnations }, node } => {
             for own in incarnations {
                 let Some(job) = store.active.get(&own.job).and_then(|_| store.read(own.job)) else { continue };
                 let outsider = job.gang.as_ref().is_some_and(|gang| gang.role(own.rank) == Role::Former);
-                let over = job.attempt > own.attempt || job.gang.is_none() || job.retry_at.is_some() || outsider;
+                // Of what a lying disk has forgotten, nothing is waited for.
+                let elsewhere = |gang: &Gang| gang.placement.iter().all(|share| share.node != **node);
+                let unknown = own.attempt > job.attempt || job.gang.as_ref().is_some_and(elsewhere);
+                let over = unknown || job.attempt > own.attempt || job.gang.is_none() || job.retry_at.is_some() || outsider;
                 if !over {
                     return Err(format!("INV-3: the end of {own} is to be forgotten and its attempt's end is not on the disk"));
                 }

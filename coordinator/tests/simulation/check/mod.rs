@@ -112,6 +112,15 @@ impl Checkers {
         ledger::saw(world, seen)
     }
 
+    /// What the disk said was durable is not there any more: what was known from it is forgotten, and from here on held against nobody.
+    pub fn forget(&mut self, world: &World) {
+        let store = &world.coordinator.store;
+        self.accepted.forget(store);
+        self.budget.forget(store);
+        self.policies.forget(store);
+        self.retention.unsure = true;
+    }
+
     pub fn at_the_end(&self, world: &World) -> Result<(), String> {
         self.accepted.at_the_end(world)?;
         quiet::at_the_end(world)

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use everlit_api::ids::JobId;
 
 use super::Seen;
+use crate::store::Store;
 use crate::world::World;
 
 #[derive(Debug, Default)]
@@ -15,6 +16,15 @@ pub struct Policies {
 }
 
 impl Policies {
+    pub fn forget(&mut self, store: &Store) {
+        self.cancelled.retain(|job| !store.active.contains_key(job));
+        self.excluded.clear();
+        for id in store.active.keys() {
+            let nodes = store.read(*id).map(|job| job.excluded.iter().map(ToString::to_string).collect());
+            self.excluded.extend(nodes.map(|nodes| (*id, nodes)));
+        }
+    }
+
     pub fn saw(&mut self, world: &World, seen: &Seen<'_>) -> Result<(), String> {
         match seen {
             Seen::Written(record) => {

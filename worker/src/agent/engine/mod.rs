@@ -156,7 +156,9 @@ impl Engine {
 
     /// Everything that a hello tells of ranks and checkpoints, and whether the agent is draining.
     pub fn hello(&self, now: u64) -> (Vec<RankReport>, Vec<CheckpointNews>, bool) {
-        let report = |gang: &Gang| gang.ranks.iter().map(|(rank, own)| own.report(now, gang.incarnation(*rank))).collect::<Vec<_>>();
+        let report = |gang: &Gang| {
+            gang.ranks.iter().map(|(rank, own)| own.report(now, gang.incarnation(*rank), gang.spec.generation)).collect::<Vec<_>>()
+        };
         let running = self.gangs.values().filter(|gang| !matches!(gang.stage, Stage::Refused { .. }));
         (running.flat_map(report).collect(), self.checkpoints.values().cloned().collect(), self.is_draining())
     }
@@ -283,7 +285,10 @@ impl Engine {
             }
             return self.on_membership_ordered(now, spec);
         }
-        if self.newest.get(&job).is_some_and(|newest| attempt <= *newest) {
+        if let Some(newest) = self.newest.get(&job).copied().filter(|newest| attempt <= *newest) {
+            // Late, and nobody waits for it; or from a coordinator whose disk has forgotten the later one, and it must try another number.
+            let reason = format!("attempt {newest} was started here before");
+            out.push(Action::Say(FromAgent::StartFailed { job, attempt, reason, permanent: false }));
             return;
         }
         if self.ending.is_some() {

@@ -218,9 +218,9 @@ impl Rank {
         self.beat.as_ref().map(|(at, beat)| Beat { age_ms: now.saturating_sub(*at), ..beat.clone() })
     }
 
-    pub(super) fn report(&self, now: u64, incarnation: Incarnation) -> RankReport {
+    pub(super) fn report(&self, now: u64, incarnation: Incarnation, generation: u32) -> RankReport {
         let (exit, lost) = self.end.clone().map_or((None, false), |(exit, lost)| (Some(exit), lost));
-        RankReport { incarnation, pid: self.pid, started_at: self.started_at, exit, lost, beat: self.beat_at(now) }
+        RankReport { incarnation, pid: self.pid, started_at: self.started_at, generation, exit, lost, beat: self.beat_at(now) }
     }
 
     /// How long ago the sign of life was that a verdict speaks of.

@@ -168,7 +168,13 @@ fn a_gang_from_order_to_forgotten() {
     s.at(42, s.ended(1, 1), expect!["say exited r1 exit code 1 lost false\n"]);
     s.at(43, s.ended(1, 1), expect![""]);
     s.at(44, Event::ForgetOrdered(vec![s.own(1)]), expect!["remove runs r1\n"]);
-    s.at(45, Event::GangOrdered(Box::new(s.spec.clone())), expect![""]);
+    s.at(
+        45,
+        Event::GangOrdered(Box::new(s.spec.clone())),
+        expect![[r#"
+        say start failed a1 attempt 1 was started here before false
+    "#]],
+    );
     s.at(46, Event::JobEnded(s.spec.job), expect!["retire job\n"]);
     s.at(47, Event::RemoveOrdered(s.spec.job), expect!["remove job\n"]);
     assert_eq!(s.engine.hello(50), (vec![], vec![], false));
@@ -176,12 +182,18 @@ fn a_gang_from_order_to_forgotten() {
 }
 
 #[test]
-fn orders_of_known_and_older_attempts_are_ignored() {
+fn orders_of_known_attempts_are_ignored_and_of_older_ones_answered() {
     let mut s = scene(1);
     s.spec.attempt = 2;
     s.running();
     s.at(5, Event::GangOrdered(Box::new(s.spec.clone())), expect![""]);
-    s.at(6, Event::GangOrdered(Box::new(gang_spec(1))), expect![""]);
+    s.at(
+        6,
+        Event::GangOrdered(Box::new(gang_spec(1))),
+        expect![[r#"
+        say start failed a1 attempt 2 was started here before false
+    "#]],
+    );
     let mut newer = s.spec.clone();
     newer.attempt = 3;
     s.at(

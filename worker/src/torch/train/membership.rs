@@ -153,15 +153,22 @@ fn hand_over(
 impl Trainer<'_> {
     /// The group broke. Comes back in a later membership, or with why there is none.
     pub(super) fn rejoin(&mut self, error: TrainError) -> Result<(), TrainError> {
-        let Some(group) = self.ranks.group.take() else { return Err(error) };
-        if !self.can_rejoin || backend(self.state.model.device(), &self.environment) != Backend::Gloo || signals::terminate_requested() {
+        let group = self.ranks.group.take();
+        let is_gang = group.is_some() || self.environment.elastic;
+        if !is_gang
+            || !self.can_rejoin
+            || backend(self.state.model.device(), &self.environment) != Backend::Gloo
+            || signals::terminate_requested()
+        {
             return Err(error);
         }
         let begun = Instant::now();
         self.pulse.leave();
         self.reducer = None;
-        group.abort()?;
-        drop(group);
+        // A rank that began alone has none.
+        if let Some(group) = group {
+            group.abort()?;
+        }
         let mut reducible = self.state.trained();
         reducible.push(&self.control);
         c10d::drop_gradients(&reducible)?;

@@ -115,7 +115,7 @@ pub(super) struct Trainer<'a> {
 impl Trainer<'_> {
     pub(super) fn train(mut self) -> Result<(), TrainError> {
         self.pulse.phase(Phase::Train);
-        let mut tested = self.ranks.group.is_none() || !self.can_rejoin;
+        let mut tested = !self.can_rejoin || (self.ranks.group.is_none() && !self.environment.elastic);
         loop {
             match self.run(&mut tested) {
                 Err(error @ TrainError::PeerLost(_)) => self.rejoin(error)?,
