@@ -157,11 +157,11 @@ impl Engine {
             let lost_spares: Vec<_> = gang.spares.iter().map(|s| incarnation(s.seat)).filter(|i| !seen.contains(i)).collect();
             if gone {
                 let why = if started { "its node does not know it any more" } else { "it was stopped before it was started" };
-                let lost = |incarnation| Exited { incarnation, exit: lost_exit(turn.now, why), lost: true };
-                let (missing, lost_spares): (Vec<_>, Vec<_>) =
-                    (missing.into_iter().map(|(_, i)| lost(i)).collect(), lost_spares.into_iter().map(lost).collect());
-                missing.into_iter().for_each(|exited| self.on_rank_exited(turn, exited));
-                lost_spares.iter().for_each(|exited| self.on_outsider_exited(turn, exited));
+                // Spares first: one that is gone must not be given a place.
+                let gone: Vec<_> = lost_spares.into_iter().chain(missing.into_iter().map(|(_, i)| i)).collect();
+                for incarnation in gone {
+                    self.on_rank_exited(turn, Exited { incarnation, exit: lost_exit(turn.now, why), lost: true });
+                }
             } else if !missing.is_empty() || news {
                 self.tell_gang(turn, id, Some(node));
             }

@@ -1,0 +1,142 @@
+//! What the engine answers and records: checkpoints, plans, counts, frames, and where a job's time is booked.
+
+use everlit_api::agent::FromAgent;
+use everlit_api::manifest::Phase;
+use everlit_api::status::JobState;
+use expect_test::expect;
+
+use super::super::command::{EventRow, Record};
+use super::*;
+
+fn seen(scene: &mut Scene, ms: u64, news: CheckpointNews) -> usize {
+    scene.now = Timestamp(ms);
+    let step = scene.engine.handle(scene.now, Event::CheckpointSeen { node: node("n1"), news });
+    let rows = step.record.jobs.len();
+    scene.note(step);
+    rows
+}
+
+fn listed(scene: &Scene) -> Vec<(u64, u32, bool)> {
+    let job = scene.engine.job(job(1)).expect("active");
+    job.checkpoints.iter().map(|c| (c.step, c.attempt, c.verified)).collect()
+}
+
+#[test]
+fn checkpoints_are_listed_newest_first_as_the_node_keeps_them_and_what_is_new_is_recorded() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(10, 1, 1, 1);
+    scene.take();
+    assert_eq!(seen(&mut scene, 20, saved(1, 1, 5)), 1);
+    assert_eq!(seen(&mut scene, 30, CheckpointNews { verified: true, ..saved(1, 1, 5) }), 1);
+    // Heard before: nothing to record, and what was verified stays so.
+    assert_eq!(seen(&mut scene, 40, saved(1, 1, 5)), 0);
+    assert_eq!(seen(&mut scene, 50, CheckpointNews { verified: true, ..saved(1, 1, 5) }), 0);
+    assert_eq!(listed(&scene), [(5, 1, true)]);
+    assert_eq!(seen(&mut scene, 60, CheckpointNews { kept: vec![9, 5], ..saved(1, 1, 9) }), 1);
+    assert_eq!(listed(&scene), [(9, 1, false), (5, 1, true)]);
+    // The node dropped step 5; a later attempt saved step 9 again, and nobody has read that back.
+    assert_eq!(seen(&mut scene, 70, CheckpointNews { kept: vec![9], verified: true, ..saved(1, 1, 9) }), 1);
+    assert_eq!(listed(&scene), [(9, 1, true)]);
+    scene.exits(80, rank(1, 1, 0), killed(80)).at(1_000, Event::Woke);
+    assert_eq!(seen(&mut scene, 1_100, saved(1, 2, 9)), 1);
+    assert_eq!(listed(&scene), [(9, 2, false)]);
+    let told = scene.take();
+    assert_eq!(told.matches("checkpoint_committed").count(), 3, "{told}");
+    assert_eq!(seen(&mut scene, 1_200, saved(7, 1, 5)), 0, "of a job that is not active");
+}
+
+#[test]
+fn a_plan_says_whether_it_would_start_now_wait_or_never_start() {
+    let mut scene = Scene::with_node();
+    let plan = |scene: &Scene, world| {
+        let plan = scene.engine.plan(&command(world));
+        format!("{} {} {} {}\n", plan.fits_now, plan.fits_ever, plan.placement.len(), plan.reason)
+    };
+    let mut told = plan(&scene, 2) + &plan(&scene, 9);
+    scene.submit(0, 1, command(6));
+    scene.submit(1, 2, command(5));
+    scene.submit(2, 3, command(1));
+    told += &(plan(&scene, 1) + &plan(&scene, 3));
+    assert_eq!(scene.engine.queue_depth(), 2);
+    let counts = scene.engine.counts();
+    assert_eq!(counts.into_iter().collect::<Vec<_>>(), [(JobState::Queued, 2), (JobState::Starting, 1)]);
+    expect![[r#"
+        true true 1 it would start at once
+        false false 0 no node can ever hold it: n1 can never hold it: needs 9 ranks, has places for 8
+        false true 1 there is room, but 2 jobs wait before it
+        false true 0 n1 needs 3 ranks, has free places for 2
+    "#]].assert_eq(&told);
+    scene.take();
+}
+
+#[test]
+fn a_record_with_anything_in_it_is_not_empty() {
+    let event = EventRow { job: None, time: Timestamp(0), event: "x", reason: String::new(), data: serde_json::Value::Null };
+    assert!(Record::default().is_empty());
+    let mut scene = Scene::with_node();
+    let step = scene.engine.handle(Timestamp(1), Event::JobSubmitted { id: job(1), spec: Arc::new(command(1)), seed: 1 });
+    scene.take();
+    let Record { jobs, attempts, .. } = step.record;
+    let some = [
+        Record { jobs, ..Record::default() },
+        Record { events: vec![event], ..Record::default() },
+        Record { attempts, ..Record::default() },
+        Record { cordons: vec![(node("n1"), true)], ..Record::default() },
+        Record { blames: vec![(node("n1"), Vec::new())], ..Record::default() },
+    ];
+    assert!(some.iter().all(|record| !record.is_empty()), "{some:?}");
+}
+
+#[test]
+fn every_frame_that_concerns_the_engine_is_an_event() {
+    let of = |frame| Event::of_frame(node("n1"), frame);
+    assert!(matches!(of(FromAgent::Draining), Some(Event::NodeDraining { cordon: false, .. })));
+    assert!(matches!(of(FromAgent::Beats { beats: Vec::new() }), Some(Event::RanksBeat(_))));
+    assert!(matches!(of(FromAgent::Checkpoint(saved(1, 1, 5))), Some(Event::CheckpointSeen { .. })));
+    assert!(of(FromAgent::Removed { job: job(1) }).is_none());
+}
+
+fn booked(scene: &Scene) -> String {
+    let ledger = scene.summary(1).ledger;
+    format!("{} repeated {} training {} checkpointing {}\n", scene.now.0, ledger.repeated, ledger.training, ledger.checkpointing)
+}
+
+/// A step of both ranks, and whether it was worth a row.
+fn both(scene: &mut Scene, ms: u64, attempt: u32, steps: [u64; 2], phase: Phase) -> bool {
+    scene.now = Timestamp(ms);
+    let of = |r: u32| Beat { phase: Some(phase), ..beat(rank(1, attempt, r), steps[r as usize]) };
+    let step = scene.engine.handle(scene.now, Event::RanksBeat(vec![of(0), of(1)]));
+    let rows = !step.record.jobs.is_empty();
+    scene.note(step);
+    rows
+}
+
+#[test]
+fn steps_done_before_are_repeated_saves_are_booked_and_only_turns_are_recorded() {
+    let mut scene = Scene::with_node();
+    let mut spec = JobSpec::default_for(2);
+    spec.worker.as_mut().expect("built in").device = everlit_api::job::Device::Cpu;
+    spec.restart.backoff.jitter = 0.0;
+    scene.submit(0, 1, spec);
+    scene.start_all(10, 1, 1, 2);
+    let mut told = String::new();
+    assert!(both(&mut scene, 1_000, 1, [1, 1], Phase::Train), "the first step is a turn");
+    assert!(!both(&mut scene, 2_000, 1, [2, 2], Phase::Train));
+    assert!(!both(&mut scene, 3_000, 1, [2, 2], Phase::Checkpoint), "a save is none");
+    assert!(!both(&mut scene, 4_000, 1, [4, 3], Phase::Train));
+    told += &booked(&scene);
+    scene.exits(5_000, rank(1, 1, 0), killed(5_000)).exits(5_000, rank(1, 1, 1), killed(5_000));
+    scene.at(5_500, Event::Woke);
+    scene.start_all(5_600, 1, 2, 2);
+    assert!(both(&mut scene, 6_000, 2, [1, 1], Phase::Train), "repeating begins");
+    assert!(!both(&mut scene, 7_000, 2, [3, 3], Phase::Train), "up to the slowest rank's step of before");
+    assert!(both(&mut scene, 8_000, 2, [4, 4], Phase::Train), "and ends");
+    assert!(!both(&mut scene, 9_000, 2, [5, 5], Phase::Train));
+    told += &booked(&scene);
+    expect![[r#"
+        4000 repeated 0 training 2 checkpointing 1
+        9000 repeated 2 training 4 checkpointing 1
+    "#]].assert_eq(&told);
+    scene.take();
+}
