@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
 # Measures what README states, on the built programs and loopback: a table, and the same as JSON in target/bench/results.json.
-# `scripts/bench.sh [AREA…]` with areas: control, logs, train, recovery, idle, steps, checkpoint (all by default). The areas
+# `scripts/bench.sh [AREA…]` with areas: control, engine, logs, train, recovery, idle, steps, checkpoint (all by default). The areas
 # steps and recovery run PyTorch beside us and fetches it once (scripts/fetch-python-torch.sh, about 4 GB).
 . "$(dirname "$0")/common.sh"
 need python3
 scripts/build.sh >/dev/null || exit 1
-LOAD=$(cargo build --release --locked -p everlit-coordinator --bench load --message-format=json 2>/dev/null |
-  python3 -c 'import json, sys
+program() {
+  local built
+  built=$(cargo build --release --locked -p everlit-coordinator --bench "$1" --message-format=json 2>/dev/null |
+    python3 -c 'import json, sys
 for line in sys.stdin:
     message = json.loads(line)
-    if message.get("executable") and message.get("target", {}).get("name") == "load":
-        print(message["executable"])') || die "the load program could not be built"
-[ -n "$LOAD" ] || die "the load program could not be built"
+    if message.get("executable") and message.get("target", {}).get("name") == sys.argv[1]:
+        print(message["executable"])' "$1") || die "the bench program $1 could not be built"
+  [ -n "$built" ] || die "the bench program $1 could not be built"
+  printf '%s\n' "$built"
+}
+LOAD=$(program load)
+ENGINE=$(program engine)
 PYTHON_TORCH=
 case " ${*:-steps} " in
   *" steps "* | *" recovery "*) PYTHON_TORCH=$(scripts/fetch-python-torch.sh | tail -n 1) || die "PyTorch could not be fetched" ;;
 esac
 mkdir -p "$TARGET/bench"
-EVERLIT_PYTHON=$PYTHON_TORCH EVERLIT_BIN=$BIN EVERLIT_LOAD=$LOAD EVERLIT_RESULTS=$TARGET/bench/results.json PYTHONPATH=scripts/e2e python3 scripts/bench/main.py "$@"
+EVERLIT_PYTHON=$PYTHON_TORCH EVERLIT_BIN=$BIN EVERLIT_LOAD=$LOAD EVERLIT_ENGINE=$ENGINE EVERLIT_RESULTS=$TARGET/bench/results.json PYTHONPATH=scripts/e2e python3 scripts/bench/main.py "$@"

@@ -8,6 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import recovery
@@ -61,6 +62,16 @@ def control():
         with Everlit() as everlit:
             accepted.append(load(everlit, "submit", 32, 2)["accepted_per_second"])
     row("durable submissions accepted, 32 clients", accepted, "per s", 5000, "more")
+
+
+def engine():
+    events = 100_000
+    with tempfile.TemporaryDirectory() as home:
+        subprocess.run([os.environ["EVERLIT_ENGINE"], "--bench", "--quiet"], env=os.environ | {"CRITERION_HOME": home}, check=True, stdout=subprocess.DEVNULL)
+        for name, what in (("beats", "heartbeats"), ("mixed", "events, a restart of a gang in 100")):
+            sample = json.loads(pathlib.Path(home, "engine", name, "new", "sample.json").read_text())
+            rates = [events * rounds / took * 1e9 for rounds, took in zip(sample["iters"], sample["times"])]
+            row(f"engine, 1,000 jobs of 10 ranks: {what}", rates, "/s", 200_000, "more")
 
 
 def stamp(text):
@@ -130,6 +141,7 @@ def idle():
 
 AREAS = {
     "control": control,
+    "engine": engine,
     "logs": logs,
     "train": train,
     "recovery": lambda: recovery.recovery(row),

@@ -66,7 +66,8 @@ fn a_plan_says_whether_it_would_start_now_wait_or_never_start() {
         false false 0 no node can ever hold it: n1 can never hold it: needs 9 ranks, has places for 8
         false true 1 there is room, but 2 jobs wait before it
         false true 0 n1 needs 3 ranks, has free places for 2
-    "#]].assert_eq(&told);
+    "#]]
+    .assert_eq(&told);
     scene.take();
 }
 
@@ -137,6 +138,7 @@ fn steps_done_before_are_repeated_saves_are_booked_and_only_turns_are_recorded()
     expect![[r#"
         4000 repeated 0 training 2 checkpointing 1
         9000 repeated 2 training 4 checkpointing 1
-    "#]].assert_eq(&told);
+    "#]]
+    .assert_eq(&told);
     scene.take();
 }

@@ -1,0 +1,158 @@
+//! How many events the coordinator's engine decides in a second, on one core: 1,000 jobs of ten ranks on a hundred nodes.
+//!
+//! `beats` is what a busy cluster says all the time, one rank's heartbeat an event; `mixed` has a checkpoint in twenty events and a rank that is
+//! killed in a hundred, with the restart of its gang. Rows are made, as they would be written; writing them is not in it.
+
+use std::hint::black_box;
+use std::sync::Arc;
+
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use everlit_api::agent::{Beat, CheckpointNews, Exited, Hello, Resumed, Started};
+use everlit_api::ids::{Incarnation, JobId, NodeId};
+use everlit_api::job::JobSpec;
+use everlit_api::rank::RankExit;
+use everlit_api::status::Capacity;
+use everlit_api::time::Timestamp;
+use everlit_coordinator::engine::{Config, Engine, Event};
+
+const JOBS: u32 = 1_000;
+const RANKS: u32 = 10;
+const NODES: u32 = 100;
+/// Events of one round.
+const EVENTS: u64 = 100_000;
+
+struct Cluster {
+    engine: Engine,
+    now: u64,
+    step: u64,
+}
+
+fn id(job: u32) -> JobId {
+    JobId::from_u128(u128::from(job) + 1)
+}
+
+fn hello(node: u32) -> Event {
+    Event::NodeLinked {
+        hello: Box::new(Hello {
+            protocol: 1,
+            node: NodeId(format!("node-{node}")),
+            boot_id: "boot".into(),
+            version: "0".into(),
+            pid: 1,
+            capacity: Capacity { cpus: 64.0, memory: 1 << 40, gpus: Vec::new(), slots: JOBS * RANKS / NODES },
+            ranks: Vec::new(),
+            checkpoints: Vec::new(),
+            draining: false,
+        }),
+    }
+}
+
+impl Cluster {
+    /// All ranks run and have done a step.
+    fn running() -> Self {
+        let mut own = Self { engine: Engine::new(Config::default()), now: 1_000, step: 1 };
+        (0..NODES).for_each(|node| own.say(hello(node)));
+        for job in 0..JOBS {
+            let mut spec = JobSpec { worker: None, command: vec!["train".into()], ..JobSpec::default_for(RANKS) };
+            (spec.restart.max_restarts, spec.restart.max_start_failures) = (1_000_000, 1_000_000);
+            own.say(Event::JobSubmitted { id: id(job), spec: Arc::new(spec), seed: job.into() });
+            own.start(job);
+        }
+        assert_eq!(own.engine.queue_depth(), 0, "every gang has its places");
+        own
+    }
+
+    fn say(&mut self, event: Event) {
+        let step = self.engine.handle(Timestamp(self.now), event);
+        black_box(step);
+    }
+
+    fn incarnation(&self, job: u32, rank: u32) -> Option<Incarnation> {
+        let gang = self.engine.job(id(job))?.gang.as_ref()?;
+        Some(Incarnation { job: id(job), attempt: gang.attempt, rank: gang.seat(rank) })
+    }
+
+    fn start(&mut self, job: u32) -> u64 {
+        let Some(Incarnation { attempt, .. }) = self.incarnation(job, 0) else { return 0 };
+        let resumed = Resumed { job: id(job), attempt, step: None, path: None, from_memory: false, quarantined: Vec::new() };
+        self.say(Event::AttemptResumed(resumed));
+        for rank in 0..RANKS {
+            let incarnation = Incarnation { job: id(job), attempt, rank };
+            self.say(Event::RankStarted(Started { incarnation, pid: rank + 1, at: Timestamp(self.now) }));
+        }
+        u64::from(RANKS) + 1
+    }
+
+    fn beat(&mut self, job: u32, rank: u32) {
+        let incarnation = self.incarnation(job, rank);
+        let beat = Beat { incarnation, heartbeat: true, step: Some(self.step), loss: Some(2.0), ..Beat::default() };
+        self.say(Event::RanksBeat(vec![beat]));
+    }
+
+    fn save(&mut self, job: u32) {
+        let Some(Incarnation { attempt, .. }) = self.incarnation(job, 0) else { return };
+        let (step, path) = (self.step, format!("/checkpoints/step-{:012}", self.step));
+        let kept = vec![step];
+        let news = CheckpointNews { job: id(job), attempt, step, bytes: 1, created_at: Timestamp(self.now), verified: false, path, kept };
+        self.say(Event::CheckpointSeen { node: NodeId("node-0".into()), news });
+    }
+
+    /// One rank is killed, the others are stopped, and the gang is back after its backoff.
+    fn kill(&mut self, job: u32) -> u64 {
+        let attempt = self.incarnation(job, 0).expect("its gang is always brought back").attempt;
+        for rank in 0..RANKS {
+            let exit: RankExit = RankExit { at: Timestamp(self.now), ..killed() };
+            self.say(Event::RankExited(Exited { incarnation: Incarnation { job: id(job), attempt, rank }, exit, lost: false }));
+        }
+        self.now += 31_000;
+        self.say(Event::Woke);
+        u64::from(RANKS) + 1 + self.start(job)
+    }
+
+    fn beats(&mut self) {
+        for event in 0..EVENTS {
+            self.turn(event);
+            self.beat((event % u64::from(JOBS)) as u32, (event / u64::from(JOBS)) as u32 % RANKS);
+        }
+    }
+
+    fn mixed(&mut self) {
+        let mut event = 0;
+        while event < EVENTS {
+            self.turn(event);
+            let job = (event.wrapping_mul(2_654_435_761) % u64::from(JOBS)) as u32;
+            event += match event % 100 {
+                0 => self.kill(job),
+                n if n % 20 == 5 => {
+                    self.save(job);
+                    1
+                }
+                n => {
+                    self.beat(job, n as u32 % RANKS);
+                    1
+                }
+            };
+        }
+    }
+
+    /// Time goes on, and so do the steps.
+    fn turn(&mut self, event: u64) {
+        self.now += u64::from(event.is_multiple_of(100));
+        self.step += u64::from(event.is_multiple_of(u64::from(JOBS * RANKS)));
+    }
+}
+
+fn killed() -> RankExit {
+    serde_json::from_str(r#"{"code": null, "signal": 9, "at": "2026-01-01T00:00:00Z"}"#).expect("an exit")
+}
+
+fn engine(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("engine");
+    group.throughput(Throughput::Elements(EVENTS)).sample_size(10);
+    group.bench_function("beats", |bench| bench.iter_batched_ref(Cluster::running, Cluster::beats, BatchSize::PerIteration));
+    group.bench_function("mixed", |bench| bench.iter_batched_ref(Cluster::running, Cluster::mixed, BatchSize::PerIteration));
+    group.finish();
+}
+
+criterion_group!(benches, engine);
+criterion_main!(benches);
