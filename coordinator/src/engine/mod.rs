@@ -29,6 +29,7 @@ mod policy;
 pub mod progress;
 pub mod queue;
 pub mod restart;
+pub mod slow;
 mod snapshot;
 pub mod state;
 #[cfg(test)]
