@@ -117,15 +117,18 @@ impl Slowness {
         if self.membership != membership {
             *self = Self { membership, ..Self::default() };
         }
-        let (Some(step), Some(work)) = (beat.step, Work::of(beat)) else { return };
-        if self.ranks.is_empty() {
-            self.ranks.resize_with(gang.size() as usize, Pace::default);
+        let Some(step) = beat.step else { return };
+        let work = Work::of(beat);
+        if self.ranks.is_empty() && work.is_some() {
+            self.ranks = (0..gang.size()).map(|rank| Pace { seat: gang.seat(rank), ..Pace::default() }).collect();
         }
         let Some(pace) = self.ranks.get_mut(rank as usize) else { return };
         let seat = gang.seat(rank);
-        if pace.seat != seat {
+        let Some(work) = work.filter(|_| pace.seat == seat) else {
+            // Of another process nothing is known yet, and nobody is held against a rank that tells no longer.
             *pace = Pace { seat, ..Pace::default() };
-        }
+            return;
+        };
         // The first heartbeat only says where it stands.
         if pace.step.replace(step).is_none_or(|before| step <= before) {
             return;
@@ -264,4 +267,53 @@ fn milliseconds(seconds: f64) -> String {
 
 fn rounded(value: f64, by: f64) -> f64 {
     (value * by).round() / by
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gang(ranks: u32) -> Gang {
+        serde_json::from_value(serde_json::json!({
+            "attempt": 1, "generation": 0, "placement": [{"node": "n1", "first_rank": 0, "count": ranks}], "port": 1,
+            "placed_at": "2026-01-01T00:00:00Z", "running_at": null, "resumed_step": null, "floor": 0, "ending": null,
+        }))
+        .expect("a gang")
+    }
+
+    fn told(step: u64, seconds: f64) -> Beat {
+        Beat { step: Some(step), metrics: [(StepPart::Compute.metric().to_string(), seconds)].into(), ..Beat::default() }
+    }
+
+    #[test]
+    fn another_process_on_a_rank_s_place_begins_anew_in_the_same_membership_too() {
+        let (mut gang, mut slowness) = (gang(2), Slowness::default());
+        let mut named = Vec::new();
+        for second in 1..=120 {
+            if second % 30 == 0 {
+                gang.seats = vec![0, second as u32];
+            }
+            slowness.note(&gang, 0, &told(second, 1.0));
+            slowness.note(&gang, 1, &told(second, 2.0));
+            named.extend(slowness.look(Timestamp(second * 1_000)));
+        }
+        assert_eq!(named, []);
+    }
+
+    #[test]
+    fn of_many_slow_ranks_some_are_named_and_the_others_when_those_keep_up() {
+        let gang = gang(64);
+        let mut slowness = Slowness::default();
+        let mut named: Vec<(u32, bool)> = Vec::new();
+        for second in 1..=150 {
+            for rank in 0..64 {
+                let seconds = if rank < 20 && (second < 60 || rank >= 16) { 2.0 } else { 1.0 };
+                slowness.note(&gang, rank, &told(second, seconds));
+            }
+            named.extend(slowness.look(Timestamp(second * 1_000)).into_iter().map(|turned| (turned.rank, turned.began)));
+        }
+        let expected: Vec<(u32, bool)> =
+            (0..16).map(|rank| (rank, true)).chain((0..16).map(|rank| (rank, false))).chain((16..20).map(|rank| (rank, true))).collect();
+        assert_eq!(named, expected);
+    }
 }

@@ -17,6 +17,7 @@ mod jobs;
 mod link;
 mod node;
 mod random;
+mod slow;
 mod store;
 mod world;
 

@@ -7,6 +7,7 @@ mod in_place;
 mod lives;
 mod nodes;
 mod policies;
+mod slow;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
