@@ -157,3 +157,41 @@ pub enum Verdict {
     /// Neither a new step nor a new phase within `progress_timeout`, or what was learned of the job.
     Stuck,
 }
+
+/// A part of a step that a rank works on by itself, while it waits for no other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StepPart {
+    /// Waiting for its samples.
+    Data,
+    /// The forward and the backward pass.
+    Compute,
+    /// The gradient's norm and the optimizer.
+    Update,
+}
+
+impl StepPart {
+    /// In the order of a step.
+    pub const ALL: [Self; 3] = [Self::Data, Self::Compute, Self::Update];
+
+    /// As people read it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Data => "data",
+            Self::Compute => "compute",
+            Self::Update => "update",
+        }
+    }
+
+    /// The metric of a heartbeat that tells it: seconds of a step, the mean since the heartbeat before.
+    pub fn metric(self) -> &'static str {
+        match self {
+            Self::Data => "data_seconds",
+            Self::Compute => "compute_seconds",
+            Self::Update => "update_seconds",
+        }
+    }
+}
+
+/// The metric that tells how long a step waited for the other ranks' gradients, in the same way.
+pub const EXCHANGE_METRIC: &str = "exchange_seconds";

@@ -9,7 +9,7 @@ use crate::ids::{JobId, NodeId};
 use crate::job::{JobKind, JobSpec, Priority};
 use crate::manifest::Phase;
 use crate::model::MemoryEstimate;
-use crate::rank::{Cause, RankExit, RankState};
+use crate::rank::{Cause, RankExit, RankState, StepPart};
 use crate::time::Timestamp;
 
 /// A job's state; the last three are final and never change.
@@ -218,6 +218,9 @@ pub struct RankView {
     pub phase: Option<Phase>,
     /// Updates done; null until this incarnation has done one.
     pub step: Option<u64>,
+    /// The part of a step that takes it much longer than the others; null unless it holds them up.
+    #[serde(default)]
+    pub slow: Option<StepPart>,
     /// Age of the last heartbeat by the agent's clock.
     pub heartbeat_age_seconds: Option<f64>,
     /// How it ended.

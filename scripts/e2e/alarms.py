@@ -34,7 +34,7 @@ NEWEST_STEPS = 130
 SLOW_FIRST_SECONDS, SLOW_SAVE_SECONDS = 20, 1
 # Nothing that happens here lasts so long: a job that does no step, or does not stop, hangs.
 HANGS_SECONDS = 240
-ALARMS = ("rank_replaced", "rank_failed", "gang_failed", "rank_alert", "node_lost")
+ALARMS = ("rank_replaced", "rank_failed", "gang_failed", "rank_alert", "rank_slow", "node_lost")
 
 
 def load():

@@ -1,5 +1,6 @@
 """The main job, end to end: real programs, real kills, seen only from the outside."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from lib import BIN, Everlit, is_alive, parent, run, sse, until
@@ -143,6 +145,66 @@ def a_stopped_rank_is_found_by_its_gang_s_own_pace():
         assert failure["recovered_ms"] and failure["nodes"] and all(rank["lines"] for rank in told["ranks"]), told
         assert everlit.refused("GET", f"/jobs/{job}/attempts/9/postmortem")[0] == 404
         everlit.post(f"/jobs/{job}/stop?force=true")
+
+
+class Slowed(threading.Thread):
+    """While it lives a process gets a quarter of the time: it is stopped and goes on again, in turns of a few milliseconds."""
+
+    def __init__(self, pid):
+        super().__init__(daemon=True)
+        self.pid, self.over = pid, threading.Event()
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.join()
+
+    def run(self):
+        with contextlib.suppress(ProcessLookupError):
+            while not self.over.is_set():
+                os.kill(self.pid, signal.SIGSTOP)
+                self.over.wait(0.015)
+                os.kill(self.pid, signal.SIGCONT)
+                time.sleep(0.005)
+
+
+TELLS = """
+import json, os, time
+rank, path = os.environ["RANK"], os.environ["EVERLIT_HEARTBEAT_FILE"]
+for step in range(1, 100_000):
+    time.sleep(0.2)
+    metrics = {"data_seconds": 0.18 if rank == "1" else 0.02, "compute_seconds": 0.015, "exchange_seconds": 0.0 if rank == "1" else 0.16}
+    beat = {"seq": step, "rank": int(rank), "phase": "train", "step": step, "metrics": metrics}
+    with open(path + ".tmp", "w") as file:
+        json.dump(beat, file)
+    os.rename(path + ".tmp", path)
+"""
+
+
+def a_slow_rank_is_named_with_its_part_while_it_holds_the_others_up():
+    with Everlit() as everlit:
+        told = lambda job, name: [e for e in everlit.events(job) if e["event"] == name]
+        foreign = everlit.submit(command=[sys.executable, "-c", TELLS], world_size=2)
+        job = everlit.submit(world_size=2, worker={"model": "mlp-500k", "steps": 1_000_000, "batch_size": 64}, checkpoint={"every_steps": 1000})
+        summary = everlit.at_step(job, 20)
+        with Slowed(summary["ranks"][1]["pid"]):
+            event = until("a slow rank", lambda: told(job, "rank_slow"), 300)[0]
+            assert (event["data"]["rank"], event["data"]["part"]) == (1, "compute") and event["data"]["ratio"] > 1.5, event
+            print(f"     {event['reason']}")
+            assert [rank["slow"] for rank in everlit.summary(job)["ranks"]] == [None, "compute"]
+            assert "slow: compute" in subprocess.check_output([BIN / "everlit", "get", job], env={**os.environ, "EVERLIT_URL": everlit.url}, text=True)
+            event = until("the other program's", lambda: told(foreign, "rank_slow"), 60)[0]
+            assert "needs 5.6 times as long" in event["reason"] and "data takes 180 ms, theirs 20 ms" in event["reason"], event
+            assert event["data"]["rank"] == 1, event
+            assert "everlit_slow_ranks 2" in everlit.get("/metrics", raw=True).decode()
+        over = until("it keeps up", lambda: told(job, "rank_slow_over"), 300)[0]
+        assert over["data"]["rank"] == 1, over
+        assert [rank["slow"] for rank in everlit.summary(job)["ranks"]] == [None, None]
+        assert len(told(job, "rank_slow")) == len(told(foreign, "rank_slow")) == 1 and not told(foreign, "rank_slow_over")
+        assert everlit.summary(job)["restarts"] == everlit.summary(foreign)["restarts"] == 0
 
 
 def a_spare_takes_a_lost_rank_s_place_and_the_others_never_stop():
@@ -509,6 +571,7 @@ CHECKS = [
     a_foreign_program_is_restarted_read_and_resumed,
     a_crash_loop_is_visible_and_ends_with_the_rank_s_words,
     a_stopped_rank_is_found_by_its_gang_s_own_pace,
+    a_slow_rank_is_named_with_its_part_while_it_holds_the_others_up,
     a_spare_takes_a_lost_rank_s_place_and_the_others_never_stop,
     an_elastic_gang_goes_on_with_fewer_ranks_and_grows_back,
     an_elastic_gang_begins_small_and_takes_the_room_that_comes,

@@ -189,11 +189,12 @@ fn ledger_text(ledger: &Ledger) -> String {
 fn rank_row(rank: &RankView) -> Vec<String> {
     let name = |value: Option<String>| value.unwrap_or_else(|| "-".into());
     let word = |value: serde_json::Value| value.as_str().map(Into::into);
+    let slow = rank.slow.map_or(String::new(), |part| format!(", slow: {}", part.name()));
     vec![
         rank.rank.to_string(),
         or_dash(rank.node.clone()),
         or_dash(rank.pid),
-        name(word(serde_json::to_value(rank.state).unwrap_or_default())),
+        name(word(serde_json::to_value(rank.state).unwrap_or_default())) + &slow,
         name(rank.phase.and_then(|phase| word(serde_json::to_value(phase).unwrap_or_default()))),
         or_dash(rank.step),
         name(rank.heartbeat_age_seconds.map(seconds)),

@@ -1,4 +1,4 @@
-//! What ranks say of their progress, and what that means for the job: its step, its speed, its series, where its time goes.
+//! What ranks say of their progress, and what that means for the job: its step, its speed, its series, where its time goes, who is slow.
 
 use everlit_api::agent::Beat;
 use everlit_api::ids::Incarnation;
@@ -23,6 +23,7 @@ impl Engine {
             match role {
                 Some(Role::Rank(rank)) => {
                     let off = beat.in_place == Some(false) && job.ranks.get(rank).is_some_and(|own| own.in_place != Some(false));
+                    job.note_work(rank, &beat);
                     job.note_beat(rank, seen_at, beat);
                     if off {
                         let facts = Facts::from([("attempt", incarnation.attempt.into()), ("rank", rank.into())]);
@@ -43,6 +44,7 @@ impl Engine {
             }
             self.settle_regroup(turn, id);
             self.grow(turn, id);
+            self.tell_slow(turn, id);
         }
     }
 }

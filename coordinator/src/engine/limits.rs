@@ -42,6 +42,29 @@ pub const CHECK_ALL_MS: u64 = 60_000;
 pub const LOG_BYTES_MAX: u64 = 1024 * 1024 * 1024;
 /// Checkpoints remembered per job at most (the agent keeps `checkpoint.keep`).
 pub const CHECKPOINTS_MAX: usize = 64;
+/// Told steps of a rank whose median is compared with the others'; odd, so that there is one in the middle.
+pub const SLOW_WINDOW: usize = 9;
+/// A rank whose own part of a step takes more than this many times as long as the others' is slow: ranks that do the same on machines of one
+/// kind differ by a tenth or two, and who shares a processor with one other process for a while is not at this factor the whole time.
+pub const SLOW_FACTOR: f64 = 1.5;
+/// It is slow no longer below this: a rank in between stays what it is.
+pub const SLOW_OVER_FACTOR: f64 = 1.2;
+/// Without what a slow rank needs longer a step would be at least this part shorter; else nobody would notice.
+pub const SLOW_SHARE_MIN: f64 = 0.1;
+/// Every look must have found it so for this long: backups, compilers and neighbours that come and go do not last at one rank.
+pub const SLOW_FOR_MS: u64 = 30_000;
+/// And over so many told steps, where steps are long.
+pub const SLOW_STEPS_MIN: u64 = 20;
+/// Between two looks at a gang: a look costs a median for each rank.
+pub const SLOW_LOOK_MS: u64 = 2_000;
+/// Ranks of a gang that are slow at a time at most: where there are more, it is hardly the ranks.
+pub const SLOW_RANKS_MAX: usize = 16;
+/// Told times of a step beyond this are not believed.
+pub const STEP_SECONDS_MAX: f64 = 86_400.0;
+/// Shorter times can not be told from none.
+pub const STEP_SECONDS_MIN: f64 = 1e-6;
 
+const _: () = assert!(SLOW_WINDOW % 2 == 1 && SLOW_STEPS_MIN >= 2 * SLOW_WINDOW as u64, "most steps of that time were slow");
+const _: () = assert!(SLOW_FACTOR > SLOW_OVER_FACTOR && SLOW_OVER_FACTOR > 1.0 && SLOW_FOR_MS >= 10 * SLOW_LOOK_MS);
 const _: () = assert!(RATE_SAMPLES_MAX as u64 * RATE_SAMPLE_MS >= RATE_WINDOW_MS);
 const _: () = assert!(QUEUED_JOBS_MAX > 100_000, "CONTRACT section 5: at least 100,000 queued jobs");

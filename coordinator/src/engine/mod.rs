@@ -31,6 +31,7 @@ pub mod progress;
 pub mod queue;
 pub mod rank_restart;
 pub mod restart;
+pub mod slow;
 mod snapshot;
 pub mod state;
 #[cfg(test)]

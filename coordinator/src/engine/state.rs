@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::ledger::Book;
 use super::progress::{Progress, Rates, Series};
 use super::rank_restart::RankRestart;
+use super::slow::Slowness;
 
 /// Version of a job's row. A row of a later version is refused at start.
 pub const ROW_VERSION: u32 = 1;
@@ -37,6 +38,9 @@ pub struct Job {
     /// Recent speed.
     #[serde(skip)]
     pub rates: Rates,
+    /// Who holds the others up.
+    #[serde(skip)]
+    pub slowness: Slowness,
     /// Loss over steps, thinned out; in a column of its own, written at most once a minute.
     #[serde(skip)]
     pub series: Series,

@@ -90,6 +90,7 @@ impl Job {
                     state: if asked { RankState::Starting } else { own.state },
                     phase: own.phase,
                     step: own.step,
+                    slow: self.slow_part(rank).filter(|_| own.pid.is_some()),
                     heartbeat_age_seconds: own.beat_at.filter(|_| own.pid.is_some()).map(|at| now.since_ms(at) as f64 / 1_000.0),
                     exit: own.exit.clone(),
                 }
@@ -108,6 +109,7 @@ impl Job {
             state: if own.pid.is_some() { RankState::Running } else { RankState::Starting },
             phase: own.phase,
             step: None,
+            slow: None,
             heartbeat_age_seconds: own.beat_at.map(|at| now.since_ms(at) as f64 / 1_000.0),
             exit: None,
         };

@@ -542,6 +542,7 @@ fn engine_now(engine: &Engine) -> Now {
     Now {
         jobs: engine.counts(),
         ranks: engine.jobs().map(|job| u64::from(job.ranks.alive())).sum(),
+        slow_ranks: engine.jobs().map(Job::slow_ranks).sum(),
         nodes: (ready, engine.nodes().len() as u64 - ready),
         queue: engine.queue_depth() as u64,
         stale: engine.stale_news(),

@@ -24,6 +24,7 @@ pub struct Metrics {
     events: Family<Label, Counter>,
     jobs: Family<Label, Gauge>,
     ranks: Gauge,
+    slow_ranks: Gauge,
     nodes: Family<Label, Gauge>,
     queue: Gauge,
     stale: Gauge,
@@ -42,6 +43,7 @@ impl Default for Metrics {
             events: Family::default(),
             jobs: Family::default(),
             ranks: Gauge::default(),
+            slow_ranks: Gauge::default(),
             nodes: Family::default(),
             queue: Gauge::default(),
             stale: Gauge::default(),
@@ -54,6 +56,7 @@ impl Default for Metrics {
         registry.register("events", "Recorded events by name", own.events.clone());
         registry.register("jobs", "Jobs by state, removed ones not counted", own.jobs.clone());
         registry.register("ranks", "Ranks alive", own.ranks.clone());
+        registry.register("slow_ranks", "Ranks that are persistently slower than the others of their gang", own.slow_ranks.clone());
         registry.register("nodes", "Nodes by state", own.nodes.clone());
         registry.register("queue_depth", "Jobs that wait for a place", own.queue.clone());
         registry.register("stale_news", "News of past incarnations that were dropped since the start", own.stale.clone());
@@ -72,6 +75,8 @@ pub struct Now {
     pub jobs: BTreeMap<JobState, u64>,
     /// Ranks alive.
     pub ranks: u64,
+    /// Ranks that hold their gang up.
+    pub slow_ranks: u64,
     /// Connected and lost nodes.
     pub nodes: (u64, u64),
     /// Jobs that wait.
@@ -137,6 +142,7 @@ impl Metrics {
             self.jobs.get_or_create(&vec![("state", state.to_string())]).set(count as i64);
         }
         self.ranks.set(now.ranks as i64);
+        self.slow_ranks.set(now.slow_ranks as i64);
         self.queue.set(now.queue as i64);
         self.stale.set(now.stale as i64);
         self.nodes.get_or_create(&vec![("state", "ready".to_string())]).set(now.nodes.0 as i64);

@@ -14,9 +14,6 @@ macro_rules! faults {
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
         pub enum Fault { $($name),* }
         impl Fault {
-    /// What is drawn; the others come along with these on disks that lie.
-    pub const DRAWN: &[Self] = Self::ALL.split_at(28).0;
-
             pub const ALL: &[Self] = &[$(Self::$name),*];
         }
     };
@@ -26,8 +23,13 @@ faults! {
     RankKilled, RankFailed, RankHung, ShimKilled, AgentKilled, AgentAndRankKilled, AgentTermed, NodeRebooted, LinkCut, Partitioned,
     FrameTwice, CoordinatorKilled, CoordinatorAndRankKilled, CrashBeforeWrite, CrashAfterWrite, SlowWrite, ClockAhead, ClockBack, DiskFull,
     CheckpointDamaged, UserStops, UserForces, UserDeletes, UserRestarts, UserSaves, UserCordons, UserUncordons, UserDrains,
-    StoreWritesLost, CheckpointLost, CheckpointTorn, OrderLost,
+    RankSlow, StoreWritesLost, CheckpointLost, CheckpointTorn, OrderLost,
 }
+
+/// Where users' doings begin in [`Fault::ALL`], and where what is drawn ends: ranks get slow at times of their own, and what
+/// disks that lie lose is lost with other faults.
+const USERS: usize = 20;
+const DRAWN: usize = 28;
 
 #[derive(Debug, Default, Clone)]
 pub struct Faults {
@@ -41,6 +43,11 @@ impl Faults {
 }
 
 impl Fault {
+    /// A kind that comes again and again in a run.
+    pub fn favourite(random: &mut Random) -> Option<Self> {
+        random.pick(&Self::ALL[..DRAWN])
+    }
+
     /// Every run has a few kinds that come again and again: what needs the same fault many times is found too.
     pub fn any(random: &mut Random, favourites: &[Self]) -> Self {
         if random.percent(40)
@@ -49,7 +56,7 @@ impl Fault {
             return favourite;
         }
         // What ranks, agents and coordinators do is commoner than what users do.
-        let list = if random.percent(75) { &Self::DRAWN[..20] } else { &Self::DRAWN[20..] };
+        let list = if random.percent(75) { &Self::ALL[..USERS] } else { &Self::ALL[USERS..DRAWN] };
         random.pick(list).expect("neither part is empty")
     }
 }
@@ -144,6 +151,7 @@ impl World {
                 let kept = self.nodes[node].checkpoints.values_mut().filter_map(|kept| kept.steps.values_mut().next_back()).next();
                 kept.map(|newest| newest.1 = true).is_some()
             }
+            Fault::RankSlow => self.slow_one_down(),
             _ => self.user(fault, node),
         }
     }

@@ -14,6 +14,7 @@ use crate::check::Seen;
 use crate::coordinator::EPOCH_MS;
 use crate::jobs::Kind;
 use crate::random::Random;
+use crate::slow::parts;
 use crate::world::{Happening, World};
 
 const SIGTERM: i32 = 15;
@@ -53,7 +54,9 @@ pub struct Run {
     pub exit: Option<(RankExit, bool)>,
     /// Stopped: it neither beats nor heeds SIGTERM.
     pub hung: bool,
-    seq: u64,
+    /// Its own part of a step takes longer until then.
+    pub slow_until: u64,
+    pub seq: u64,
     drained: bool,
     ending: bool,
 }
@@ -450,6 +453,7 @@ impl World {
         run.seq += 1;
         let seq = run.seq;
         let script = &self.scripts[&incarnation.job];
+        let metrics = parts(run, incarnation, script, self.now);
         let event = if script.kind == Kind::Mute {
             Event::RankOutput(incarnation)
         } else {
@@ -460,6 +464,7 @@ impl World {
                 total_steps: Some(script.steps),
                 generation,
                 saves_on_signal: member,
+                metrics,
                 in_place: (script.in_place && stepped.is_some()).then_some(true),
                 ..Beat::default()
             };

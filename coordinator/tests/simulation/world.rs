@@ -16,6 +16,7 @@ use crate::lies::Lies;
 use crate::link::Links;
 use crate::node::SimNode;
 use crate::random::Random;
+use crate::slow::SLOW_EVERY_MS;
 
 /// Faults come for so long.
 pub const SAFETY_MS: u64 = 10 * 60 * 1_000;
@@ -23,7 +24,7 @@ pub const SAFETY_MS: u64 = 10 * 60 * 1_000;
 pub const LIVENESS_MS: u64 = 4 * 3_600 * 1_000;
 
 /// Events that a long run must have seen.
-pub const TOLD: [&str; 11] = [
+pub const TOLD: [&str; 13] = [
     "rank_replaced",
     "rank_failed",
     "rank_restarted",
@@ -35,6 +36,8 @@ pub const TOLD: [&str; 11] = [
     "nodes_readmitted",
     "node_blamed",
     "blame_withdrawn",
+    "rank_slow",
+    "rank_slow_over",
 ];
 
 /// What is to happen.
@@ -42,6 +45,8 @@ pub const TOLD: [&str; 11] = [
 pub enum Happening {
     Submit,
     Fault,
+    /// A rank gets slow.
+    Slow,
     Heal,
     CoordinatorStart,
     CoordinatorWake {
@@ -161,6 +166,8 @@ pub struct World {
     agenda: BTreeMap<(u64, u64), Happening>,
     sequence: u64,
     pub random: Random,
+    /// Who gets slow, when, for how long: from a source of its own, so that all else is as it would be without.
+    pub slow_random: Random,
     pub coordinator: Coordinator,
     pub nodes: Vec<SimNode>,
     pub links: Links,
@@ -188,13 +195,14 @@ pub struct World {
 impl World {
     pub fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
-        let favourites = (0..3).filter_map(|_| random.pick(Fault::DRAWN)).collect();
+        let favourites = (0..3).filter_map(|_| Fault::favourite(&mut random)).collect();
         let nodes = (0..random.between(1, 3)).map(|number| SimNode::new(number as usize, &mut random)).collect::<Vec<_>>();
         let mut world = Self {
             now: 0,
             agenda: BTreeMap::new(),
             sequence: 0,
             random,
+            slow_random: Random::new(!seed),
             coordinator: Coordinator::default(),
             nodes,
             links: Links::default(),
@@ -223,6 +231,7 @@ impl World {
         }
         let first = world.random.between(1_000, 20_000);
         world.at(first, Happening::Fault);
+        world.at(SLOW_EVERY_MS, Happening::Slow);
         world.at(SAFETY_MS, Happening::Heal);
         world
     }
@@ -359,6 +368,7 @@ impl World {
             Happening::RankEnd { node, boot, incarnation, code, signal, lost } => {
                 self.rank_end(node, boot, incarnation, code, signal, lost);
             }
+            Happening::Slow => self.on_slow(),
             Happening::Mend { node } => self.nodes[node].disk_full = false,
             Happening::Care => {
                 self.uncordon_all();

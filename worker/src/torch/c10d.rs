@@ -76,6 +76,7 @@ unsafe extern "C" {
     ) -> c_int;
     fn everlit_reducer_free(reducer: *mut c_void);
     fn everlit_reducer_prepare(reducer: *mut c_void) -> c_int;
+    fn everlit_reducer_waited(reducer: *mut c_void, seconds: *mut f64) -> c_int;
     fn everlit_adamw_new(
         parameters: *const *mut c_void,
         first: *const *mut c_void,
@@ -268,6 +269,14 @@ impl Reducer {
     pub fn prepare(&self) -> Result<(), CollectiveError> {
         // SAFETY: `raw` is valid while `self` is.
         check(unsafe { everlit_reducer_prepare(self.raw) })
+    }
+
+    /// How long the last backward pass, which took `most`, waited for the other ranks once its own gradients were there.
+    pub fn waited(&self, most: Duration) -> Result<Duration, CollectiveError> {
+        let mut seconds = 0.0;
+        // SAFETY: `raw` is valid while `self` is.
+        check(unsafe { everlit_reducer_waited(self.raw, &mut seconds) })?;
+        Ok(Duration::try_from_secs_f64(seconds).unwrap_or_default().min(most))
     }
 }
 

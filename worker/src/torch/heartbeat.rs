@@ -15,6 +15,7 @@ use everlit_api::manifest::{Heartbeat, Phase, SaveError};
 use everlit_api::time::Timestamp;
 
 use super::c10d::Group;
+use super::parts::{Parts, StepTimes};
 use super::rendezvous::Meeting;
 use super::{EXIT_TERMINATED, environment::Environment, signals};
 
@@ -30,6 +31,8 @@ const SAVE_UNKNOWN: Duration = Duration::from_secs(40);
 
 struct State {
     beat: Heartbeat,
+    /// Of the steps that no heartbeat has told yet.
+    parts: Parts,
     changed: bool,
     ended: bool,
     /// When the step or phase that runs now began.
@@ -77,7 +80,9 @@ impl Pulse {
             time: None,
         };
         let (since, longest_step) = (Instant::now(), Duration::ZERO);
-        let state = State { beat, changed: false, ended: false, since, longest_step, longest_save: None, group: None, aborted: false };
+        let parts = Parts::default();
+        let state =
+            State { beat, parts, changed: false, ended: false, since, longest_step, longest_save: None, group: None, aborted: false };
         let path = environment.heartbeat_file.clone();
         let meeting = environment.rendezvous.as_deref().and_then(|address| Meeting::at(address).ok());
         let shared = Arc::new(Shared { state: Mutex::new(state), wake: Condvar::new(), path, meeting });
@@ -127,6 +132,11 @@ impl Pulse {
         state.changed = true;
     }
 
+    /// Where the time of a step went; before [`Pulse::step`] says that it is done.
+    pub fn spent(&self, times: StepTimes) {
+        self.shared.lock().parts.add(times);
+    }
+
     /// Updates are done up to `step`.
     pub fn step(&self, step: u64, samples: u64, loss: Option<f64>, rate: f64) {
         let now = Instant::now();
@@ -165,6 +175,7 @@ impl Pulse {
         state.beat.seat = (environment.seat != environment.rank).then_some(environment.seat);
         state.beat.generation = generation;
         state.beat.step = None;
+        state.parts = Parts::default();
         state.beat.saves_on_signal = environment.checkpoint_dir.is_some();
         state.changed = true;
     }
@@ -235,7 +246,9 @@ impl Shared {
 
     fn write(&self) {
         let text = {
-            let mut state = self.lock();
+            let mut guard = self.lock();
+            let state = &mut *guard;
+            state.parts.tell(&mut state.beat.metrics);
             state.beat.seq += 1;
             state.changed = false;
             state.beat.time = Some(Timestamp::now().to_string());

@@ -17,6 +17,7 @@ pub mod load;
 pub mod loader;
 pub mod memory;
 pub mod model;
+pub mod parts;
 pub mod random;
 pub mod ranks;
 pub mod rendezvous;

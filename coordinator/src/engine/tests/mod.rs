@@ -9,6 +9,7 @@ mod lives;
 mod nodes;
 mod policies;
 mod single;
+mod slow;
 mod told;
 
 use std::fmt::Write as _;

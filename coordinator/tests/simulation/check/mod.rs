@@ -20,6 +20,7 @@ mod policies;
 mod quiet;
 pub mod retention;
 pub mod signals;
+pub mod slow;
 
 /// Something that happened.
 #[derive(Debug)]
@@ -96,6 +97,7 @@ pub struct Checkers {
     pub retention: retention::Retention,
     budget: budget::Budget,
     policies: policies::Policies,
+    pub slow: slow::Slow,
 }
 
 impl Checkers {
@@ -107,6 +109,7 @@ impl Checkers {
         self.retention.saw(world, seen)?;
         self.budget.saw(world, seen)?;
         self.policies.saw(world, seen)?;
+        self.slow.saw(seen)?;
         quiet::saw(world, seen)?;
         placement::saw(world, seen)?;
         ledger::saw(world, seen)

@@ -193,6 +193,16 @@ class FixedReducer : public c10d::Reducer {
   using c10d::Reducer::Reducer;
 
   void fix_buckets() { has_rebuilt_bucket_ = true; }
+
+  // From when this rank's own gradients were all there until the sums were, in the last step; on a GPU, by its own clock. The wall clock of
+  // the processor may jump: whoever asks must bound the answer.
+  double waited() const {
+    if (!timer_) {
+      return 0;
+    }
+    const auto gap = timer_->measureDifference(c10d::Timer::Event::kBackwardComputeEnd, c10d::Timer::Event::kBackwardCommEnd);
+    return static_cast<double>(gap.value_or(0)) * 1e-9;
+  }
 };
 
 // A layer of Rust's: run answers a new tensor that is ours, or null after a panic. The graph owns it until it is freed.
@@ -361,6 +371,8 @@ int everlit_reducer_new(void* group, void* const* list, size_t count, const size
         std::unordered_map<size_t, std::string>{}, c10d::kDefaultFirstBucketBytes, /*skip_all_reduce_unused=*/false,
         /*use_python_reducer=*/false, std::vector<int64_t>{});
     reducer->fix_buckets();
+    // Times are taken in every step, not in one of a hundred.
+    reducer->set_ddp_runtime_logging_sample_rate(1);
     int64_t bytes = 0;
     for (const auto& tensor : tensors(list, count)) {
       bytes += static_cast<int64_t>(tensor.nbytes());
@@ -384,6 +396,11 @@ int everlit_reducer_prepare(void* reducer) {
     static_cast<FixedReducer*>(reducer)->prepare_for_forward();
     static_cast<FixedReducer*>(reducer)->prepare_for_backward({});
   });
+}
+
+// After a backward pass: the seconds for which it waited for the others.
+int everlit_reducer_waited(void* reducer, double* seconds) {
+  return guarded([&] { *seconds = static_cast<FixedReducer*>(reducer)->waited(); });
 }
 
 // Owns the layer's context from the call on, whatever the answer.

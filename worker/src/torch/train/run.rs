@@ -19,6 +19,7 @@ use super::super::environment::Environment;
 use super::super::heartbeat::Pulse;
 use super::super::loader::{Batch, Loader};
 use super::super::model::Pass;
+use super::super::parts::StepTimes;
 use super::super::random::Stream;
 use super::super::ranks::Ranks;
 use super::super::rendezvous::Meeting;
@@ -195,7 +196,8 @@ impl Trainer<'_> {
             None => self.loader.next()?,
         };
         let told = self.flags(wait, *stall);
-        let (heard, norm) = match self.reduce(&batch, told) {
+        let mut times = StepTimes { data: wait, ..StepTimes::default() };
+        let (heard, norm) = match self.reduce(&batch, told, &mut times) {
             Ok(reduced) => reduced,
             Err(error) => {
                 // Should the ranks go on with others, these samples come again: their update was not made.
@@ -210,6 +212,7 @@ impl Trainer<'_> {
         if let Some(saver) = &mut self.saver {
             *stall = saver.wait_copied();
         }
+        let begun = Instant::now();
         if heard.loss.is_finite() && norm.is_finite() {
             let most = self.config.worker.max_grad_norm;
             let scale = if most > 0.0 && norm > most { norm / most } else { 1.0 };
@@ -217,15 +220,23 @@ impl Trainer<'_> {
         } else {
             self.on_nan(&heard, norm)?;
         }
+        times.update += begun.elapsed();
+        self.pulse.spent(times);
         self.pulse.metric("grad_norm", norm);
         Ok(heard)
     }
 
     /// Everything before the state changes: the gradient of the whole batch, its norm, and what was heard.
-    fn reduce(&self, batch: &Batch, told: [f32; 7]) -> Result<(Heard, f64), TrainError> {
+    fn reduce(&self, batch: &Batch, told: [f32; 7], times: &mut StepTimes) -> Result<(Heard, f64), TrainError> {
+        let begun = Instant::now();
         let heard = self.backward(batch, told)?;
+        let passes = begun.elapsed();
+        let begun = Instant::now();
         let norm = c10d::gradient_norm(&self.state.trained())?;
         self.ranks.check()?;
+        times.update = begun.elapsed();
+        times.exchange = self.reducer.as_ref().map_or(Ok(Duration::ZERO), |reducer| reducer.waited(passes))?;
+        times.compute = passes - times.exchange;
         Ok((heard, norm))
     }
 
