@@ -168,6 +168,7 @@ mod tests {
             message: None,
             matched: None,
             out_of_memory: false,
+            gpu_error: None,
         };
         let may = |cause, code, signal, words| may_be_the_machine(cause, Some(&exit(code, signal, words)));
         assert!(may(Cause::Signal, None, Some(7), ""));

@@ -380,6 +380,7 @@ impl Engine {
             message: None,
             matched: None,
             out_of_memory: false,
+            gpu_error: None,
         };
         for rank in 0..job.ranks.list().len() as u32 {
             job.ranks.end(rank, exit.clone(), false);

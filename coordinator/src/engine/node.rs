@@ -263,5 +263,15 @@ fn holds(job: &super::state::Job, node: &NodeId) -> bool {
 }
 
 fn lost_exit(at: Timestamp, why: &str) -> RankExit {
-    RankExit { code: None, signal: None, error: Some(why.into()), at, tail: Vec::new(), message: None, matched: None, out_of_memory: false }
+    RankExit {
+        code: None,
+        signal: None,
+        error: Some(why.into()),
+        at,
+        tail: Vec::new(),
+        message: None,
+        matched: None,
+        out_of_memory: false,
+        gpu_error: None,
+    }
 }

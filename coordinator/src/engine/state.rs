@@ -427,6 +427,7 @@ impl Ranks {
             message: None,
             matched: None,
             out_of_memory: false,
+            gpu_error: None,
         };
         for rank in 0..self.list.len() as u32 {
             self.end(rank, exit.clone(), false);

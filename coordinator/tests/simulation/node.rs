@@ -531,7 +531,9 @@ impl World {
         let Some(run) = own.runs.get_mut(&incarnation).filter(|run| run.is_alive() && own.boot == boot) else { return };
         let exit = match lost {
             true => no_exit("its shim died", at),
-            false => RankExit { code, signal, error: None, at, tail: Vec::new(), message: None, matched, out_of_memory: false },
+            false => {
+                RankExit { code, signal, error: None, at, tail: Vec::new(), message: None, matched, out_of_memory: false, gpu_error: None }
+            }
         };
         let (exit, lost) = if run.drained { (drained(exit), true) } else { (exit, lost) };
         run.exit = Some((exit.clone(), lost));

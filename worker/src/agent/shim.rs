@@ -68,7 +68,7 @@ pub(super) fn rank_exit(told: Told, run_folder: &Path) -> Option<(RankExit, bool
     let Told::Exit { code, signal, error, at_ms, tail } = told else { return None };
     let lost = code.is_none() && signal.is_none();
     let message = if code == Some(0) { None } else { error_message(&run_folder.join(ERROR_NAME)) };
-    let exit = RankExit { code, signal, error, at: Timestamp(at_ms), tail, message, matched: None, out_of_memory: false };
+    let exit = RankExit { code, signal, error, at: Timestamp(at_ms), tail, message, matched: None, out_of_memory: false, gpu_error: None };
     Some(if run_folder.join(DRAINED_NAME).exists() { (drained(exit), true) } else { (exit, lost) })
 }
 

@@ -57,6 +57,7 @@ pub(super) fn exit(code: i32, at: u64) -> RankExit {
         message: None,
         matched: None,
         out_of_memory: false,
+        gpu_error: None,
     }
 }
 
@@ -70,6 +71,7 @@ pub(super) fn killed(at: u64) -> RankExit {
         message: None,
         matched: None,
         out_of_memory: false,
+        gpu_error: None,
     }
 }
 

@@ -74,6 +74,7 @@ pub fn no_exit(error: &str, at: Timestamp) -> RankExit {
         message: None,
         matched: None,
         out_of_memory: false,
+        gpu_error: None,
     }
 }
 

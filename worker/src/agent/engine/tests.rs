@@ -135,6 +135,7 @@ impl Scene {
             message: None,
             matched: None,
             out_of_memory: false,
+            gpu_error: None,
         };
         Event::RankEnded { incarnation: self.own(rank), exit, lost: false }
     }
