@@ -218,7 +218,10 @@ impl Engine {
         if !cordoned {
             node.draining = false;
             // Who takes it back into use says that it is well.
-            self.change_blames(turn, id, Vec::clear);
+            self.change_held(turn, id, |blames, gpus| {
+                blames.clear();
+                gpus.clear();
+            });
             self.queue.unpark();
             self.schedule(turn);
         }

@@ -3,6 +3,7 @@
 
 mod checkpoints;
 mod faults;
+mod gpus;
 mod in_place;
 mod lives;
 mod nodes;
