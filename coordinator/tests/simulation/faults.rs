@@ -23,6 +23,7 @@ faults! {
     RankKilled, RankFailed, RankHung, ShimKilled, AgentKilled, AgentAndRankKilled, AgentTermed, NodeRebooted, LinkCut, Partitioned,
     FrameTwice, CoordinatorKilled, CoordinatorAndRankKilled, CrashBeforeWrite, CrashAfterWrite, SlowWrite, ClockAhead, ClockBack, DiskFull,
     CheckpointDamaged, UserStops, UserForces, UserDeletes, UserRestarts, UserSaves, UserCordons, UserUncordons, UserDrains,
+    GpuFailed,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -45,7 +46,8 @@ impl Fault {
             return favourite;
         }
         // What ranks, agents and coordinators do is commoner than what users do.
-        let list = if random.percent(75) { &Self::ALL[..20] } else { &Self::ALL[20..] };
+        // Not GPUs: those fail with ranks (`node`).
+        let list = if random.percent(75) { &Self::ALL[..20] } else { &Self::ALL[20..Self::ALL.len() - 1] };
         random.pick(list).expect("neither part is empty")
     }
 }
@@ -140,6 +142,7 @@ impl World {
                 let kept = self.nodes[node].checkpoints.values_mut().filter_map(|kept| kept.steps.values_mut().next_back()).next();
                 kept.map(|newest| newest.1 = true).is_some()
             }
+            Fault::GpuFailed => false,
             _ => self.user(fault, node),
         }
     }

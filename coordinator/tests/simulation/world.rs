@@ -22,7 +22,7 @@ pub const SAFETY_MS: u64 = 10 * 60 * 1_000;
 pub const LIVENESS_MS: u64 = 4 * 3_600 * 1_000;
 
 /// Events that a long run must have seen.
-pub const TOLD: [&str; 8] = [
+pub const TOLD: [&str; 9] = [
     "rank_replaced",
     "gang_shrunk",
     "recovered_in_place",
@@ -31,6 +31,7 @@ pub const TOLD: [&str; 8] = [
     "nodes_readmitted",
     "node_blamed",
     "blame_withdrawn",
+    "gpu_error",
 ];
 
 /// What is to happen.

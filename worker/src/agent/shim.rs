@@ -155,6 +155,18 @@ fn ended(run_folder: &Path, why: &str) -> Settled {
     Settled::Ended { started, exit: Box::new(exit), lost }
 }
 
+/// Whether the shim of a run may live. Its lock is not tried: that would keep a shim that is just beginning from having it.
+pub(super) fn may_live(run_folder: &Path) -> bool {
+    let Ok(text) = std::fs::read(run_folder.join(STATE_NAME)) else { return run_folder.exists() };
+    let started = text
+        .split(|byte| *byte == b'\n')
+        .filter_map(parse_line)
+        .find_map(|told| if let Told::Started { shim, .. } = told { Some(shim) } else { None });
+    let Some(shim) = started else { return true };
+    let arguments = std::fs::read(format!("/proc/{shim}/cmdline")).unwrap_or_default();
+    arguments.split(|byte| *byte == 0).nth(1) == Some(run_folder.as_os_str().as_encoded_bytes())
+}
+
 /// Connects to a living shim. Its socket's path may be too long, so it is reached through the folder's descriptor.
 fn connect(run_folder: &Path) -> io::Result<UnixStream> {
     let folder = File::open(run_folder)?;
