@@ -7,6 +7,7 @@ pub mod agent;
 #[cfg(feature = "server")]
 pub mod control;
 pub mod environment;
+pub mod gpu;
 pub mod ids;
 pub mod job;
 pub mod manifest;

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::gpu::GpuError;
 use crate::time::Timestamp;
 
 /// Where a rank is in its life.
@@ -49,6 +50,9 @@ pub struct RankExit {
     /// The kernel killed a process for want of memory when this one ended by SIGKILL.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub out_of_memory: bool,
+    /// An error of one of its GPUs shortly before its end, or in the moment after it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_error: Option<GpuError>,
 }
 
 /// A line of output that one of the job's `log_policies` looks for.
@@ -135,12 +139,20 @@ pub enum Cause {
     Drain,
     /// A user asked for a restart: free.
     User,
+    /// The hardware of a GPU failed: not the program's fault, and free; but each one without a new step counts against
+    /// `max_start_failures`.
+    Gpu,
 }
 
 impl Cause {
     /// Free causes count against no budget.
     pub fn is_free(self) -> bool {
-        matches!(self, Self::Infrastructure | Self::NodeLost | Self::Drain | Self::User)
+        matches!(self, Self::Infrastructure | Self::NodeLost | Self::Drain | Self::User | Self::Gpu)
+    }
+
+    /// Whether many in a row without a new step end the job. With a broken GPU and no other to go to, it would else be tried for ever.
+    pub fn is_start_failure(self) -> bool {
+        !self.is_free() || self == Self::Gpu
     }
 }
 

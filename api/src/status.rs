@@ -481,6 +481,29 @@ pub struct NodeView {
     /// Failures of the last day that may be the machine's, oldest first.
     #[serde(default)]
     pub blames: Vec<BlameView>,
+    /// Indexes of GPUs that new ranks get last: one that needs a reset or replacement, or had two hardware errors or more in a day.
+    #[serde(default)]
+    pub gpus_avoided: Vec<u32>,
+    /// Hardware errors of its GPUs in the last day, oldest first.
+    #[serde(default)]
+    pub gpu_blames: Vec<GpuBlameView>,
+}
+
+/// A hardware error that is held against a GPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GpuBlameView {
+    /// When it was heard of.
+    pub time: Timestamp,
+    /// Index as the driver counts.
+    pub gpu: u32,
+    /// Unique id of the device.
+    pub uuid: String,
+    /// NVIDIA's number for the error.
+    pub xid: u32,
+    /// In one sentence.
+    pub reason: String,
+    /// Whose ranks had the GPU, if any had.
+    pub job_id: Option<JobId>,
 }
 
 /// A failure that is held against a node.

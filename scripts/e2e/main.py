@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import unittest.mock
 
 from lib import BIN, Everlit, is_alive, parent, run, sse, until
 from outside import beat, environment, manifest
@@ -374,6 +375,37 @@ def a_line_of_output_ends_retries_or_keeps_from_the_node():
         until("a clean slate", lambda: not everlit.get("/nodes")["data"][0]["avoided"], 10)
 
 
+def a_broken_gpu_is_named_and_left_for_another():
+    """No GPU is needed: where NVIDIA's library is loaded from stands one that answers from files."""
+    source = pathlib.Path(__file__).resolve().parents[2] / "worker/tests/fake_nvml.c"
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
+        fake = pathlib.Path(folder)
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", fake / "libnvidia-ml.so.1", source], check=True)
+        paths = os.pathsep.join(filter(None, [folder, os.environ.get("LD_LIBRARY_PATH")]))
+        undo.enter_context(unittest.mock.patch.dict(os.environ, {"LD_LIBRARY_PATH": paths, "EVERLIT_FAKE_NVML": folder}))
+        everlit = undo.enter_context(Everlit())
+        script = "echo gpus $CUDA_VISIBLE_DEVICES; echo step=$EVERLIT_ATTEMPT; sleep 600"
+        job = everlit.submit(command=["sh", "-c", script], resources={"gpus": 1})
+        first = until("the first attempt", lambda: everlit.summary(job)["ranks"][0]["pid"], 30)
+        assert everlit.get("/nodes")["data"][0]["gpus_granted"] == [0]
+        (fake / "draft").write_text("0 79\n")
+        (fake / "draft").rename(fake / "xid")
+        event = until("the error", lambda: next((e for e in everlit.events(job) if e["event"] == "gpu_error"), None), 30)
+        print(f"     {event['reason']}")
+        os.kill(first, signal.SIGKILL)
+        until("the next attempt", lambda: (s := everlit.summary(job))["attempt"] == 2 and s["ranks"][0]["pid"], 30)
+        node = everlit.get("/nodes")["data"][0]
+        assert (node["gpus_avoided"], node["gpus_granted"], node["avoided"], node["blames"]) == ([0], [1], False, []), node
+        told = everlit.get(f"/jobs/{job}/attempts/1/postmortem")
+        assert told["cause"] == "gpu" and told["first_failed_rank"] == 0 and "without cost" in told["decision"], told
+        assert f"GPU 0 of {node['node']} fell off the bus (Xid 79): the hardware, not the program" in told["reason"], told
+        assert "gpu" in [failure["cause"] for failure in told["failures"]], told
+        everlit.post(f"/jobs/{job}/stop?force=true")
+        assert everlit.final(job)["restarts"] == 1
+        everlit.post(f"/nodes/{node['node']}/uncordon")
+        until("a clean slate", lambda: not everlit.get("/nodes")["data"][0]["gpus_avoided"], 10)
+
+
 def typed_as_it_stands():
     """The owner's lines, through bash, curl, jq and ps."""
     missing = [tool for tool in ("bash", "curl", "jq", "ps") if not shutil.which(tool)]
@@ -578,6 +610,7 @@ CHECKS = [
     one_rank_is_restarted_and_the_others_hear_nothing,
     a_rank_that_the_kernel_kills_for_want_of_memory_is_told_as_such,
     a_line_of_output_ends_retries_or_keeps_from_the_node,
+    a_broken_gpu_is_named_and_left_for_another,
     typed_as_it_stands,
     the_coordinator_s_death_is_not_noticed,
     ctrl_c_saves_and_the_next_up_resumes,

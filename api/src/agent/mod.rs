@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::gpu::GpuError;
 use crate::ids::{Incarnation, JobId, NodeId};
 use crate::job::{CheckpointPolicy, HeartbeatPolicy, LogMetric, LogPolicy};
 use crate::manifest::{Phase, SaveError};
@@ -86,6 +87,20 @@ pub enum FromAgent {
         reason: String,
         /// Another try of the same can not succeed.
         permanent: bool,
+    },
+    /// A GPU had an error; said once, as soon as somebody hears it.
+    GpuFailed {
+        /// What.
+        error: GpuError,
+    },
+    /// Memory of a gang's GPUs was still held by processes that are not ours, or do not end, and the gang is started all the same.
+    GpuHeld {
+        /// Which job.
+        job: JobId,
+        /// Which attempt.
+        attempt: u32,
+        /// By whom.
+        holders: Vec<GpuHolder>,
     },
     /// A job's files are gone.
     Removed {
@@ -216,6 +231,17 @@ pub struct Resumed {
     pub from_memory: bool,
     /// What did not verify and was put aside, with the reason.
     pub quarantined: Vec<(u64, String)>,
+}
+
+/// A process that holds memory of a GPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuHolder {
+    /// Index as the driver counts.
+    pub gpu: u32,
+    /// The process.
+    pub pid: u32,
+    /// Its program's name; empty when it can not be read.
+    pub name: String,
 }
 
 /// A committed checkpoint.

@@ -17,6 +17,7 @@ use crate::agent::log::FLAG_DROPPED;
 use crate::control::{EventQuery, LogItem, LogQuery};
 use crate::ids::JobId;
 use crate::problem::Code;
+use crate::rank::Cause;
 use crate::status::{EventView, FailureView, Postmortem, RankWords};
 
 /// Last lines of each rank.
@@ -101,6 +102,8 @@ async fn all_events(control: &Shared, id: JobId) -> Result<Vec<EventView>, Refus
 fn story(events: Vec<EventView>, attempt: u32) -> (Vec<FailureView>, Option<String>) {
     let number = |event: &EventView, name: &str| event.data[name].as_u64().and_then(|number| u32::try_from(number).ok());
     let mut failures: Vec<FailureView> = Vec::new();
+    // Apart: what is said of the last failure is not said of them.
+    let mut gpu_errors = Vec::new();
     let mut decision = None;
     for mut event in events {
         let of = number(&event, "attempt");
@@ -125,6 +128,17 @@ fn story(events: Vec<EventView>, attempt: u32) -> (Vec<FailureView>, Option<Stri
                     reason: event.reason,
                 });
             }
+            "gpu_error" if of == Some(attempt) => gpu_errors.push(FailureView {
+                time: event.time,
+                rank: number(&event, "rank"),
+                cause: Some(Cause::Gpu),
+                reason: event.reason,
+                exit: None,
+                stacks: Vec::new(),
+                nodes: BTreeMap::new(),
+                decision: None,
+                recovered_ms: None,
+            }),
             "recovered_in_place" if of == Some(attempt) => {
                 if let Some(last) = failures.last_mut() {
                     last.recovered_ms = event.data["took_ms"].as_u64();
@@ -140,6 +154,8 @@ fn story(events: Vec<EventView>, attempt: u32) -> (Vec<FailureView>, Option<Stri
             _ => {}
         }
     }
+    failures.extend(gpu_errors);
+    failures.sort_by_key(|failure| failure.time);
     (failures, decision)
 }
 
@@ -190,6 +206,8 @@ mod tests {
                 "exit": {"signal": 9, "at": "2026-01-01T00:00:00Z"}}),
             ),
             event("log_policy_matched", "an older one", json!({"attempt": 1})),
+            event("gpu_error", "an older one", json!({"attempt": 1, "xid": 48})),
+            event("gpu_error", "GPU 0 of n1 fell off the bus", json!({"attempt": 2, "rank": 0, "xid": 79})),
             event(
                 "log_policy_matched",
                 "rank 0 wrote \"ECC\" (log policy `ECC`, cancel_retries: it is not tried again)",
@@ -216,6 +234,7 @@ mod tests {
         expect![[r#"
             Some(1) Some(Stuck) rank 1 is stuck None 1 stacks, Some("its place was given to another process, and the others went on"), Some(640)
             Some(0) Some(Signal) rank 0 died Some("signal 9 (SIGKILL)") 0 stacks, Some("rank 0 wrote \"ECC\" (log policy `ECC`, cancel_retries: it is not tried again)"), None
+            Some(0) Some(Gpu) GPU 0 of n1 fell off the bus None 0 stacks, None, None
         "#]]
         .assert_eq(&told.concat());
         assert_eq!(decision.as_deref(), Some("the job ended: rank 0 died; all 1 restarts are used"));

@@ -1,4 +1,4 @@
-//! Nodes that are suspected: failures that may be the machine's are held against the node of the rank that failed first, for a day.
+//! Nodes that are suspected (their GPUs: `gpu`): failures that may be the machine's are held against the node of the rank that failed first, for a day.
 //!
 //! A suspected node is avoided, never forbidden: where no other has room, everything goes on there. What a program does to itself must not be
 //! held against a machine: plain exit codes count only with words of drivers and kernels, and a job whose failures follow it to another node
@@ -10,6 +10,7 @@ use everlit_api::status::PlacedRanks;
 use everlit_api::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::gpu::GpuBlame;
 use super::limits::{BLAME_MS, BLAMES_MAX, BLAMES_MIN};
 use super::placement::{Need, Node, Placement, plan_gang};
 use super::state::{Facts, Job};
@@ -25,6 +26,52 @@ pub struct Blame {
     pub job: JobId,
     /// What kind.
     pub cause: Cause,
+}
+
+/// Everything that is held against a node and its GPUs, as it is kept. A row without errors of GPUs is written as it was before there were any.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "HeldRow", into = "HeldRow")]
+pub struct Held {
+    /// Failures that may be the machine's, oldest first.
+    pub node: Vec<Blame>,
+    /// Hardware errors of its GPUs, oldest first.
+    pub gpus: Vec<GpuBlame>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum HeldRow {
+    Node(Vec<Blame>),
+    Both { node: Vec<Blame>, gpus: Vec<GpuBlame> },
+}
+
+impl From<HeldRow> for Held {
+    fn from(row: HeldRow) -> Self {
+        match row {
+            HeldRow::Node(node) => Self { node, gpus: Vec::new() },
+            HeldRow::Both { node, gpus } => Self { node, gpus },
+        }
+    }
+}
+
+impl From<Held> for HeldRow {
+    fn from(Held { node, gpus }: Held) -> Self {
+        if gpus.is_empty() { Self::Node(node) } else { Self::Both { node, gpus } }
+    }
+}
+
+impl Held {
+    /// Nothing.
+    pub fn is_empty(&self) -> bool {
+        self.node.is_empty() && self.gpus.is_empty()
+    }
+
+    /// What still counts.
+    pub(super) fn fresh(mut self, now: Timestamp) -> Self {
+        self.node.retain(|blame| is_fresh(blame.at, now));
+        self.gpus.retain(|blame| is_fresh(blame.at, now));
+        self
+    }
 }
 
 /// Signals by which broken memory, disks and processors show: SIGILL, SIGBUS, SIGSEGV.
@@ -60,7 +107,9 @@ pub(super) fn may_be_the_machine(cause: Cause, exit: Option<&RankExit>) -> bool 
         | Cause::Infrastructure
         | Cause::NodeLost
         | Cause::Drain
-        | Cause::User => false,
+        | Cause::User
+        // The GPU's own, and held against it.
+        | Cause::Gpu => false,
     }
 }
 
@@ -68,6 +117,11 @@ impl Node {
     /// How much it is avoided: 0 while what is held against it may be chance.
     pub fn avoided(&self) -> usize {
         if self.blames.len() >= BLAMES_MIN { self.blames.len() } else { 0 }
+    }
+
+    /// Everything that is held against it and its GPUs.
+    pub fn held(&self) -> Held {
+        Held { node: self.blames.clone(), gpus: self.gpu_blames.clone() }
     }
 }
 
@@ -101,13 +155,18 @@ impl Engine {
         turn.event(Some(id), "node_blamed", reason, facts);
     }
 
-    /// Changes what is held against a node, makes it durable, and sets the time at which the oldest is forgotten.
-    pub(super) fn change_blames(&mut self, turn: &mut Turn, name: &NodeId, change: impl FnOnce(&mut Vec<Blame>)) {
+    fn change_blames(&mut self, turn: &mut Turn, name: &NodeId, change: impl FnOnce(&mut Vec<Blame>)) {
+        self.change_held(turn, name, |node, _| change(node));
+    }
+
+    /// Changes what is held against a node and its GPUs, makes it durable, and sets the time at which the oldest is forgotten.
+    pub(super) fn change_held(&mut self, turn: &mut Turn, name: &NodeId, change: impl FnOnce(&mut Vec<Blame>, &mut Vec<GpuBlame>)) {
         let Some(node) = self.nodes.get_mut(name) else { return };
-        let before = node.blames.clone();
-        change(&mut node.blames);
-        if node.blames != before {
-            turn.step.record.blames.push((name.clone(), node.blames.clone()));
+        let before = node.held();
+        change(&mut node.blames, &mut node.gpu_blames);
+        let held = node.held();
+        if held != before {
+            turn.step.record.blames.push((name.clone(), held));
             self.await_blames(name);
         }
     }
@@ -115,32 +174,43 @@ impl Engine {
     /// The oldest is forgotten in time.
     pub(super) fn await_blames(&mut self, name: &NodeId) {
         let timer = Timer::Blames(name.clone());
-        match self.nodes.get(name).and_then(|node| node.blames.first()) {
-            Some(oldest) => self.timers.set(timer, Timestamp(oldest.at.0.saturating_add(BLAME_MS))),
+        let firsts =
+            |node: &Node| node.blames.first().map(|blame| blame.at).into_iter().chain(node.gpu_blames.first().map(|blame| blame.at)).min();
+        match self.nodes.get(name).and_then(firsts) {
+            Some(oldest) => self.timers.set(timer, Timestamp(oldest.0.saturating_add(BLAME_MS))),
             None => self.timers.clear(&timer),
         }
     }
 
     pub(super) fn on_blames_due(&mut self, turn: &mut Turn, name: &NodeId) {
         let now = turn.now;
-        self.change_blames(turn, name, |blames| blames.retain(|blame| is_fresh(blame, now)));
+        self.change_held(turn, name, |blames, gpus| {
+            blames.retain(|blame| is_fresh(blame.at, now));
+            gpus.retain(|blame| is_fresh(blame.at, now));
+        });
     }
 
-    /// Where a failed gang goes instead of a suspected node: only one that leaves no step behind there, and only to as many GPUs.
+    /// Where a failed gang goes instead: to other GPUs of its node for those that are suspected; where that is not enough, to another node, but
+    /// only one that leaves no step behind, and only to as many GPUs.
     pub(super) fn better_place(&self, id: JobId) -> Option<Vec<PlacedRanks>> {
-        let job = self.jobs.get(&id).filter(|job| !job.fails_anywhere && has_nothing_to_leave(job))?;
+        let job = self.jobs.get(&id)?;
         let gang = job.gang.as_ref()?;
-        let is_avoided = |share: &&PlacedRanks| self.nodes.get(&share.node).is_some_and(|node| node.avoided() > 0);
-        let suspects: Vec<NodeId> = gang.placement.iter().filter(is_avoided).map(|share| share.node.clone()).collect();
-        if suspects.is_empty() {
-            return None;
+        let other_gpus = self.better_gpus(job);
+        let is_suspect = |share: &&PlacedRanks| {
+            self.nodes.get(&share.node).is_some_and(|node| node.avoided() > 0 || node.avoided_among(&share.gpus) > 0)
+        };
+        let stays = other_gpus.as_ref().unwrap_or(&gang.placement);
+        let suspects: Vec<NodeId> = stays.iter().filter(is_suspect).map(|share| share.node.clone()).collect();
+        if suspects.is_empty() || job.fails_anywhere || !has_nothing_to_leave(job) {
+            return other_gpus;
         }
         let mut need: Need = job.need();
         need.excluded.extend(suspects);
         need.least = gang.placed();
-        let Placement::Now(place) = plan_gang(&self.nodes, &need) else { return None };
+        let Placement::Now(place) = plan_gang(&self.nodes, &need) else { return other_gpus };
         let gpus = |shares: &[PlacedRanks]| shares.iter().map(|share| share.gpus.len()).sum::<usize>();
-        (!place.iter().any(|share| is_avoided(&share)) && gpus(&place) == gpus(&gang.placement)).then_some(place)
+        let is_better = !place.iter().any(|share| is_suspect(&share)) && gpus(&place) == gpus(&gang.placement);
+        if is_better { Some(place) } else { other_gpus }
     }
 }
 
@@ -150,13 +220,26 @@ fn has_nothing_to_leave(job: &Job) -> bool {
 }
 
 /// It still counts.
-pub(super) fn is_fresh(blame: &Blame, now: Timestamp) -> bool {
-    now.since_ms(blame.at) < BLAME_MS
+fn is_fresh(at: Timestamp, now: Timestamp) -> bool {
+    now.since_ms(at) < BLAME_MS
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_row_of_before_gpus_were_blamed_is_read_and_one_without_them_is_written_as_it_was() {
+        let blame = Blame { at: Timestamp(5), job: JobId::from_u128(1), cause: Cause::Stuck };
+        let old = serde_json::to_string(&[blame]).expect("plain data");
+        let held: Held = serde_json::from_str(&old).expect("an old row");
+        assert_eq!(held, Held { node: vec![blame], gpus: Vec::new() });
+        assert_eq!(serde_json::to_string(&held).expect("plain data"), old);
+        let error = everlit_api::gpu::GpuError { gpu: 0, uuid: "GPU-0".into(), xid: 79, at: Timestamp(6) };
+        let both = Held { gpus: vec![GpuBlame { at: Timestamp(7), error, job: None }], ..held };
+        let row = serde_json::to_string(&both).expect("plain data");
+        assert_eq!(serde_json::from_str::<Held>(&row).expect("a new row"), both);
+    }
 
     #[test]
     fn only_what_may_be_the_machine_s_is_held_against_it() {
@@ -169,6 +252,7 @@ mod tests {
             message: None,
             matched: None,
             out_of_memory: false,
+            gpu_error: None,
         };
         let may = |cause, code, signal, words| may_be_the_machine(cause, Some(&exit(code, signal, words)));
         assert!(may(Cause::Signal, None, Some(7), ""));

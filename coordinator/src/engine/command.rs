@@ -10,7 +10,7 @@ use everlit_api::job::JobSpec;
 use everlit_api::status::{AttemptView, JobState};
 use everlit_api::time::Timestamp;
 
-use super::blame::Blame;
+use super::blame::Held;
 
 /// The outcome of one event.
 #[derive(Debug, Default)]
@@ -32,8 +32,8 @@ pub struct Record {
     pub attempts: Vec<(JobId, AttemptView)>,
     /// Nodes whose cordon changed.
     pub cordons: Vec<(NodeId, bool)>,
-    /// Nodes of which something else is held against them now, with all of it.
-    pub blames: Vec<(NodeId, Vec<Blame>)>,
+    /// Nodes of which something else is held against them or their GPUs now, with all of it.
+    pub blames: Vec<(NodeId, Held)>,
 }
 
 impl Record {

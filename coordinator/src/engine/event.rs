@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use everlit_api::agent::{Beat, CheckpointNews, Exited, FromAgent, Hello, Resumed, Started};
+use everlit_api::agent::{Beat, CheckpointNews, Exited, FromAgent, GpuHolder, Hello, Resumed, Started};
+use everlit_api::gpu::GpuError;
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::JobSpec;
 use everlit_api::manifest::SaveError;
@@ -124,6 +125,22 @@ pub enum Event {
         /// Another try of the same can not succeed.
         permanent: bool,
     },
+    /// A GPU had an error.
+    GpuFailed {
+        /// Of which node.
+        node: NodeId,
+        /// What.
+        error: GpuError,
+    },
+    /// A gang was started although memory of its GPUs is held by others.
+    GpuHeld {
+        /// Which job.
+        job: JobId,
+        /// Which attempt.
+        attempt: u32,
+        /// By whom.
+        holders: Vec<GpuHolder>,
+    },
     /// Time has passed.
     Woke,
 }
@@ -143,6 +160,8 @@ impl Event {
             FromAgent::Quarantined { job, step, reason } => Self::CheckpointQuarantined { job, step, reason },
             FromAgent::SaveFailed { incarnation, error } => Self::SaveFailed { incarnation, error },
             FromAgent::StartFailed { job, attempt, reason, permanent } => Self::StartFailed { job, attempt, reason, permanent },
+            FromAgent::GpuFailed { error } => Self::GpuFailed { node, error },
+            FromAgent::GpuHeld { job, attempt, holders } => Self::GpuHeld { job, attempt, holders },
             FromAgent::Draining => Self::NodeDraining { node, cordon: false },
             FromAgent::Removed { .. } | FromAgent::LogClosed { .. } => return None,
         })

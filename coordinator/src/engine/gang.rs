@@ -3,6 +3,7 @@
 //! The first failure decides the ending; later ones only follow from it. The places of a failed gang stay reserved while it waits.
 
 use everlit_api::agent::{Exited, Started, ToAgent};
+use everlit_api::gpu::GpuError;
 use everlit_api::ids::{Incarnation, JobId};
 use everlit_api::job::{FailureAction, LogAction, RestartScope};
 use everlit_api::rank::{Cause, RankExit, RankState, Stacks, Verdict};
@@ -103,9 +104,14 @@ impl Engine {
             Some(Role::Spare | Role::Former) => return self.on_outsider_exited(turn, &exited),
             None => return,
         };
-        let Some(job) = self.jobs.get_mut(&id) else { return };
         let exit = exited.exit;
+        let node = self.jobs.get(&id).and_then(|job| job.node_of(rank)).cloned();
+        if let (Some(node), Some(error)) = (node, exit.gpu_error.clone()) {
+            self.on_gpu_failed(turn, &node, error);
+        }
+        let Some(job) = self.jobs.get_mut(&id) else { return };
         if !job.ranks.end(rank, exit.clone(), exited.lost) {
+            job.ranks.note_gpu_error(rank, exit.gpu_error);
             return;
         }
         let ending = job.gang.as_ref().is_some_and(|g| g.ending.is_some());
@@ -219,7 +225,10 @@ impl Engine {
             ending.cause = Some(cause_of(exit, lost));
             ending.reason = failure_sentence(rank, exit);
         }
-        let ending = gang.ending.clone();
+        if gang.ending.as_ref().is_some_and(|ending| ending.then == Then::Judge) {
+            job.name_broken_gpu();
+        }
+        let ending = job.gang.as_ref().and_then(|gang| gang.ending.clone());
         let mut view = job.attempt_view(Some(turn.now));
         match ending {
             None => {
@@ -403,6 +412,7 @@ impl Engine {
             message: None,
             matched: None,
             out_of_memory: false,
+            gpu_error: None,
         };
         for rank in 0..job.ranks.list().len() as u32 {
             job.ranks.end(rank, exit.clone(), false);
@@ -421,6 +431,7 @@ impl Engine {
 fn cause_of(exit: &RankExit, lost: bool) -> Cause {
     match (exit.code, exit.signal) {
         _ if lost => Cause::Infrastructure,
+        _ if exit.gpu_error.as_ref().is_some_and(GpuError::is_hardware) => Cause::Gpu,
         _ if exit.out_of_memory => Cause::OutOfMemory,
         (Some(code), _) if CANNOT_START.contains(&code) => Cause::CannotStart,
         (Some(_), _) => Cause::Exit,
@@ -429,8 +440,14 @@ fn cause_of(exit: &RankExit, lost: bool) -> Cause {
     }
 }
 
-/// One sentence with the rank's own last words.
+/// One sentence with the rank's own last words, and what its GPU had.
 fn failure_sentence(rank: u32, exit: &RankExit) -> String {
+    let gpu = exit.gpu_error.as_ref().map(|error| format!("; {}", error.describe(None))).unwrap_or_default();
+    format!("{}{gpu}", plain_sentence(rank, exit))
+}
+
+/// The same without the GPU.
+pub(super) fn plain_sentence(rank: u32, exit: &RankExit) -> String {
     let words = exit.message.as_ref().or(exit.tail.iter().rev().find(|line| !line.trim().is_empty()));
     match (words, &exit.error) {
         _ if exit.out_of_memory => format!("rank {rank} was killed by the kernel for want of memory (SIGKILL)"),

@@ -30,6 +30,12 @@ pub const BLAME_MS: u64 = 24 * 3_600 * 1_000;
 pub const BLAMES_MIN: usize = 2;
 /// Failures remembered of a node at most.
 pub const BLAMES_MAX: usize = 16;
+/// Hardware errors remembered of a node's GPUs at most.
+pub const GPU_BLAMES_MAX: usize = 64;
+/// The same error of the same GPU within this is the same incident.
+pub const GPU_ERROR_SPACING_MS: u64 = 60_000;
+/// An error of a GPU that was heard of so long after the first rank's end may still be its cause: the two come on different ways.
+pub const GPU_ERROR_AFTER_MS: u64 = 2_000;
 /// Samples that the rates are computed over.
 pub const RATE_SAMPLES_MAX: usize = 16;
 /// Time that the rates are computed over.

@@ -18,6 +18,7 @@ mod elastic;
 pub mod event;
 mod explain;
 mod gang;
+mod gpu;
 mod in_place;
 mod invariants;
 mod job;
@@ -39,10 +40,11 @@ mod tests;
 pub mod timers;
 mod view;
 
-pub use blame::Blame;
+pub use blame::{Blame, Held};
 pub use checkpoint::CannotSave;
 pub use command::{Command, EventRow, JobRow, Record, Step};
 pub use event::Event;
+pub use gpu::GpuBlame;
 pub use snapshot::{StoredJob, StoredNode, read_job};
 
 use limits::CHECK_ALL_MS;
@@ -149,6 +151,8 @@ impl Engine {
             Event::CheckpointQuarantined { job, step, reason } => self.on_checkpoint_quarantined(turn, job, step, &reason),
             Event::SaveFailed { incarnation, error } => self.on_save_failed(turn, incarnation, error),
             Event::StartFailed { job, attempt, reason, permanent } => self.on_start_failed(turn, job, attempt, reason, permanent),
+            Event::GpuFailed { node, error } => self.on_gpu_failed(turn, &node, error),
+            Event::GpuHeld { job, attempt, holders } => self.on_gpu_held(turn, job, attempt, &holders),
             Event::Woke => {}
         }
     }

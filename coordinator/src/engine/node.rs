@@ -263,7 +263,10 @@ impl Engine {
         if !cordoned {
             node.draining = false;
             // Who takes it back into use says that it is well.
-            self.change_blames(turn, id, Vec::clear);
+            self.change_held(turn, id, |blames, gpus| {
+                blames.clear();
+                gpus.clear();
+            });
             self.queue.unpark();
             self.schedule(turn);
         }
@@ -308,5 +311,15 @@ fn holds(job: &super::state::Job, node: &NodeId) -> bool {
 }
 
 fn lost_exit(at: Timestamp, why: &str) -> RankExit {
-    RankExit { code: None, signal: None, error: Some(why.into()), at, tail: Vec::new(), message: None, matched: None, out_of_memory: false }
+    RankExit {
+        code: None,
+        signal: None,
+        error: Some(why.into()),
+        at,
+        tail: Vec::new(),
+        message: None,
+        matched: None,
+        out_of_memory: false,
+        gpu_error: None,
+    }
 }

@@ -12,6 +12,7 @@ use everlit_api::status::{Capacity, NodeLoad, PlacedRanks};
 use everlit_api::time::Timestamp;
 
 use super::blame::Blame;
+use super::gpu::GpuBlame;
 use super::limits::BLAME_MS;
 use super::state::Job;
 
@@ -40,6 +41,8 @@ pub struct Node {
     pub taken: Taken,
     /// Failures of late that may be its own, oldest first.
     pub blames: Vec<Blame>,
+    /// Hardware errors of its GPUs of late, oldest first.
+    pub gpu_blames: Vec<GpuBlame>,
 }
 
 /// What gangs hold on a node.
@@ -175,7 +178,10 @@ impl Node {
     fn gpus_for(&self, need: &Need, free_only: bool) -> Option<Vec<u32>> {
         let wanted = (need.gpus as usize).checked_mul(need.ranks as usize)?;
         let usable = self.capacity.gpus.iter().map(|g| g.index).filter(|g| !free_only || !self.taken.gpus.contains(g));
-        let found: Vec<u32> = usable.take(wanted).collect();
+        let avoided = self.avoided_gpus();
+        let (bad, good): (Vec<u32>, Vec<u32>) = usable.partition(|gpu| avoided.contains(gpu));
+        let mut found: Vec<u32> = good.into_iter().chain(bad).take(wanted).collect();
+        found.sort_unstable();
         if found.len() == wanted {
             Some(found)
         } else if need.gpus_optional {
@@ -254,6 +260,9 @@ impl Node {
                 let hours = BLAME_MS / 3_600_000;
                 format!("has room, and is avoided: {} failures in {hours} h that may be the machine's", self.avoided())
             }
+            (_, Ok(gpus)) if self.avoided_among(&gpus) > 0 => {
+                format!("has room, and {} of the GPUs are avoided: they had hardware errors", self.avoided_among(&gpus))
+            }
             _ => "has room".into(),
         }
     }
@@ -267,14 +276,15 @@ fn gib(bytes: u64) -> String {
     format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))
 }
 
-/// Chooses the node that is left with the fewest free places (best fit), by name among equals; suspected ones last.
+/// Chooses the node that is left with the fewest free places (best fit), by name among equals; suspected ones, and those with only suspected GPUs, last.
 pub fn plan_gang(nodes: &BTreeMap<NodeId, Node>, need: &Need) -> Placement {
     let allowed = |id: &NodeId| !need.excluded.contains(id);
     let fitting =
         nodes.iter().filter(|(id, n)| n.is_open() && allowed(id)).filter_map(|(id, n)| n.fit(need, false).ok().map(|gpus| (id, n, gpus)));
     let with_gpus = |gpus: &[u32]| need.gpus_optional && gpus.is_empty();
-    let key =
-        |id: &NodeId, n: &Node, gpus: &[u32]| (with_gpus(gpus), n.avoided(), n.capacity.slots.saturating_sub(n.taken.ranks), id.clone());
+    let key = |id: &NodeId, n: &Node, gpus: &[u32]| {
+        (with_gpus(gpus), n.avoided_among(gpus), n.avoided(), n.capacity.slots.saturating_sub(n.taken.ranks), id.clone())
+    };
     let best = fitting.min_by_key(|(id, n, gpus)| key(id, n, gpus));
     if let Some((id, _, gpus)) = best {
         return Placement::Now(vec![PlacedRanks { node: id.clone(), first_rank: 0, count: need.ranks, gpus }]);

@@ -93,7 +93,8 @@ mod tests {
             let (code, signal) = if code < 0 { (None, Some(-code)) } else { (Some(code), None) };
             let matched = policy.map(|policy| LogMatch { policy, line: format!("line of {rank}") });
             let at = Timestamp(at);
-            let exit = RankExit { code, signal, error: None, at, tail: vec![], message: None, matched, out_of_memory: false };
+            let exit =
+                RankExit { code, signal, error: None, at, tail: vec![], message: None, matched, out_of_memory: false, gpu_error: None };
             job.ranks.end(rank as u32, exit, false);
         }
         decide_policy(&job, first).map_or_else(|| "none".into(), |matched| matched.reason)

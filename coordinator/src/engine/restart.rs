@@ -48,7 +48,7 @@ pub fn decide_restart(policy: &RestartPolicy, budget: &mut Budget, seed: u64, fa
         budget.start_failures = 0;
     } else {
         budget.failures_in_a_row = budget.failures_in_a_row.saturating_add(1);
-        budget.start_failures += u32::from(!failure.cause.is_free());
+        budget.start_failures += u32::from(failure.cause.is_start_failure());
     }
     if failure.cause == Cause::CannotStart {
         return Decision::GiveUp { reason: "it can not be started, and trying again would not help".into() };
@@ -59,13 +59,11 @@ pub fn decide_restart(policy: &RestartPolicy, budget: &mut Budget, seed: u64, fa
     if let Some(code) = failure.code.filter(|code| policy.no_retry_exit_codes.contains(code)) {
         return Decision::GiveUp { reason: format!("exit code {code} is in restart.no_retry_exit_codes") };
     }
+    if failure.cause.is_start_failure() && budget.start_failures >= policy.max_start_failures.max(1) {
+        let times = budget.start_failures;
+        return Decision::GiveUp { reason: format!("it failed {times} times in a row without a new step (restart.max_start_failures)") };
+    }
     if !failure.cause.is_free() {
-        if budget.start_failures >= policy.max_start_failures.max(1) {
-            let times = budget.start_failures;
-            return Decision::GiveUp {
-                reason: format!("it failed {times} times in a row without a new step (restart.max_start_failures)"),
-            };
-        }
         if budget.counted >= policy.max_restarts {
             return Decision::GiveUp { reason: format!("all {} restarts are used (restart.max_restarts)", policy.max_restarts) };
         }

@@ -7,7 +7,7 @@ use everlit_api::job::JobSpec;
 use everlit_api::status::JobState;
 use everlit_api::time::Timestamp;
 
-use super::blame::{Blame, is_fresh};
+use super::blame::Held;
 use super::command::JobRow;
 use super::limits::{CHECK_ALL_MS, REGROUP_MAX_MS, SERIES_EVERY_MS};
 use super::placement::Node;
@@ -38,7 +38,7 @@ pub struct StoredNode {
     pub id: NodeId,
     /// No new ranks.
     pub cordoned: bool,
-    /// What is held against it, JSON.
+    /// What is held against it and its GPUs, JSON.
     pub blames: Option<String>,
 }
 
@@ -96,13 +96,14 @@ impl Engine {
         let mut engine = Self::new(config);
         for node in nodes {
             // What can not be read of them keeps no coordinator from its start: nodes are only avoided by it.
-            let blames: Vec<Blame> = node.blames.as_deref().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
-            let blames: Vec<Blame> = blames.into_iter().filter(|blame| is_fresh(blame, now)).collect();
-            if !node.cordoned && blames.is_empty() {
+            let held: Held = node.blames.as_deref().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+            let held = held.fresh(now);
+            if !node.cordoned && held.is_empty() {
                 // Nothing of it matters any more, and it may have gone for good.
                 continue;
             }
-            engine.nodes.insert(node.id.clone(), Node { cordoned: node.cordoned, blames, ..Node::default() });
+            let (blames, gpu_blames) = (held.node, held.gpus);
+            engine.nodes.insert(node.id.clone(), Node { cordoned: node.cordoned, blames, gpu_blames, ..Node::default() });
             engine.await_blames(&node.id);
         }
         for row in jobs {

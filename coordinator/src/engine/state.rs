@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use everlit_api::gpu::GpuError;
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::JobSpec;
 use everlit_api::manifest::Phase;
@@ -392,6 +393,15 @@ impl Ranks {
         true
     }
 
+    /// A rank that ended: what its GPU had was heard of only after it.
+    pub fn note_gpu_error(&mut self, rank: u32, error: Option<GpuError>) {
+        if let Some(exit) = self.list.get_mut(rank as usize).and_then(|own| own.exit.as_mut())
+            && exit.gpu_error.is_none()
+        {
+            exit.gpu_error = error;
+        }
+    }
+
     /// Another process takes a rank's place; `pid`: it lives already.
     pub fn replace(&mut self, rank: u32, pid: Option<u32>) {
         let Some(own) = self.list.get_mut(rank as usize) else { return };
@@ -438,6 +448,7 @@ impl Ranks {
             message: None,
             matched: None,
             out_of_memory: false,
+            gpu_error: None,
         };
         for rank in 0..self.list.len() as u32 {
             self.end(rank, exit.clone(), false);

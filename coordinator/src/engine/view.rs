@@ -138,6 +138,8 @@ impl Node {
             agent_version: self.version.clone(),
             avoided: self.avoided() > 0,
             blames: self.blames.iter().map(|b| BlameView { time: b.at, job_id: b.job, cause: b.cause }).collect(),
+            gpus_avoided: self.avoided_gpus().into_iter().collect(),
+            gpu_blames: self.gpu_blames.iter().map(|blame| blame.view(id)).collect(),
             report_age_seconds: self.seen_at.map(|at| now.since_ms(at) as f64 / 1_000.0),
         }
     }

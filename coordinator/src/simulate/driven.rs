@@ -208,7 +208,17 @@ impl Driven {
 
     fn exit(&self, code: Option<i32>, signal: Option<i32>, at: u64) -> RankExit {
         let error = (code.is_none() && signal.is_none()).then(|| "its machine is gone".into());
-        RankExit { code, signal, error, at: self.at(at), tail: Vec::new(), message: None, matched: None, out_of_memory: false }
+        RankExit {
+            code,
+            signal,
+            error,
+            at: self.at(at),
+            tail: Vec::new(),
+            message: None,
+            matched: None,
+            out_of_memory: false,
+            gpu_error: None,
+        }
     }
 
     /// Every rank has ended.

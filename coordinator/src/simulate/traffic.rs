@@ -178,6 +178,7 @@ impl Sizes {
             message: None,
             matched: None,
             out_of_memory: false,
+            gpu_error: None,
         };
         let stop = ToAgent::StopGang { job, attempt: 100, grace: Millis(30_000) };
         Self {

@@ -23,7 +23,7 @@ faults! {
     RankKilled, RankFailed, RankHung, ShimKilled, AgentKilled, AgentAndRankKilled, AgentTermed, NodeRebooted, LinkCut, Partitioned,
     FrameTwice, CoordinatorKilled, CoordinatorAndRankKilled, CrashBeforeWrite, CrashAfterWrite, SlowWrite, ClockAhead, ClockBack, DiskFull,
     CheckpointDamaged, UserStops, UserForces, UserDeletes, UserRestarts, UserSaves, UserCordons, UserUncordons, UserDrains,
-    RankSlow, StoreWritesLost, CheckpointLost, CheckpointTorn, OrderLost,
+    RankSlow, StoreWritesLost, CheckpointLost, CheckpointTorn, OrderLost, GpuFailed,
 }
 
 /// Where users' doings begin in [`Fault::ALL`], and where what is drawn ends: ranks get slow at times of their own, and what
@@ -152,6 +152,7 @@ impl World {
                 kept.map(|newest| newest.1 = true).is_some()
             }
             Fault::RankSlow => self.slow_one_down(),
+            Fault::GpuFailed => false,
             _ => self.user(fault, node),
         }
     }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use everlit_api::agent::{Beat, CheckpointNews, GangSpec, Resumed};
+use everlit_api::gpu::GpuError;
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::rank::{LogMatch, RankExit};
 use everlit_api::status::{Capacity, GpuInfo};
@@ -12,6 +13,7 @@ use everlit_worker::agent::engine::{Action, Engine, Event, drained, no_exit};
 
 use crate::check::Seen;
 use crate::coordinator::EPOCH_MS;
+use crate::faults::Fault;
 use crate::jobs::Kind;
 use crate::random::Random;
 use crate::slow::parts;
@@ -129,6 +131,20 @@ impl SimNode {
             _ => return None,
         };
         Some(LogMatch { policy, line: "what was looked for".into() })
+    }
+
+    /// What the GPU of one that failed had, if it had anything: decided by who it is, so that it takes no draw.
+    fn gpu_error(&self, own: Incarnation, code: Option<i32>, boot: u64, at: Timestamp) -> Option<GpuError> {
+        let lives = self.boot == boot && self.runs.get(&own).is_some_and(Run::is_alive);
+        let index = *self.spec(own).filter(|_| lives && code == Some(1))?.gpus.get(own.rank as usize)?;
+        let xid = match (own.job.as_u128() * 7 + u128::from(own.attempt * 5 + own.rank * 3)) % 9 {
+            0 => 79,
+            1 | 2 => 94,
+            3 => 31,
+            _ => return None,
+        };
+        let uuid = self.capacity.gpus.iter().find(|gpu| gpu.index == index)?.uuid.clone();
+        Some(GpuError { gpu: index, uuid, xid, at })
     }
 
     fn gang_ranks(&self, job: JobId, attempt: u32) -> Vec<Incarnation> {
@@ -547,12 +563,18 @@ impl World {
 
     pub fn rank_end(&mut self, node: usize, boot: u64, incarnation: Incarnation, code: Option<i32>, signal: Option<i32>, lost: bool) {
         let at = self.wall(node);
+        if let Some(error) = self.nodes[node].gpu_error(incarnation, code, boot, at) {
+            self.faults.fired(Fault::GpuFailed);
+            self.tell_agent(node, Event::GpuFailed(error));
+        }
         let own = &mut self.nodes[node];
         let matched = own.words(incarnation, code);
         let Some(run) = own.runs.get_mut(&incarnation).filter(|run| run.is_alive() && own.boot == boot) else { return };
         let exit = match lost {
             true => no_exit("its shim died", at),
-            false => RankExit { code, signal, error: None, at, tail: Vec::new(), message: None, matched, out_of_memory: false },
+            false => {
+                RankExit { code, signal, error: None, at, tail: Vec::new(), message: None, matched, out_of_memory: false, gpu_error: None }
+            }
         };
         let (exit, lost) = if run.drained { (drained(exit), true) } else { (exit, lost) };
         run.exit = Some((exit.clone(), lost));

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::status::JobState;
 use everlit_api::time::Timestamp;
-use everlit_coordinator::engine::{Blame, Command, Record, Step, StoredJob, StoredNode, read_job, state::Job};
+use everlit_coordinator::engine::{Command, Held, Record, Step, StoredJob, StoredNode, read_job, state::Job};
 
 #[derive(Debug, Default, Clone)]
 pub struct Store {
@@ -13,7 +13,7 @@ pub struct Store {
     /// With how often a row of it was written after it was final.
     pub finals: BTreeMap<JobId, StoredJob>,
     pub cordoned: BTreeSet<NodeId>,
-    pub blames: BTreeMap<NodeId, Vec<Blame>>,
+    pub blames: BTreeMap<NodeId, Held>,
     /// Jobs whose files are to go, by node.
     pub removals: BTreeMap<NodeId, BTreeSet<JobId>>,
     /// Removed with everything.

@@ -24,7 +24,7 @@ pub const SAFETY_MS: u64 = 10 * 60 * 1_000;
 pub const LIVENESS_MS: u64 = 4 * 3_600 * 1_000;
 
 /// Events that a long run must have seen.
-pub const TOLD: [&str; 13] = [
+pub const TOLD: [&str; 14] = [
     "rank_replaced",
     "rank_failed",
     "rank_restarted",
@@ -38,6 +38,7 @@ pub const TOLD: [&str; 13] = [
     "blame_withdrawn",
     "rank_slow",
     "rank_slow_over",
+    "gpu_error",
 ];
 
 /// What is to happen.

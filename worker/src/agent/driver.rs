@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use everlit_api::agent::{FromAgent, Hello, PROTOCOL, ToAgent};
+use everlit_api::gpu::GpuError;
 use everlit_api::ids::{Incarnation, NodeId};
 use everlit_api::time::Timestamp;
 use tokio::net::UnixListener;
@@ -20,7 +21,7 @@ use super::cli::RunArgs;
 use super::effects::{Done, Effects};
 use super::engine::{Action, Engine, Event};
 use super::heartbeat::Heard;
-use super::limits::LOOK_EVERY;
+use super::limits::{GPU_ERRORS_MAX, LOOK_EVERY};
 use super::link::{self, LinkEvent};
 use super::policies::{Policies, shorten};
 use super::ranks::ShimNews;
@@ -50,6 +51,7 @@ pub(super) struct Driver {
     link_events_tx: mpsc::Sender<LinkEvent>,
     shims: mpsc::Receiver<(Incarnation, ShimNews)>,
     done: mpsc::Receiver<Done>,
+    gpu_errors: mpsc::Receiver<GpuError>,
     file_changed: Arc<Notify>,
     _lock: File,
 }
@@ -75,6 +77,8 @@ impl Driver {
         let (link_events_tx, link_events) = mpsc::channel(QUEUE);
         let (shims_tx, shims) = mpsc::channel(QUEUE);
         let (done_tx, done) = mpsc::channel(QUEUE);
+        let (gpu_errors_tx, gpu_errors) = mpsc::channel(GPU_ERRORS_MAX);
+        gpus.watch(gpu_errors_tx);
         Ok(Self {
             started: Instant::now(),
             engine: Engine::new(0, args.linger.0),
@@ -87,6 +91,7 @@ impl Driver {
             link_events_tx,
             shims,
             done,
+            gpu_errors,
             file_changed: Arc::default(),
             _lock: lock,
         })
@@ -130,6 +135,7 @@ impl Driver {
                 Some(event) = self.link_events.recv() => self.on_link(event),
                 Some((incarnation, news)) = self.shims.recv() => self.on_shim(incarnation, news),
                 Some(done) = self.done.recv() => self.on_done(done),
+                Some(error) = self.gpu_errors.recv() => self.handle(Event::GpuFailed(error)),
                 noticed = self.effects.watcher.next() => self.on_noticed(noticed),
                 () = sleep_until(deadline.into()) => self.handle(Event::DeadlinePassed),
                 _ = look.tick(), if self.effects.has_ranks() => self.look_everywhere(),
@@ -253,6 +259,9 @@ impl Driver {
     /// Everything that the rank did before its end comes before its end.
     fn on_ended(&mut self, incarnation: Incarnation, mut exit: everlit_api::rank::RankExit, lost: bool) -> Option<&'static str> {
         self.look_at(incarnation);
+        while let Ok(error) = self.gpu_errors.try_recv() {
+            self.handle(Event::GpuFailed(error));
+        }
         if let Some(beat) = self.effects.progress_in_tail(incarnation, &exit.tail) {
             self.handle(Event::ProgressRead { incarnation, beat });
         }
@@ -296,8 +305,11 @@ impl Driver {
 
     fn on_done(&mut self, done: Done) -> Option<&'static str> {
         match done {
-            Done::Prepared { job, attempt, outcome } => match outcome {
+            Done::Prepared { job, attempt, held, outcome } => match outcome {
                 Ok(prepared) => {
+                    if !held.is_empty() {
+                        self.effects.say(&FromAgent::GpuHeld { job, attempt, holders: held });
+                    }
                     let resumed = prepared.resumed.clone();
                     resumed
                         .quarantined

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use everlit_api::agent::log::LogStart;
-use everlit_api::agent::{Beat, CheckpointNews, FromAgent, GangSpec, Hello, Resumed};
+use everlit_api::agent::{Beat, CheckpointNews, FromAgent, GangSpec, GpuHolder, Hello, Resumed};
 use everlit_api::ids::{Incarnation, JobId};
 use everlit_api::rank::RankExit;
 use everlit_api::status::NodeLoad;
@@ -23,6 +23,7 @@ use super::checkpoints::{self, Checked, Tracker};
 use super::engine::Action;
 use super::folders::DRAINED_NAME;
 use super::gpu::Gpus;
+use super::gpu_memory;
 use super::limits::{REPORT_EVERY, STACKS_MAX, VERIFY_AT_ONCE};
 use super::link::Link;
 use super::load::LoadMeter;
@@ -39,7 +40,7 @@ use crate::checkpoint::{CheckpointError, Quarantined};
 /// Work that was done on another thread.
 #[derive(Debug)]
 pub(super) enum Done {
-    Prepared { job: JobId, attempt: u32, outcome: Result<Prepared, Refused> },
+    Prepared { job: JobId, attempt: u32, held: Vec<GpuHolder>, outcome: Result<Prepared, Refused> },
     Spawned(Vec<(Incarnation, io::Result<UnixStream>)>),
     Checked { job: JobId, outcome: Result<Checked, CheckpointError> },
     Scanned { job: JobId, scanner: Scanner, progress: Progress },
@@ -148,8 +149,12 @@ impl Effects {
     }
 
     fn prepare(&self, spec: Box<GangSpec>) {
-        let node = self.node.clone();
-        self.work(move || Done::Prepared { job: spec.job, attempt: spec.attempt, outcome: start::prepare(&node, &spec) });
+        let (node, gpus) = (self.node.clone(), self.gpus.clone());
+        self.work(move || {
+            // First: what follows says that ranks may have been started, and a stop that comes meanwhile finds none.
+            let held = gpu_memory::wait(&gpus, &node.folders, &spec);
+            Done::Prepared { job: spec.job, attempt: spec.attempt, held, outcome: start::prepare(&node, &spec) }
+        });
     }
 
     pub(super) fn keep_prepared(&mut self, prepared: Prepared) {

@@ -6,6 +6,19 @@ use std::time::Duration;
 
 /// Ranks of a gang whose threads are looked at when one is judged.
 pub(super) const STACKS_MAX: usize = 8;
+/// Errors of GPUs that are remembered, for ranks that end a little later, and that may wait for the loop or for a coordinator.
+pub(super) const GPU_ERRORS_MAX: usize = 64;
+/// The same error of the same GPU within this is told once.
+pub(super) const GPU_ERROR_SPACING_MS: u64 = 1_000;
+/// A rank that ends so long after an error of its GPU may have ended of it: one that hangs on it is found within ten seconds.
+pub(super) const GPU_ERROR_BEFORE_MS: u64 = 15_000;
+/// The same, when the error is heard of after the end: the two come on different ways.
+pub(super) const GPU_ERROR_AFTER_MS: u64 = 2_000;
+/// Longest call of the driver that waits for an error of a GPU.
+pub(super) const GPU_WAIT_MS: u32 = 5_000;
+/// Looks at who holds memory of GPUs before a gang is started on them all the same, and the time between two.
+pub(super) const GPU_MEMORY_LOOKS: usize = 100;
+pub(super) const GPU_MEMORY_PAUSE: Duration = Duration::from_millis(100);
 /// News of ranks are sent together, at most this often.
 pub(super) const BEATS_EVERY_MS: u64 = 50;
 /// Without an event from the kernel, heartbeat files are looked at this often.

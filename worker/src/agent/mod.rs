@@ -14,6 +14,7 @@ pub mod engine;
 mod environment;
 mod folders;
 mod gpu;
+mod gpu_memory;
 mod heartbeat;
 mod limits;
 mod link;

@@ -68,7 +68,7 @@ pub(super) fn rank_exit(told: Told, run_folder: &Path) -> Option<(RankExit, bool
     let Told::Exit { code, signal, error, at_ms, tail } = told else { return None };
     let lost = code.is_none() && signal.is_none();
     let message = if code == Some(0) { None } else { error_message(&run_folder.join(ERROR_NAME)) };
-    let exit = RankExit { code, signal, error, at: Timestamp(at_ms), tail, message, matched: None, out_of_memory: false };
+    let exit = RankExit { code, signal, error, at: Timestamp(at_ms), tail, message, matched: None, out_of_memory: false, gpu_error: None };
     Some(if run_folder.join(DRAINED_NAME).exists() { (drained(exit), true) } else { (exit, lost) })
 }
 
@@ -153,6 +153,18 @@ fn ended(run_folder: &Path, why: &str) -> Settled {
     let why = if started.is_none() { "it was never started" } else { why };
     let (exit, lost) = exit.unwrap_or_else(|| (no_exit(why, Timestamp::now()), true));
     Settled::Ended { started, exit: Box::new(exit), lost }
+}
+
+/// Whether the shim of a run may live. Its lock is not tried: that would keep a shim that is just beginning from having it.
+pub(super) fn may_live(run_folder: &Path) -> bool {
+    let Ok(text) = std::fs::read(run_folder.join(STATE_NAME)) else { return run_folder.exists() };
+    let started = text
+        .split(|byte| *byte == b'\n')
+        .filter_map(parse_line)
+        .find_map(|told| if let Told::Started { shim, .. } = told { Some(shim) } else { None });
+    let Some(shim) = started else { return true };
+    let arguments = std::fs::read(format!("/proc/{shim}/cmdline")).unwrap_or_default();
+    arguments.split(|byte| *byte == 0).nth(1) == Some(run_folder.as_os_str().as_encoded_bytes())
 }
 
 /// Connects to a living shim. Its socket's path may be too long, so it is reached through the folder's descriptor.

@@ -82,6 +82,7 @@ fn actions(fields: &mut Reader<'_, '_>) -> BTreeMap<Cause, FailureAction> {
         ("out_of_memory", Cause::OutOfMemory),
         ("infrastructure", Cause::Infrastructure),
         ("straggler", Cause::Straggler),
+        ("gpu", Cause::Gpu),
     ];
     let alive = [("silent", Cause::Silent), ("stuck", Cause::Stuck), ("idle", Cause::Idle), ("no_start", Cause::NoStart)];
     let choices = [("restart", FailureAction::Restart), ("fail", FailureAction::Fail), ("alert", FailureAction::Alert)];

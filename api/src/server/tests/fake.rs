@@ -99,6 +99,8 @@ fn node(name: &str) -> NodeView {
         report_age_seconds: None,
         avoided: false,
         blames: Vec::new(),
+        gpus_avoided: Vec::new(),
+        gpu_blames: Vec::new(),
     }
 }
 

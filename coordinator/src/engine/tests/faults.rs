@@ -164,6 +164,7 @@ fn a_lost_shim_is_free() {
         message: None,
         matched: None,
         out_of_memory: false,
+        gpu_error: None,
     };
     scene.at(50, Event::RankExited(Exited { incarnation: rank(1, 1, 0), exit: lost, lost: true }));
     scene.expect(expect![[r#"
@@ -258,6 +259,7 @@ fn a_shim_that_died_first_is_named_and_free_though_its_news_came_last() {
         message: None,
         matched: None,
         out_of_memory: false,
+        gpu_error: None,
     };
     scene.at(53, Event::RankExited(Exited { incarnation: rank(1, 1, 1), exit: lost, lost: true }));
     scene.expect(expect![[r#"

@@ -4,6 +4,7 @@
 mod checkpoints;
 mod elastic;
 mod faults;
+mod gpus;
 mod in_place;
 mod lives;
 mod nodes;
@@ -61,6 +62,7 @@ pub(super) fn exit(code: i32, at: u64) -> RankExit {
         message: None,
         matched: None,
         out_of_memory: false,
+        gpu_error: None,
     }
 }
 
@@ -74,6 +76,7 @@ pub(super) fn killed(at: u64) -> RankExit {
         message: None,
         matched: None,
         out_of_memory: false,
+        gpu_error: None,
     }
 }
 

@@ -84,7 +84,7 @@ fn a_record_with_anything_in_it_is_not_empty() {
         Record { events: vec![event], ..Record::default() },
         Record { attempts, ..Record::default() },
         Record { cordons: vec![(node("n1"), true)], ..Record::default() },
-        Record { blames: vec![(node("n1"), Vec::new())], ..Record::default() },
+        Record { blames: vec![(node("n1"), Default::default())], ..Record::default() },
     ];
     assert!(some.iter().all(|record| !record.is_empty()), "{some:?}");
 }

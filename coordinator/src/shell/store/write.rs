@@ -9,7 +9,7 @@ use serde_json::json;
 use sqlx::{Connection, SqliteConnection};
 
 use super::{Store, StoreError};
-use crate::engine::{Blame, EventRow, JobRow, Record};
+use crate::engine::{EventRow, Held, JobRow, Record};
 
 /// A used `Idempotency-Key`.
 #[derive(Debug, Clone)]
@@ -34,7 +34,7 @@ pub struct Batch {
     pub events: Vec<(u64, EventRow)>,
     attempts: BTreeMap<(JobId, u32), AttemptView>,
     cordons: BTreeMap<NodeId, bool>,
-    blames: BTreeMap<NodeId, Vec<Blame>>,
+    blames: BTreeMap<NodeId, Held>,
     /// Keys used by jobs of this batch.
     pub idempotency: Vec<Idempotency>,
     removed: BTreeMap<JobId, Vec<NodeId>>,
@@ -242,12 +242,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).await.unwrap();
         let node = |name: &str| NodeId(name.into());
-        let blame = Blame { at: Timestamp(5), job: JobId::from_u128(1), cause: everlit_api::rank::Cause::Stuck };
+        let blame = crate::engine::Blame { at: Timestamp(5), job: JobId::from_u128(1), cause: everlit_api::rank::Cause::Stuck };
+        let held = |blames: &[crate::engine::Blame]| Held { node: blames.to_vec(), gpus: Vec::new() };
         let mut seen = Vec::new();
         for record in [
-            Record { blames: vec![(node("a"), vec![blame])], ..Record::default() },
+            Record { blames: vec![(node("a"), held(&[blame]))], ..Record::default() },
             Record { cordons: vec![(node("a"), true), (node("b"), true)], ..Record::default() },
-            Record { blames: vec![(node("b"), vec![blame]), (node("a"), vec![])], ..Record::default() },
+            Record { blames: vec![(node("b"), held(&[blame])), (node("a"), held(&[]))], ..Record::default() },
         ] {
             let mut batch = Batch::default();
             batch.add(Timestamp(7), record, || 0);

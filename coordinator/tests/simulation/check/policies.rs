@@ -50,8 +50,8 @@ impl Policies {
             }
             Seen::CoordinatorStarted => {
                 let Some(engine) = &world.coordinator.engine else { return Ok(()) };
-                let kept = engine.nodes().iter().filter(|(_, node)| !node.blames.is_empty()).map(|(id, node)| (id, &node.blames));
-                let stored = world.coordinator.store.blames.iter().filter(|(_, blames)| !blames.is_empty());
+                let kept = engine.nodes().iter().map(|(id, node)| (id.clone(), node.held())).filter(|(_, held)| !held.is_empty());
+                let stored = world.coordinator.store.blames.clone().into_iter().filter(|(_, held)| !held.is_empty());
                 if kept.eq(stored) { Ok(()) } else { Err("what was held against nodes is not what is held against them now".into()) }
             }
             _ => Ok(()),

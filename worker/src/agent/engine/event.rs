@@ -4,6 +4,7 @@
 //! decide nothing.
 
 use everlit_api::agent::{Beat, CheckpointNews, FromAgent, GangSpec, Resumed};
+use everlit_api::gpu::GpuError;
 use everlit_api::ids::{Incarnation, JobId};
 use everlit_api::manifest::SaveError;
 use everlit_api::rank::RankExit;
@@ -130,6 +131,8 @@ pub enum Event {
         /// What is wrong with it.
         reason: String,
     },
+    /// A GPU of this node had an error.
+    GpuFailed(GpuError),
     /// A job's files are gone.
     JobRemoved(JobId),
     /// Somebody asked this agent to end (SIGTERM, SIGINT).

@@ -16,6 +16,7 @@ use everlit_api::time::{Millis, Timestamp};
 use super::limits::{BEATS_EVERY_MS, DRAIN_PATIENCE_MS, FORGET_PATIENCE_MS};
 
 mod event;
+mod gpus;
 mod membership;
 mod pace;
 mod rank;
@@ -74,6 +75,7 @@ pub fn no_exit(error: &str, at: Timestamp) -> RankExit {
         message: None,
         matched: None,
         out_of_memory: false,
+        gpu_error: None,
     }
 }
 
@@ -115,6 +117,7 @@ pub struct Engine {
     leaving: BTreeMap<JobId, bool>,
     /// Damaged checkpoints that no coordinator was told of.
     quarantined: Vec<(JobId, u64, String)>,
+    gpu_errors: gpus::Errors,
     disk: Disk,
     linked: bool,
     ending: Option<Ending>,
@@ -137,6 +140,7 @@ impl Engine {
             paces: BTreeMap::new(),
             leaving: BTreeMap::new(),
             quarantined: Vec::new(),
+            gpu_errors: gpus::Errors::default(),
             disk: Disk::default(),
             linked: false,
             ending: None,
@@ -230,6 +234,7 @@ impl Engine {
             Event::Probed { took_ms } => self.on_probed(now, took_ms),
             Event::CheckpointSeen(news) => self.on_checkpoint_seen(*news, &mut out),
             Event::CheckpointQuarantined { job, step, reason } => self.on_checkpoint_quarantined(job, step, reason, &mut out),
+            Event::GpuFailed(error) => self.on_gpu_failed(now, error, &mut out),
             Event::JobRemoved(job) => out.push(Action::Say(FromAgent::Removed { job })),
             Event::EndAsked => self.on_end_asked(now, &mut out),
             Event::DeadlinePassed => {}
@@ -266,6 +271,7 @@ impl Engine {
             }
         }
         self.say_saves(out);
+        self.say_gpu_errors(out);
     }
 
     fn on_unlinked(&mut self, now: u64, out: &mut Vec<Action>) {
@@ -346,7 +352,10 @@ impl Engine {
     }
 
     fn on_rank_ended(&mut self, now: u64, incarnation: Incarnation, exit: RankExit, lost: bool, out: &mut Vec<Action>) {
+        let gpu_error = self.gpu_error_of(now, incarnation).filter(|_| !exit.is_success());
         let Some(rank) = self.rank_mut(incarnation).filter(|rank| rank.end.is_none()) else { return };
+        let exit = RankExit { gpu_error, ..exit };
+        rank.ended_at = now;
         let (exit, lost) = if rank.drained { (drained(exit), true) } else { (exit, lost) };
         rank.end = Some((exit.clone(), lost));
         self.last_end = now;

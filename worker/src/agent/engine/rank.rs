@@ -20,6 +20,9 @@ pub(super) struct Rank {
     pub(super) pid: Option<u32>,
     pub(super) started_at: Option<Timestamp>,
     pub(super) end: Option<(RankExit, bool)>,
+    /// When its process and its end were heard of.
+    pub(super) begun_at: u64,
+    pub(super) ended_at: u64,
     pub(super) beat: Option<(u64, Beat)>,
     pub(super) judged: Option<Verdict>,
     /// Its start was ordered, by this agent or by one before it.
@@ -68,6 +71,7 @@ impl Rank {
     pub(super) fn on_started(&mut self, now: u64, pid: u32, at: Timestamp) {
         self.pid = Some(pid);
         self.started_at = Some(at);
+        self.begun_at = now;
         self.since = now;
         self.active = now;
         self.progress_at = now;

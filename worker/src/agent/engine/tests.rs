@@ -1,5 +1,6 @@
 //! Scenarios: a time, an event, the whole list of actions.
 
+mod gpus;
 mod membership;
 mod saves;
 mod stuck;
@@ -27,7 +28,8 @@ fn show(action: &Action) -> String {
     let text = match action {
         Action::Say(FromAgent::Started(started)) => format!("say started r{} pid {}", started.incarnation.rank, started.pid),
         Action::Say(FromAgent::Exited(exited)) => {
-            format!("say exited r{} {} lost {}", exited.incarnation.rank, exited.exit.describe(), exited.lost)
+            let gpu = exited.exit.gpu_error.as_ref().map(|error| format!(" gpu {} xid {}", error.gpu, error.xid)).unwrap_or_default();
+            format!("say exited r{} {} lost {}{gpu}", exited.incarnation.rank, exited.exit.describe(), exited.lost)
         }
         Action::Say(FromAgent::Beats { beats }) => {
             let one = |beat: &Beat| format!(" r{} step {:?} age {}", beat.incarnation.map_or(99, |own| own.rank), beat.step, beat.age_ms);
@@ -40,6 +42,7 @@ fn show(action: &Action) -> String {
         Action::Say(FromAgent::StartFailed { attempt, reason, permanent, .. }) => {
             format!("say start failed a{attempt} {reason} {permanent}")
         }
+        Action::Say(FromAgent::GpuFailed { error }) => format!("say gpu {} xid {}", error.gpu, error.xid),
         Action::Say(other) => format!("say {other:?}"),
         Action::Prepare(spec) => format!("prepare a{} env {}", spec.attempt, spec.env.len()),
         Action::Spawn { attempt, .. } => format!("spawn a{attempt}"),
@@ -135,6 +138,7 @@ impl Scene {
             message: None,
             matched: None,
             out_of_memory: false,
+            gpu_error: None,
         };
         Event::RankEnded { incarnation: self.own(rank), exit, lost: false }
     }
