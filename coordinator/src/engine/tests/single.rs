@@ -182,7 +182,8 @@ fn a_node_that_knows_nothing_of_it_any_more_starts_the_whole_gang() {
 
 #[test]
 fn what_would_end_its_successor_too_ends_the_gang() {
-    let cases: [(&str, fn(&mut JobSpec), RankExit); 4] = [
+    type Change = fn(&mut JobSpec);
+    let cases: [(&str, Change, RankExit); 4] = [
         ("a line", |_| (), RankExit { matched: Some(everlit_api::rank::LogMatch { policy: 0, line: "x".into() }), ..exit(1, 1_000) }),
         ("no program", |_| (), exit(127, 1_000)),
         ("on", |spec| spec.restart.on = [(Cause::Exit, FailureAction::Fail)].into(), exit(1, 1_000)),
