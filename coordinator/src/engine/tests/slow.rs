@@ -220,7 +220,7 @@ fn what_is_said_of_another_membership_counts_for_none() {
 #[test]
 fn ranks_that_do_not_wait_for_each_other_are_not_compared() {
     let mut gang = Gang::new(2);
-    gang.scene.submit(gang.ms, 2, JobSpec { kind: JobKind::Preprocess, ..command(2) });
+    gang.scene.submit(gang.ms, 2, JobSpec { kind: JobKind::Evaluate, ..command(2) });
     gang.scene.start_all(gang.ms, 2, 1, 2);
     gang.scene.take();
     for step in 1..=240 {
