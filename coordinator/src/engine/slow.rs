@@ -302,6 +302,30 @@ mod tests {
     }
 
     #[test]
+    fn a_heartbeat_between_two_steps_tells_of_none() {
+        let (gang, mut slowness) = (gang(2), Slowness::default());
+        let mut named = Vec::new();
+        for second in 1..=200 {
+            slowness.note(&gang, 0, &told(second / 10, 1.0));
+            slowness.note(&gang, 1, &told(second / 10, 2.0));
+            named.extend(slowness.look(Timestamp(second * 1_000)));
+        }
+        assert_eq!(named, []);
+    }
+
+    #[test]
+    fn others_that_take_no_time_make_no_ratio_without_end() {
+        let (gang, mut slowness) = (gang(2), Slowness::default());
+        let mut named = Vec::new();
+        for second in 1..=60 {
+            slowness.note(&gang, 0, &told(second, 0.0));
+            slowness.note(&gang, 1, &told(second, 2.0));
+            named.extend(slowness.look(Timestamp(second * 1_000)));
+        }
+        assert!(named.len() == 1 && named[0].ratio.is_finite(), "{named:?}");
+    }
+
+    #[test]
     fn of_many_slow_ranks_some_are_named_and_the_others_when_those_keep_up() {
         let gang = gang(64);
         let mut slowness = Slowness::default();
