@@ -12,6 +12,10 @@ use crate::model::MemoryEstimate;
 use crate::rank::{Cause, RankExit, RankState, StepPart};
 use crate::time::Timestamp;
 
+mod blame;
+
+pub use blame::{BlameView, GpuBlameView};
+
 /// A job's state; the last three are final and never change.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -487,34 +491,6 @@ pub struct NodeView {
     /// Hardware errors of its GPUs in the last day, oldest first.
     #[serde(default)]
     pub gpu_blames: Vec<GpuBlameView>,
-}
-
-/// A hardware error that is held against a GPU.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct GpuBlameView {
-    /// When it was heard of.
-    pub time: Timestamp,
-    /// Index as the driver counts.
-    pub gpu: u32,
-    /// Unique id of the device.
-    pub uuid: String,
-    /// NVIDIA's number for the error.
-    pub xid: u32,
-    /// In one sentence.
-    pub reason: String,
-    /// Whose ranks had the GPU, if any had.
-    pub job_id: Option<JobId>,
-}
-
-/// A failure that is held against a node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct BlameView {
-    /// When it was judged.
-    pub time: Timestamp,
-    /// Whose rank failed.
-    pub job_id: JobId,
-    /// What kind.
-    pub cause: Cause,
 }
 
 /// Whether a node can be reached.

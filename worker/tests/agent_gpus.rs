@@ -83,6 +83,17 @@ fn an_error_without_a_coordinator_is_told_to_the_next_one() {
 }
 
 #[test]
+fn a_gpu_that_the_driver_lost_is_told_as_fallen_off_the_bus_and_the_others_are_watched_on() {
+    let mut gpus = Gpus::new();
+    gpus.write("lost", "0");
+    let error = gpus.error();
+    assert_eq!((error.gpu, error.xid), (0, 79));
+    gpus.write("xid", "1 94");
+    let error = gpus.error();
+    assert_eq!((error.gpu, error.xid), (1, 94));
+}
+
+#[test]
 fn a_leftover_that_holds_gpu_memory_is_ended_before_the_next_attempt_starts() {
     let mut gpus = Gpus::new();
     let mut spec = gpus.bench.gang(1, "echo $$ > first.txt; exec sleep 600");

@@ -1,12 +1,12 @@
 /* What the agent asks of NVIDIA's library, answered from files, so that the agent's own path through it is tested without a GPU.
    Two GPUs. $EVERLIT_FAKE_NVML is a folder: `xid` ("GPU NUMBER") is an error that is told once; `holders-GPU` lists processes that hold
-   its memory as long as they live. Layouts are those of nvml.h. */
+   its memory as long as they live; `lost` ("GPU") is one that is not there any more. Layouts are those of nvml.h. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-enum { SUCCESS = 0, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7, TIMEOUT = 10, XID_CRITICAL = 8 };
+enum { SUCCESS = 0, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7, TIMEOUT = 10, LOST = 15, XID_CRITICAL = 8 };
 enum { GPUS = 2 };
 
 typedef struct { unsigned version; unsigned long long total, reserved, free, used; } memory_v2;
@@ -24,6 +24,14 @@ static FILE *open_file(const char *name) {
   return fopen(path, "r");
 }
 
+static int lost(void) {
+  int gpu = -1;
+  FILE *file = open_file("lost");
+  if (file && fscanf(file, "%d", &gpu) != 1) gpu = -1;
+  if (file) fclose(file);
+  return gpu;
+}
+
 int nvmlInit_v2(void) { return SUCCESS; }
 int nvmlShutdown(void) { return SUCCESS; }
 const char *nvmlErrorString(int code) { return code == TIMEOUT ? "timeout" : "an error of the fake"; }
@@ -37,7 +45,7 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
 int nvmlDeviceGetName(void *device, char *name, unsigned length) { (void)device; snprintf(name, length, "Fake GPU"); return SUCCESS; }
 int nvmlDeviceGetUUID(void *device, char *uuid, unsigned length) { snprintf(uuid, length, "GPU-fake-%d", *(int *)device); return SUCCESS; }
 int nvmlDeviceGetMemoryInfo_v2(void *device, memory_v2 *memory) {
-  (void)device;
+  if (*(int *)device == lost()) return LOST;
   memory->total = memory->free = 8ull << 30;
   memory->reserved = memory->used = 0;
   return SUCCESS;
@@ -45,7 +53,7 @@ int nvmlDeviceGetMemoryInfo_v2(void *device, memory_v2 *memory) {
 
 int nvmlDeviceGetSupportedEventTypes(void *device, unsigned long long *types) { (void)device; *types = XID_CRITICAL; return SUCCESS; }
 int nvmlEventSetCreate(void **set) { *set = watched; return SUCCESS; }
-int nvmlEventSetFree(void *set) { (void)set; return SUCCESS; }
+int nvmlEventSetFree(void *set) { (void)set; memset(watched, 0, sizeof watched); return SUCCESS; }
 int nvmlDeviceRegisterEvents(void *device, unsigned long long types, void *set) {
   if (set != watched || types != XID_CRITICAL) return NOT_SUPPORTED;
   watched[*(int *)device] = 1;
@@ -68,6 +76,7 @@ int nvmlEventSetWait_v2(void *set, event_data *data, unsigned timeout_ms) {
       data->data = (unsigned long long)number;
       return SUCCESS;
     }
+    if (lost() >= 0 && watched[lost()]) return LOST;
     usleep(5000);
   }
   return TIMEOUT;

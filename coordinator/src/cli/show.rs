@@ -223,6 +223,10 @@ pub(super) async fn status(client: &Client, output: Output) -> Result<(), Fail> 
 
 /// The table of nodes.
 pub(super) fn nodes(nodes: &[NodeView]) -> Result<(), Fail> {
+    let gpus_avoided = |node: &NodeView| match node.gpus_avoided.len() {
+        0 => String::new(),
+        count => format!(", {count} avoided"),
+    };
     let row = |node: &NodeView| {
         let state = serde_json::to_value(node.state).unwrap_or_default();
         let cordoned = if node.cordoned { ", cordoned" } else { "" };
@@ -233,7 +237,7 @@ pub(super) fn nodes(nodes: &[NodeView]) -> Result<(), Fail> {
             format!("{} of {}", node.ranks, node.capacity.slots),
             format!("{:.1} of {:.1}", node.load.cpus, node.capacity.cpus),
             format!("{} of {}", size(node.load.memory), size(node.capacity.memory)),
-            format!("{} of {}", node.gpus_granted.len(), node.capacity.gpus.len()),
+            format!("{} of {}{}", node.gpus_granted.len(), node.capacity.gpus.len(), gpus_avoided(node)),
             size(node.load.disk_free),
             node.agent_version.clone(),
             node.report_age_seconds.map_or_else(|| "-".into(), seconds),

@@ -257,6 +257,17 @@ fn a_job_may_want_to_end_with_its_gpu() {
 }
 
 #[test]
+fn the_cause_is_known_from_the_first_end_on() {
+    let mut scene = scene(&[("n1", 2)]);
+    scene.submit(0, 1, on_gpus(2));
+    scene.start_all(10, 1, 1, 2);
+    scene.exits(1_000, rank(1, 1, 0), with_error(exit(1, 1_000), error("n1", 0, 79, 990)));
+    scene.take();
+    let ending = scene.engine.job(job(1)).and_then(|job| job.gang.as_ref()?.ending.clone()).expect("it ends");
+    assert_eq!((ending.cause, ending.rank), (Some(Cause::Gpu), Some(0)));
+}
+
+#[test]
 fn what_the_program_did_is_its_own_and_counted() {
     let mut scene = scene(&[("n1", 1)]);
     scene.submit(0, 1, on_gpus(1));

@@ -94,19 +94,19 @@ fn an_error_just_after_the_end_is_told_with_the_end_again() {
         say exited r1 exit code 1 lost false gpu 7 xid 48
     "#]],
     );
+    // What is known already stays.
+    s.at(
+        1_000 + GPU_ERROR_AFTER_MS - 1,
+        failed(7, 79),
+        expect![[r#"
+        say gpu 7 xid 79
+    "#]],
+    );
     s.at(
         1_000 + GPU_ERROR_AFTER_MS,
         failed(4, 48),
         expect![[r#"
         say gpu 4 xid 48
-    "#]],
-    );
-    // What is known already stays.
-    s.at(
-        1_001 + GPU_ERROR_AFTER_MS,
-        failed(7, 79),
-        expect![[r#"
-        say gpu 7 xid 79
     "#]],
     );
 }
