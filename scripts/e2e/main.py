@@ -149,7 +149,7 @@ def a_stopped_rank_is_found_by_its_gang_s_own_pace():
 
 
 class Slowed(threading.Thread):
-    """While it lives a process gets a quarter of the time: it is stopped and goes on again, in turns of a few milliseconds."""
+    """While it lives a process gets a tenth of the time: it is stopped and goes on again. On a busy machine the others may get no more than a third."""
 
     def __init__(self, pid):
         super().__init__(daemon=True)
@@ -167,9 +167,9 @@ class Slowed(threading.Thread):
         with contextlib.suppress(ProcessLookupError):
             while not self.over.is_set():
                 os.kill(self.pid, signal.SIGSTOP)
-                self.over.wait(0.015)
+                self.over.wait(0.09)
                 os.kill(self.pid, signal.SIGCONT)
-                time.sleep(0.005)
+                time.sleep(0.01)
 
 
 TELLS = """
@@ -189,7 +189,10 @@ def a_slow_rank_is_named_with_its_part_while_it_holds_the_others_up():
     with Everlit() as everlit:
         told = lambda job, name: [e for e in everlit.events(job) if e["event"] == name]
         foreign = everlit.submit(command=[sys.executable, "-c", TELLS], world_size=2)
-        job = everlit.submit(world_size=2, worker={"model": "mlp-500k", "steps": 1_000_000, "batch_size": 64}, checkpoint={"every_steps": 1000})
+        worker = {"model": "mlp-500k", "steps": 1_000_000, "batch_size": 128}
+        # Stops are many and short: it is not to be taken for one that hangs.
+        patient = {"timeout": "60s", "progress_timeout": "60s"}
+        job = everlit.submit(world_size=2, worker=worker, checkpoint={"every_steps": 1000}, heartbeat=patient)
         summary = everlit.at_step(job, 20)
         with Slowed(summary["ranks"][1]["pid"]):
             event = until("a slow rank", lambda: told(job, "rank_slow"), 300)[0]
