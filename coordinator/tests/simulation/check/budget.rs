@@ -13,10 +13,13 @@ use crate::world::World;
 pub struct Budget {
     counted: BTreeMap<JobId, u32>,
     restarts: BTreeMap<JobId, u32>,
+    /// The rank that is joining a smaller gang: one that never took part is no loss, and costs nothing.
+    joining: BTreeMap<JobId, u64>,
 }
 
 impl Budget {
     pub fn forget(&mut self, store: &Store) {
+        self.joining.clear();
         self.counted.clear();
         self.restarts.clear();
         for id in store.active.keys() {
@@ -28,8 +31,23 @@ impl Budget {
 
     pub fn saw(&mut self, world: &World, seen: &Seen<'_>) -> Result<(), String> {
         let Seen::Written(record) = seen else { return Ok(()) };
-        for event in record.events.iter().filter(|event| matches!(event.event, "restart_scheduled" | "rank_replaced" | "rank_failed")) {
+        for event in &record.events {
             let Some(id) = event.job else { continue };
+            match (event.event, event.data["rank"].as_u64()) {
+                ("gang_growing", Some(rank)) => {
+                    self.joining.insert(id, rank);
+                }
+                ("gang_grown" | "attempt_placed", _) => {
+                    self.joining.remove(&id);
+                }
+                _ => {}
+            }
+            if !matches!(event.event, "restart_scheduled" | "rank_replaced" | "rank_failed") {
+                continue;
+            }
+            if event.event == "rank_replaced" && self.joining.remove(&id).is_some_and(|rank| Some(rank) == event.data["rank"].as_u64()) {
+                continue;
+            }
             let cause: Cause = serde_json::from_value(event.data["cause"].clone()).map_err(|error| error.to_string())?;
             let counted = self.counted.entry(id).or_default();
             *counted += u32::from(!cause.is_free());
