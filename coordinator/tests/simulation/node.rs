@@ -303,7 +303,7 @@ impl World {
                 self.nodes[node].ended.insert(job);
             }
             Action::RemoveJob(job) => {
-                self.saw(&Seen::Removed { job });
+                self.saw(&Seen::Removed { node, job });
                 let own = &mut self.nodes[node];
                 own.runs.retain(|incarnation, _| incarnation.job != job);
                 own.gangs.retain(|(other, _), _| *other != job);

@@ -62,6 +62,7 @@ pub enum Seen<'a> {
     },
     /// A node removes a job's files.
     Removed {
+        node: usize,
         job: JobId,
     },
 }

@@ -30,6 +30,8 @@ impl OneLives {
                 }
                 *newest = *attempt;
             }
+            // What the attempts are fenced off from is gone. Only a store that forgets the removal brings the job back, and it begins anew.
+            Seen::Removed { node, job } => drop(self.committed.remove(&(*node, *job))),
             Seen::RankUp { incarnation } => {
                 for (number, node) in world.nodes.iter().enumerate() {
                     // One attempt is on one node: what is no member there any more is gone before its successor starts.

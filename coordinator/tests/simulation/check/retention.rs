@@ -19,7 +19,7 @@ impl Retention {
     pub fn saw(&mut self, world: &World, seen: &Seen<'_>) -> Result<(), String> {
         let store = &world.coordinator.store;
         match seen {
-            Seen::Removed { job } if !self.asked.contains(job) || !(self.unsure || store.deleted.contains(job)) => {
+            Seen::Removed { job, .. } if !self.asked.contains(job) || !(self.unsure || store.deleted.contains(job)) => {
                 Err(format!("INV-6: the files of job {} are removed, and nobody asked for it", job.as_u128()))
             }
             Seen::Retired { job } if !self.unsure && store.final_state(*job).is_none() && !store.deleted.contains(job) => {
