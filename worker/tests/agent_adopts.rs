@@ -84,11 +84,15 @@ fn an_agent_killed_in_the_middle_of_a_start_leaves_no_rank_unknown() {
         bench.start_agent();
         let hello = bench.accept();
         assert_eq!(hello.ranks.len(), 12, "{:?}", hello.ranks);
-        for report in &hello.ranks {
-            assert_eq!(report.pid.is_some_and(is_alive), report.exit.is_none(), "{report:?}");
+        assert!(hello.ranks.iter().all(|report| report.pid.is_none_or(is_alive) && report.exit.is_none()), "{:?}", hello.ranks);
+        if round % 2 == 0 {
+            bench.order(&spec);
+            for report in hello.ranks.iter().filter(|report| report.pid.is_none()) {
+                bench.started(report.incarnation);
+            }
         }
         bench.stop(&spec, Millis(0));
-        for report in hello.ranks.iter().filter(|report| report.exit.is_none()) {
+        for report in &hello.ranks {
             bench.exited(report.incarnation);
         }
         bench.until("every rank's end", || bench.processes().is_empty());
@@ -96,6 +100,33 @@ fn an_agent_killed_in_the_middle_of_a_start_leaves_no_rank_unknown() {
         let runs = bench.job_folder(spec.job).join("runs");
         bench.until("the run folders to go", || !runs.exists());
     }
+}
+
+#[test]
+fn what_an_agent_did_not_come_to_start_starts_with_its_order_and_the_others_hear_nothing() {
+    let mut bench = Bench::new();
+    let mut spec = bench.gang(2, "[ \"$WORD\" = said ] && sleep 600");
+    spec.env.insert("WORD".into(), "said".into());
+    bench.order(&spec);
+    let pids = [bench.started(rank(&spec, 0)).pid, bench.started(rank(&spec, 1)).pid];
+    bench.kill_agent();
+    // As it would be had the agent died before it came to rank 1.
+    let shim = nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(pids[1] as i32))).unwrap();
+    nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGKILL).unwrap();
+    bench.until("the rank's death", || !is_alive(pids[1]));
+    std::fs::remove_file(bench.run_folder(rank(&spec, 1)).join("state")).unwrap();
+    bench.start_agent();
+    let hello = bench.accept();
+    let reports: Vec<_> = hello.ranks.iter().map(|report| (report.pid, report.exit.is_some())).collect();
+    assert_eq!(reports, [(Some(pids[0]), false), (None, false)]);
+    bench.order(&spec);
+    let started = bench.started(rank(&spec, 1)).pid;
+    assert!(is_alive(started) && is_alive(pids[0]) && started != pids[1]);
+    // Said again, it is nothing new.
+    bench.order(&spec);
+    bench.stop(&spec, Millis(0));
+    assert_eq!([0, 1].map(|number| bench.exited(rank(&spec, number)).exit.signal), [Some(9), Some(9)]);
+    assert!(!bench.not_taken().any(|frame| matches!(frame, FromAgent::Started(_))));
 }
 
 #[test]

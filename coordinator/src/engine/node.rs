@@ -1,7 +1,8 @@
 //! Nodes come, report, go silent and come back; after each `Hello` what is wanted there is held against what is there.
 //!
 //! Reconciliation rules: what runs and is wanted is adopted; what runs and is not wanted is stopped; what is wanted and was never started is
-//! started; what is wanted, was started and is not there is lost. Silence alone ends nothing unless the gang can live elsewhere.
+//! started, also when its agent died in the middle of that; what is wanted, was started and is not there is lost. Silence alone ends nothing
+//! unless the gang can live elsewhere.
 
 use everlit_api::agent::{Exited, Hello, RankReport, Started, ToAgent};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
@@ -43,6 +44,7 @@ impl Engine {
         let mut unwanted: std::collections::BTreeSet<(JobId, u32)> = std::collections::BTreeSet::new();
         let mut forget = Vec::new();
         let mut seen: std::collections::BTreeSet<Incarnation> = std::collections::BTreeSet::new();
+        let mut unstarted: std::collections::BTreeSet<JobId> = std::collections::BTreeSet::new();
         let (mut twice, mut forgotten) = (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
         let mut beats = Vec::new();
         let mut ended = Vec::new();
@@ -59,6 +61,9 @@ impl Engine {
             }
             if wanted {
                 seen.insert(report.incarnation);
+                if report.pid.is_none() && report.exit.is_none() && !report.lost {
+                    unstarted.insert(job);
+                }
                 beats.extend(report.beat.take());
                 ended.extend(self.adopt(turn, report));
             } else if report.exit.is_some() || report.lost {
@@ -92,7 +97,7 @@ impl Engine {
             }
             self.on_checkpoint_seen(turn, node, news);
         }
-        self.look_for_missing(turn, node, &seen);
+        self.look_for_missing(turn, node, &seen, &unstarted);
     }
 
     /// What lives is taken over; how it ended, when it has, is for after all beats.
@@ -130,8 +135,14 @@ impl Engine {
         }
     }
 
-    /// Gangs that hold places on this node and whose ranks the agent did not name.
-    fn look_for_missing(&mut self, turn: &mut Turn, node: &NodeId, seen: &std::collections::BTreeSet<Incarnation>) {
+    /// Gangs that hold places on this node and whose ranks the agent did not name. Of those with `unstarted` ranks it may have only heard.
+    fn look_for_missing(
+        &mut self,
+        turn: &mut Turn,
+        node: &NodeId,
+        seen: &std::collections::BTreeSet<Incarnation>,
+        unstarted: &std::collections::BTreeSet<JobId>,
+    ) {
         let held: Vec<JobId> = self.jobs.values().filter(|j| holds(j, node) && j.retry_at.is_none()).map(|j| j.id).collect();
         for id in held {
             self.end_what_is_unknown(turn, id, seen);
@@ -151,7 +162,7 @@ impl Engine {
                 .collect();
             let (started, ending) = (gang.running_at.is_some(), gang.ending.is_some());
             // The agent may not have heard of the newest membership: it hears again, and starts what it never started.
-            let news = !ending && started && (gang.generation > 0 || !gang.spares.is_empty());
+            let news = !ending && (unstarted.contains(&id) || (started && (gang.generation > 0 || !gang.spares.is_empty())));
             // Who is to start yet is missing only with a gang that is gone, and then its spares are, too.
             let gone = ending || (started && missing.iter().any(|(rank, _)| !awaited(*rank)));
             let lost_spares: Vec<_> = gang.spares.iter().map(|s| incarnation(s.seat)).filter(|i| !seen.contains(i)).collect();

@@ -23,11 +23,13 @@ faults! {
     RankKilled, RankFailed, RankHung, ShimKilled, AgentKilled, AgentAndRankKilled, AgentTermed, NodeRebooted, LinkCut, Partitioned,
     FrameTwice, CoordinatorKilled, CoordinatorAndRankKilled, CrashBeforeWrite, CrashAfterWrite, SlowWrite, ClockAhead, ClockBack, DiskFull,
     CheckpointDamaged, UserStops, UserForces, UserDeletes, UserRestarts, UserSaves, UserCordons, UserUncordons, UserDrains,
-    RankSlow, StoreWritesLost, CheckpointLost, CheckpointTorn, OrderLost, GpuFailed,
+    RankSlow, StoreWritesLost, CheckpointLost, CheckpointTorn, OrderLost, GpuFailed, AgentKilledInStart,
 }
 
-/// Where users' doings begin in [`Fault::ALL`], and where what is drawn ends: ranks get slow at times of their own, and what
-/// disks that lie lose is lost with other faults.
+/// Of so many starts of a rank that others of its gang come after, one is the last thing that the agent does.
+const DIES_IN_START: u64 = 60;
+/// Where users' doings begin in [`Fault::ALL`], and where what is drawn ends: ranks get slow and agents die in a start at times of their own,
+/// and what disks that lie lose is lost with other faults.
 const USERS: usize = 20;
 const DRAWN: usize = 28;
 
@@ -185,6 +187,16 @@ impl World {
         let all: Vec<(JobId, u32)> = self.nodes[node].runs.keys().map(|own| (own.job, own.attempt)).collect();
         self.disturbed.extend(all);
         self.checkers.signals.drained(&self.nodes[node].id);
+    }
+
+    /// The agent may die between the starts of two ranks of a gang. Nobody may notice: so nothing is disturbed.
+    pub fn lose_agent_in_start(&mut self, node: usize, started: Incarnation) {
+        let same = |own: &Incarnation| (own.job, own.attempt) == (started.job, started.attempt);
+        let waits = self.nodes[node].runs.iter().any(|(own, run)| same(own) && run.pid.is_none() && run.exit.is_none());
+        if waits && !self.healed && self.start_random.below(DIES_IN_START) == 0 {
+            self.lose_agent(node);
+            self.faults.fired(Fault::AgentKilledInStart);
+        }
     }
 
     fn lose_agent(&mut self, node: usize) -> bool {

@@ -224,16 +224,14 @@ impl World {
             if ranks.is_empty() {
                 continue;
             }
+            // The agent died between two starts.
+            let never = |own: &&Incarnation| self.nodes[node].runs.get(own).is_some_and(|run| run.pid.is_none() && run.exit.is_none());
+            let unstarted: Vec<u32> = ranks.iter().filter(never).map(|own| own.rank).collect();
             let numbers = ranks.iter().map(|own| own.rank).collect();
-            self.tell_agent(node, Event::GangFound { spec: Box::new(spec), resumed: Some(resumed), ranks: numbers });
+            self.tell_agent(node, Event::GangFound { spec: Box::new(spec), resumed: Some(resumed), ranks: numbers, unstarted });
             for incarnation in ranks {
                 let at = self.wall(node);
-                let Some(run) = self.nodes[node].runs.get_mut(&incarnation) else { continue };
-                if run.pid.is_none() && run.exit.is_none() {
-                    // The agent died between two starts: half a gang is none.
-                    self.disturbed.insert((incarnation.job, incarnation.attempt));
-                    run.exit = Some((no_exit("its shim was never started", at), true));
-                }
+                let Some(run) = self.nodes[node].runs.get(&incarnation) else { continue };
                 let (pid, exit) = (run.pid, run.exit.clone());
                 if let Some(pid) = pid {
                     self.tell_agent(node, Event::RankStarted { incarnation, pid, at });
@@ -384,6 +382,7 @@ impl World {
             run.pid = Some(pid);
         }
         self.tell_agent(node, Event::RankStarted { incarnation, pid, at });
+        self.lose_agent_in_start(node, incarnation);
         let (job, attempt) = (incarnation.job, incarnation.attempt);
         let script = self.scripts[&job].clone();
         let end = |code| Happening::RankEnd { node, boot, incarnation, code: Some(code), signal: None, lost: false };
@@ -611,7 +610,8 @@ impl World {
         own.boot += 1;
         let mut ended = Vec::new();
         for (incarnation, run) in &mut own.runs {
-            if run.is_alive() {
+            // Who was still to be started is not, either: the others are gone.
+            if run.exit.is_none() {
                 run.exit = Some((no_exit("its shim died", at), true));
                 ended.push((incarnation.job, incarnation.attempt));
             }

@@ -169,6 +169,8 @@ pub struct World {
     pub random: Random,
     /// Who gets slow, when, for how long: from a source of its own, so that all else is as it would be without.
     pub slow_random: Random,
+    /// In which start an agent dies, likewise.
+    pub start_random: Random,
     pub coordinator: Coordinator,
     pub nodes: Vec<SimNode>,
     pub links: Links,
@@ -204,6 +206,7 @@ impl World {
             sequence: 0,
             random,
             slow_random: Random::new(!seed),
+            start_random: Random::new(seed.rotate_left(32)),
             coordinator: Coordinator::default(),
             nodes,
             links: Links::default(),

@@ -1,7 +1,8 @@
 //! What an agent before this one left: gangs with ranks that live, ended meanwhile, or were never started. Blocks; runs once, before linking.
 //!
 //! A job without `runs/` has nothing to adopt, and one marked `ended` is not even looked into, so that a hundred thousand kept jobs cost
-//! a moment. An attempt with run folders but without `gang.json` was never started: its folders go, and the coordinator orders it again.
+//! a moment. An attempt with run folders but without `gang.json` was never started: its folders go, and the coordinator orders it again. With
+//! it, ranks that were not started yet when the agent died are started when their order has come again.
 
 use std::fs;
 
@@ -11,7 +12,7 @@ use everlit_api::ids::{Incarnation, JobId};
 use super::checkpoints;
 use super::folders::{Folders, GANG_NAME, parse_run};
 use super::procs::kill_leftovers;
-use super::shim::{Settled, Told, settle};
+use super::shim::{Settled, Told, clear, never_started, settle};
 use super::start::{GangFile, Node};
 
 /// One gang that is not forgotten.
@@ -65,7 +66,7 @@ fn look_at_job(node: &Node, job: JobId) -> Vec<Found> {
                 }
             }
         }
-        let settled = settle(&folders.run(incarnation));
+        let mut settled = settle(&folders.run(incarnation));
         if let (Settled::Ended { started, lost: true, .. }, Some(last)) = (&settled, found.last()) {
             let same_boot = last.file.boot_id == node.boot_id;
             let shim = started.as_ref().and_then(|told| if let Told::Started { shim, .. } = told { Some(*shim) } else { None });
@@ -74,6 +75,14 @@ fn look_at_job(node: &Node, job: JobId) -> Vec<Found> {
             }
         }
         if let Some(last) = found.last_mut() {
+            if matches!(settled, Settled::NeverStarted) && last.file.boot_id == node.boot_id {
+                // A shim may have died before it wrote down whom it had just started.
+                kill_leftovers(&folders.run(incarnation), None);
+                clear(&folders.run(incarnation));
+            } else if matches!(settled, Settled::NeverStarted) {
+                // The others are gone with the boot.
+                settled = Settled::Ended { started: None, exit: Box::new(never_started()), lost: true };
+            }
             last.ranks.push((incarnation, settled));
         }
     }

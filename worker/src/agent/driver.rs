@@ -164,10 +164,13 @@ impl Driver {
         }
         for gang in left.gangs {
             let (job, ranks) = (gang.file.spec.job, gang.ranks.iter().map(|(incarnation, _)| incarnation.rank).collect());
-            tracing::info!(%job, attempt = gang.file.spec.attempt, ?ranks, "adopting a gang");
+            let (unstarted, settled): (Vec<_>, Vec<_>) =
+                gang.ranks.into_iter().partition(|(_, settled)| matches!(settled, Settled::NeverStarted));
+            let unstarted: Vec<u32> = unstarted.into_iter().map(|(incarnation, _)| incarnation.rank).collect();
+            tracing::info!(%job, attempt = gang.file.spec.attempt, ?ranks, ?unstarted, "adopting a gang");
             self.effects.watch_job(job);
-            self.handle(Event::GangFound { spec: Box::new(gang.file.spec), resumed: Some(gang.file.resumed), ranks });
-            for (incarnation, settled) in gang.ranks {
+            self.handle(Event::GangFound { spec: Box::new(gang.file.spec), resumed: Some(gang.file.resumed), ranks, unstarted });
+            for (incarnation, settled) in settled {
                 waiting += usize::from(matches!(settled, Settled::Alive(_)));
                 self.on_settled(incarnation, settled);
             }
@@ -247,6 +250,7 @@ impl Driver {
                 self.effects.connect(incarnation, stream);
                 None
             }
+            Settled::NeverStarted => self.on_ended(incarnation, shim::never_started(), true),
             Settled::Ended { started, exit, lost } => {
                 if let Some(Told::Started { pid, at_ms, .. }) = started {
                     self.handle(Event::RankStarted { incarnation, pid, at: Timestamp(at_ms) });

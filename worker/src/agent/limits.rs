@@ -78,6 +78,8 @@ pub(super) const WELL_BEFORE_SILENT_MS: u64 = 1_000;
 pub(super) const SUSPECT_MS: u64 = BEAT_EVERY_MS + 500;
 /// A draining agent stops its ranks itself when its coordinator has not done so by then.
 pub(super) const DRAIN_PATIENCE_MS: u64 = 3_000;
+/// Ranks that an agent before this one did not come to start are ended when their order has not come again by then.
+pub(super) const ORDER_PATIENCE_MS: u64 = 60_000;
 /// After its last rank's end an ending agent waits so long for the coordinator to have it on record.
 pub(super) const FORGET_PATIENCE_MS: u64 = 1_000;
 /// First wait before another try to reach the coordinator.

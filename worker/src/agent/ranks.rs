@@ -176,7 +176,7 @@ async fn listen(incarnation: Incarnation, folder: PathBuf, stream: tokio::net::U
     }
     let found = tokio::task::spawn_blocking(move || {
         let settled = settle(&folder);
-        if matches!(settled, Settled::Ended { lost: true, .. }) {
+        if matches!(settled, Settled::Ended { lost: true, .. } | Settled::NeverStarted) {
             kill_leftovers(&folder, shim);
         }
         settled

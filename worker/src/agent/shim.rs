@@ -116,6 +116,8 @@ pub(super) fn start(program: &Path, run_folder: &Path, spec: &Spec) -> io::Resul
 pub(super) enum Settled {
     /// The shim lives; this is a new connection.
     Alive(UnixStream),
+    /// No rank ever ran here.
+    NeverStarted,
     /// The rank ended; `true`: nobody saw how.
     Ended {
         /// The shim and rank, when the rank ran.
@@ -125,6 +127,19 @@ pub(super) enum Settled {
         /// Nobody saw how.
         lost: bool,
     },
+}
+
+/// The end of a rank that never was.
+pub(super) fn never_started() -> RankExit {
+    no_exit("it was never started", Timestamp::now())
+}
+
+/// Makes a run folder in which no rank ever ran ready for a shim.
+pub(super) fn clear(run_folder: &Path) {
+    for name in [STATE_NAME, SOCKET_NAME] {
+        // What stays is said when a shim is to start here.
+        let _ = std::fs::remove_file(run_folder.join(name));
+    }
 }
 
 /// Finds out what is true. Blocks for a moment when the shim is just beginning or ending.
@@ -139,7 +154,7 @@ pub(super) fn settle(run_folder: &Path) -> Settled {
                 std::thread::sleep(std::time::Duration::from_millis(10));
             }
             Ok(_) => return ended(run_folder, "its shim was killed"),
-            Err(_) => return ended(run_folder, "it was never started"),
+            Err(_) => return Settled::NeverStarted,
         }
     }
     ended(run_folder, "its shim does not answer")
@@ -150,7 +165,9 @@ fn ended(run_folder: &Path, why: &str) -> Settled {
     let told: Vec<Told> = text.split(|byte| *byte == b'\n').filter_map(parse_line).collect();
     let started = told.iter().find(|told| matches!(told, Told::Started { .. })).cloned();
     let exit = told.into_iter().find_map(|told| rank_exit(told, run_folder));
-    let why = if started.is_none() { "it was never started" } else { why };
+    if started.is_none() && exit.is_none() {
+        return Settled::NeverStarted;
+    }
     let (exit, lost) = exit.unwrap_or_else(|| (no_exit(why, Timestamp::now()), true));
     Settled::Ended { started, exit: Box::new(exit), lost }
 }
@@ -215,12 +232,14 @@ mod tests {
             std::fs::write(dir.path().join(STATE_NAME), text).unwrap();
             match settle(dir.path()) {
                 Settled::Ended { exit, lost, .. } => (exit.describe(), lost),
+                Settled::NeverStarted => ("never".into(), true),
                 Settled::Alive(_) => panic!("nothing lives here"),
             }
         };
         let begin = begin_line(&Begin { shim: 1, pid: 2, ticks: 3, at_ms: 4 });
         let end = end_line(&End { signal: Some(9), at_ms: 9, ..End::default() }, b"");
-        assert_eq!(settled(""), ("it was never started".into(), true));
+        assert_eq!(settled(""), ("never".into(), true));
+        assert_eq!(settled(&begin[..10]), ("never".into(), true));
         assert_eq!(settled(&begin), ("its shim was killed".into(), true));
         assert_eq!(settled(&format!("{begin}{end}")), ("signal 9 (SIGKILL)".into(), false));
         assert_eq!(settled(&format!("{begin}{}", &end[..10])), ("its shim was killed".into(), true));

@@ -207,7 +207,9 @@ pub(super) fn regroup(node: &Node, spec: &GangSpec, resumed: Resumed, fresh: &[u
     let folders = &node.folders;
     let argv = argv(node, spec, &folders.attempt(spec.job, spec.attempt))?;
     let snapshots = node.memory.make(spec);
-    let ranks: Result<Vec<_>, _> = fresh.iter().map(|seat| prepare_rank(node, spec, *seat, &argv, None, snapshots.as_deref())).collect();
+    // Who joins others later has its state from them.
+    let from = resumed.path.as_deref().filter(|_| spec.generation == 0);
+    let ranks: Result<Vec<_>, _> = fresh.iter().map(|seat| prepare_rank(node, spec, *seat, &argv, from, snapshots.as_deref())).collect();
     let ranks = ranks?;
     // Two memberships may be brought about at once, on two threads: the later one stays.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());

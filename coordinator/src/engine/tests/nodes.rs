@@ -55,6 +55,26 @@ fn a_gang_that_was_placed_but_never_started_is_started_by_the_next_coordinator()
 }
 
 #[test]
+fn what_an_agent_did_not_come_to_start_is_ordered_again_unless_the_attempt_ends() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2));
+    scene.take();
+    let unstarted = || RankReport { pid: None, started_at: None, ..alive(rank(1, 1, 1), 1) };
+    scene.at(20, Event::NodeUnlinked { node: node("n1") });
+    scene.at(30, hello("n1", vec![alive(rank(1, 1, 0), 100), unstarted()]));
+    scene.expect(expect![[r#"
+        30   n1 <- start job 1 attempt 1 ranks 0+2 port 29500
+    "#]]);
+    scene.exits(40, rank(1, 1, 0), killed(40));
+    scene.take();
+    scene.at(50, Event::NodeUnlinked { node: node("n1") });
+    scene.at(60, hello("n1", vec![unstarted()]));
+    scene.expect(expect![[r#"
+        60   n1 <- stop job 1 attempt 1 grace 30s
+    "#]]);
+}
+
+#[test]
 fn ranks_that_their_node_does_not_know_any_more_are_lost_and_free() {
     let mut scene = Scene::with_node();
     scene.submit(0, 1, command(2));

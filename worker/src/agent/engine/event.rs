@@ -69,6 +69,8 @@ pub enum Event {
         resumed: Option<Resumed>,
         /// Their numbers.
         ranks: Vec<u32>,
+        /// Those of them that it did not come to start.
+        unstarted: Vec<u32>,
     },
     /// A rank's process lives.
     RankStarted {

@@ -1,13 +1,14 @@
 //! A running gang gets other members: who is not one any more is killed, and once nobody of those lives the others are told.
 //!
 //! That order is the point: a process that hangs must be gone before another has its rank, or two could write as one (INV-1). A membership
-//! replaces the one before it, whether or not that ever held; one that this agent heard of already is nothing new.
+//! replaces the one before it, whether or not that ever held; one that this agent heard of already is nothing new, unless some of it was never
+//! started.
 
 use everlit_api::agent::{GangSpec, Resumed};
 use everlit_api::ids::Incarnation;
 
 use super::rank::Rank;
-use super::{Action, Engine, Gang, SIGKILL, Stage};
+use super::{Action, Engine, Gang, ORDER_PATIENCE_MS, SIGKILL, Stage};
 
 impl Engine {
     /// The coordinator says who is in a gang that is known here.
@@ -39,6 +40,21 @@ impl Engine {
         }
     }
 
+    /// Ends what an agent before this one did not come to start and nobody ordered again.
+    pub(super) fn end_unstarted(&mut self, now: u64, out: &mut Vec<Action>) {
+        let mut next = None;
+        for gang in self.gangs.values_mut().filter(|gang| gang.membership.is_none()) {
+            let Some(due) = gang.found_at.map(|at| at + ORDER_PATIENCE_MS) else { continue };
+            if now >= due {
+                gang.found_at = None;
+                gang.leave_out(|_| true, out);
+            } else {
+                next = Some(next.map_or(due, |before: u64| before.min(due)));
+            }
+        }
+        next.into_iter().for_each(|at| self.wake(at));
+    }
+
     /// Kills who is out, and goes on with those that wait for nobody any more.
     pub(super) fn settle_memberships(&mut self, out: &mut Vec<Action>) {
         for gang in self.gangs.values_mut() {
@@ -57,26 +73,35 @@ impl Engine {
                 gang.membership = Some(spec);
                 continue;
             }
-            let never = |own: &&mut Rank| !own.spawned && own.end.is_none();
-            let fresh: Vec<u32> = gang
-                .ranks
-                .iter_mut()
-                .map(|(seat, own)| (*seat, own))
-                .filter(|(_, own)| never(own))
-                .map(|(seat, own)| {
-                    own.spawned = true;
-                    seat
-                })
-                .collect();
+            gang.leave_out(|seat| !spec.wants(seat), out);
+            let mut fresh = Vec::new();
+            for (seat, own) in gang.ranks.iter_mut().filter(|(_, own)| own.is_unstarted()) {
+                own.spawned = true;
+                fresh.push(*seat);
+            }
             let resumed = gang.resumed.clone().unwrap_or_else(|| nowhere(&spec));
             out.push(Action::Regroup { spec, resumed, fresh });
         }
     }
 }
 
+impl Gang {
+    /// Who was to start and has not never will.
+    pub(super) fn leave_out(&mut self, which: impl Fn(u32) -> bool, out: &mut Vec<Action>) {
+        let (job, attempt) = (self.spec.job, self.spec.attempt);
+        for (seat, own) in self.ranks.iter_mut().filter(|(seat, own)| own.is_unstarted() && which(**seat)) {
+            (own.spawned, own.killed) = (true, true);
+            out.push(Action::LeaveOut(Incarnation { job, attempt, rank: *seat }));
+        }
+    }
+}
+
 fn is_news(gang: &Gang, spec: &GangSpec) -> bool {
     let later = spec.generation > gang.spec.generation;
-    later || (spec.generation == gang.spec.generation && spec.spares.iter().any(|seat| !gang.ranks.contains_key(seat)))
+    // What an agent before this one did not come to start waits for the order, which has its environment.
+    let waiting = gang.membership.is_none() && gang.ranks.values().any(Rank::is_unstarted);
+    let unknown = || spec.spares.iter().any(|seat| !gang.ranks.contains_key(seat));
+    later || (spec.generation == gang.spec.generation && (waiting || unknown()))
 }
 
 fn nowhere(spec: &GangSpec) -> Resumed {

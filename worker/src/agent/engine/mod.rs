@@ -13,7 +13,7 @@ use everlit_api::ids::{Incarnation, JobId};
 use everlit_api::rank::{RankExit, Verdict};
 use everlit_api::time::{Millis, Timestamp};
 
-use super::limits::{BEATS_EVERY_MS, DRAIN_PATIENCE_MS, FORGET_PATIENCE_MS};
+use super::limits::{BEATS_EVERY_MS, DRAIN_PATIENCE_MS, FORGET_PATIENCE_MS, ORDER_PATIENCE_MS};
 
 mod event;
 mod gpus;
@@ -44,6 +44,8 @@ struct Gang {
     snapshot_freed: bool,
     /// A membership that holds once nobody lives who is not in it.
     membership: Option<Box<GangSpec>>,
+    /// When it was found with ranks that the agent before this one did not come to start. The order has their environment, so it must come again.
+    found_at: Option<u64>,
 }
 
 #[derive(Debug, PartialEq)]
@@ -60,7 +62,7 @@ impl Gang {
 
     fn new(spec: GangSpec, stage: Stage, ranks: impl IntoIterator<Item = u32>) -> Self {
         let ranks = ranks.into_iter().map(|rank| (rank, Rank::default())).collect();
-        Self { spec, stage, resumed: None, kill_at: None, ranks, snapshot_freed: false, membership: None }
+        Self { spec, stage, resumed: None, kill_at: None, ranks, snapshot_freed: false, membership: None, found_at: None }
     }
 }
 
@@ -207,7 +209,7 @@ impl Engine {
                     out.push(Action::Say(FromAgent::StartFailed { job, attempt, reason, permanent }));
                 }
             }
-            Event::GangFound { spec, resumed, ranks } => self.on_gang_found(*spec, resumed, ranks),
+            Event::GangFound { spec, resumed, ranks, unstarted } => self.on_gang_found(now, *spec, resumed, ranks, &unstarted),
             Event::RankStarted { incarnation, pid, at } => self.on_rank_started(now, incarnation, pid, at, &mut out),
             Event::RankOutput(incarnation) => {
                 if let Some(rank) = self.rank_mut(incarnation) {
@@ -333,12 +335,16 @@ impl Engine {
         }
     }
 
-    fn on_gang_found(&mut self, spec: GangSpec, resumed: Option<Resumed>, ranks: Vec<u32>) {
+    fn on_gang_found(&mut self, now: u64, spec: GangSpec, resumed: Option<Resumed>, ranks: Vec<u32>, unstarted: &[u32]) {
         let newest = self.newest.entry(spec.job).or_default();
         *newest = spec.attempt.max(*newest);
         let mut gang = Gang::new(spec, Stage::Running, ranks);
         gang.resumed = resumed;
-        gang.ranks.values_mut().for_each(|own| own.spawned = true);
+        gang.ranks.iter_mut().for_each(|(seat, own)| own.spawned = !unstarted.contains(seat));
+        if !unstarted.is_empty() {
+            gang.found_at = Some(now);
+            self.wake(now + ORDER_PATIENCE_MS);
+        }
         self.gangs.insert((gang.spec.job, gang.spec.attempt), gang);
     }
 

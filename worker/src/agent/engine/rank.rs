@@ -68,6 +68,11 @@ impl Rank {
         (self.spawned || self.pid.is_some()) && self.end.is_none()
     }
 
+    /// Its start was not ordered yet.
+    pub(super) fn is_unstarted(&self) -> bool {
+        !self.spawned && self.end.is_none()
+    }
+
     pub(super) fn on_started(&mut self, now: u64, pid: u32, at: Timestamp) {
         self.pid = Some(pid);
         self.started_at = Some(at);

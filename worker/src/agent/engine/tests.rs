@@ -411,7 +411,7 @@ fn a_lone_rank_may_be_idle_for_ever() {
 #[test]
 fn time_without_an_agent_is_nobodys_silence() {
     let mut s = scene(1);
-    let found = Event::GangFound { spec: Box::new(s.spec.clone()), resumed: None, ranks: vec![0] };
+    let found = Event::GangFound { spec: Box::new(s.spec.clone()), resumed: None, ranks: vec![0], unstarted: vec![] };
     s.at(1_000_000, found, expect![""]);
     let incarnation = s.own(0);
     s.at(1_000_001, Event::RankStarted { incarnation, pid: 7, at: Timestamp(1) }, expect!["say started r0 pid 7\n"]);

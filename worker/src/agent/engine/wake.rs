@@ -63,11 +63,7 @@ impl Engine {
             let Some(kill_at) = gang.kill_at else { continue };
             let (job, attempt) = (gang.spec.job, gang.spec.attempt);
             if gang.stage == Stage::Running {
-                let never = gang.ranks.iter_mut().filter(|(_, own)| !own.spawned && own.end.is_none());
-                out.extend(never.map(|(seat, own)| {
-                    (own.spawned, own.killed) = (true, true);
-                    Action::LeaveOut(Incarnation { job, attempt, rank: *seat })
-                }));
+                gang.leave_out(|_| true, out);
             }
             for (rank, own) in gang.ranks.iter_mut().filter(|(_, own)| own.is_alive() && !own.killed) {
                 let incarnation = Incarnation { job, attempt, rank: *rank };
@@ -141,6 +137,7 @@ impl Engine {
         }
         self.term_stopped(now, out);
         self.settle_memberships(out);
+        self.end_unstarted(now, out);
         self.look_at_ranks(now, out);
     }
 

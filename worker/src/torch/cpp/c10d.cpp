@@ -23,6 +23,7 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
@@ -36,6 +37,11 @@ std::string& everlit_last_error() {
 }
 
 namespace {
+
+// c10d's flight recorder of collectives is one object for all groups of a process, and takes down a new group without a
+// lock (FlightRecorderDetail.hpp, all_pg_status_): a process with two groups that begin at once may crash. Nobody here
+// reads what it records, so it is off, from before anything can ask for it. Who sets the variable has it, with that flaw.
+const int flight_recorder_off = setenv("TORCH_FR_BUFFER_SIZE", "0", /*overwrite=*/0);
 
 std::vector<at::Tensor> tensors(void* const* pointers, size_t count) {
   std::vector<at::Tensor> list;

@@ -96,3 +96,24 @@ fn both<T: Send>(groups: &[Group], work: impl Fn(&Group, u32) -> Result<T, Colle
         joined.map(|answer| Ok(answer??)).collect()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the groups of one process share in libtorch must bear that: it did not, and one training in hundreds died of its own test.
+    #[test]
+    fn many_groups_begin_at_once_in_one_process() {
+        let dir = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for thread in 0..8 {
+                let dir = dir.path();
+                scope.spawn(move || {
+                    for round in 0..20 {
+                        run(&dir.join(format!("{thread}-{round}")), "127.0.0.1").unwrap();
+                    }
+                });
+            }
+        });
+    }
+}

@@ -180,7 +180,7 @@ fn a_gang_that_is_stopped_or_an_agent_that_ends_starts_nobody() {
 fn an_agent_after_this_one_goes_on_with_the_membership_that_it_finds() {
     let mut s = scene(2);
     let spec = GangSpec { generation: 1, seats: vec![0, 2], ..s.spec.clone() };
-    s.at(0, Event::GangFound { spec: Box::new(spec), resumed: None, ranks: vec![0, 1, 2] }, expect![[""]]);
+    s.at(0, Event::GangFound { spec: Box::new(spec), resumed: None, ranks: vec![0, 1, 2], unstarted: vec![] }, expect![[""]]);
     s.at(
         1,
         started(&s, 0),
@@ -286,4 +286,73 @@ fn a_smaller_membership_starts_only_who_is_to_join() {
         regroup a1 g2 env 1 fresh []
     "#]],
     );
+}
+
+/// An agent died between the first start of a gang and the second.
+fn half_started() -> Scene {
+    let mut s = scene(2);
+    let found = Event::GangFound { spec: Box::new(s.spec.clone()), resumed: None, ranks: vec![0, 1], unstarted: vec![1] };
+    s.at(0, found, expect![[""]]);
+    let one = started(&s, 0);
+    s.engine.handle(1, one);
+    s.now = 1;
+    s
+}
+
+#[test]
+fn what_an_agent_did_not_come_to_start_starts_when_its_order_comes_again() {
+    let mut s = half_started();
+    let (ranks, ..) = s.engine.hello(1);
+    assert!(ranks.iter().map(|own| (own.pid, own.exit.is_some())).eq([(Some(100), false), (None, false)]), "{ranks:?}");
+    s.at(
+        10,
+        regroup(&s, 0, &[], &[]),
+        expect![[r#"
+        regroup a1 g0 env 1 fresh [1]
+    "#]],
+    );
+    s.at(11, regroup(&s, 0, &[], &[]), expect![[""]]);
+    s.at(
+        12,
+        started(&s, 1),
+        expect![[r#"
+        say started r1 pid 101
+    "#]],
+    );
+    s.at(13, regroup(&s, 0, &[], &[]), expect![[""]]);
+    // It is due no more.
+    let left_out = |out: &[Action]| out.iter().any(|action| matches!(action, Action::LeaveOut(_)));
+    assert!(!left_out(&s.engine.handle(70_000, Event::DeadlinePassed)));
+}
+
+#[test]
+fn what_an_agent_did_not_come_to_start_ends_when_nobody_orders_it() {
+    let mut s = half_started();
+    let left_out = |out: &[Action]| out.iter().any(|action| matches!(action, Action::LeaveOut(own) if own.rank == 1));
+    assert!(!left_out(&s.engine.handle(59_999, Event::DeadlinePassed)));
+    assert!(left_out(&s.engine.handle(60_000, Event::DeadlinePassed)));
+    assert!(!left_out(&s.engine.handle(60_001, Event::DeadlinePassed)));
+}
+
+#[test]
+fn what_an_agent_did_not_come_to_start_never_starts_when_it_is_not_wanted_any_more() {
+    let mut s = half_started();
+    s.at(
+        10,
+        regroup(&s, 1, &[0, 2], &[]),
+        expect![[r#"
+        leave out a1 r1
+        regroup a1 g1 env 1 fresh [2]
+    "#]],
+    );
+    let mut s = half_started();
+    s.at(
+        10,
+        Event::StopOrdered { job: s.spec.job, attempt: 1, grace: Millis(1_000) },
+        expect![[r#"
+        leave out a1 r1
+        signal a1 r0 15
+    "#]],
+    );
+    s.at(20, regroup(&s, 0, &[], &[]), expect![[""]]);
 }
