@@ -145,6 +145,7 @@ AREAS = {
     "logs": logs,
     "train": train,
     "recovery": lambda: recovery.recovery(row),
+    "large": lambda: recovery.large(row),
     "idle": idle,
     "steps": lambda: training.steps(row),
     "checkpoint": lambda: training.checkpoint(row),

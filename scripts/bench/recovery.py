@@ -5,8 +5,10 @@ import os
 import pathlib
 import signal
 import statistics
+import socket
 import subprocess
 import tempfile
+import threading
 import time
 
 from lib import Everlit, free_port, is_alive, until
@@ -15,6 +17,7 @@ PYTHON = os.environ.get("EVERLIT_PYTHON")
 # Kills of each kind; in place they are quick, so there are many of them.
 KILLS = int(os.environ.get("EVERLIT_RECOVERY_KILLS", "200"))
 PEER_KILLS = int(os.environ.get("EVERLIT_PEER_KILLS", "21"))
+LARGE_KILLS = int(os.environ.get("EVERLIT_LARGE_KILLS", "5"))
 ROUNDS = 3
 HERE = pathlib.Path(__file__).resolve().parent
 TEXT = str(min(pathlib.Path(os.environ["EVERLIT_BIN"], "sample-text").glob("*.txt"), default=""))
@@ -181,3 +184,58 @@ def recovery(row):
         row("ours over torchrun's", [statistics.median(in_place) / statistics.median(back or [STUCK_SECONDS])], "x", 0.25)
         row("the same script under us, with the backoff of 0.5 s", [t for t in script if t] or [STUCK_SECONDS], "s", 1_000)
         row(f"  kills of {len(script)} that it did not survive", [script.count(None)], "kills", 0)
+
+
+def loopback_seconds(size):
+    """To send so many bytes over a TCP connection on loopback."""
+    piece = 8 << 20
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = socket.create_connection(server.getsockname())
+        receiver, _ = server.accept()
+    with sender, receiver:
+        data, buffer, left = bytes(piece), bytearray(piece), size
+        started = time.monotonic()
+        thread = threading.Thread(target=lambda: [sender.sendall(data) for _ in range(-(-size // piece))])
+        thread.start()
+        while left > 0:
+            left -= receiver.recv_into(buffer)
+        took = time.monotonic() - started
+        thread.join()
+    return took
+
+
+def large(row):
+    """Eight ranks with 1 GB of state each, of which one is killed: the next step of all, less what a step of all takes anyway."""
+    sizes = {"dim": 1024, "layers": 7, "heads": 16, "kv_heads": 4, "hidden": 3072}
+    state = 12 * (7 * (2 * 1024 * 1024 + 2 * 1024 * 256 + 3 * 1024 * 3072) + 2 * 256 * 1024)
+    worker = {"model": sizes, "sequence_length": 8, "batch_size": 8, "steps": 1_000_000}
+    copies = [loopback_seconds(state) for _ in range(3)]
+    spent, clean = [], []
+    with Everlit() as everlit:
+        job = everlit.submit(world_size=8, worker=worker, checkpoint={"every_steps": 1_000_000}, restart={"max_restarts": 1000, "backoff": {"jitter": 0}})
+
+        def at(step):
+            summary = everlit.summary(job)
+            assert summary["state"] not in ("failed", "stopped", "succeeded"), summary["reason"]
+            return summary if all(r["pid"] and (r["step"] or 0) >= step for r in summary["ranks"]) else None
+
+        until("first steps", lambda: at(2), 600, 0.05)
+        for n in range(LARGE_KILLS):
+            first = everlit.summary(job)["step"]
+            until("a step", lambda first=first: at(first + 1), 300, 0.01)
+            begun = time.monotonic()
+            before = until("two clean steps", lambda first=first: at(first + 3), 300, 0.01)
+            clean.append((time.monotonic() - begun) / 2)
+            started = time.monotonic()
+            os.kill(before["ranks"][(3 * n + 1) % 8]["pid"], signal.SIGKILL)
+            again = until("the next step of all", lambda n=n: (now := at(first + 4)) and now["restarts"] == n + 1 and now, 300, 0.01)
+            spent.append(time.monotonic() - started)
+            assert again["lost_steps"] == 0, again["lost_steps"]
+        recovered = [e["data"] for e in newest_events(everlit, job) if e["event"] == "recovered_in_place"]
+        everlit.post(f"/jobs/{job}/stop", {"force": True})
+        everlit.final(job)
+    assert len(recovered) == LARGE_KILLS, f"{len(recovered)} of {LARGE_KILLS} kills were recovered in place"
+    copy, step = statistics.median(copies), statistics.median(clean)
+    row(f"{state / 1e9:.2f} GB over loopback by one connection", copies, "s", 1_000)
+    row("a clean step of 8 ranks with that state", clean, "s", 1_000)
+    row("kill -9 of one of them to the next step of all, less that step", [took - step for took in spent], "s", 0.5 + copy)

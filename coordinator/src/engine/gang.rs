@@ -10,10 +10,8 @@ use everlit_api::rank::{Cause, RankExit, RankState, Stacks, Verdict};
 use everlit_api::status::JobState;
 use everlit_api::time::{Millis, Timestamp};
 
-use super::blame::may_be_the_machine;
 use super::ledger::Activity;
 use super::limits::{MUTE_PROGRESS_MS, STRAGGLER_WAIT_MS};
-use super::policy::decide_policy;
 use super::restart::{Decision, Failure, decide_restart};
 use super::state::{Ending, Facts, Job, Role, Then};
 use super::timers::Timer;
@@ -292,35 +290,6 @@ impl Engine {
                 self.bring_back(turn, id, left);
             }
         }
-    }
-
-    /// What the output of the failed ranks says, by the job's own policies; and what is held against the node.
-    fn heed_policies(
-        &mut self,
-        turn: &mut Turn,
-        id: JobId,
-        view: &mut everlit_api::status::AttemptView,
-        ending: &mut Ending,
-    ) -> Option<LogAction> {
-        let job = self.jobs.get_mut(&id)?;
-        let matched = decide_policy(job, ending.rank);
-        let cause = ending.cause.unwrap_or(Cause::Exit);
-        let first = ending.rank.and_then(|rank| job.ranks.get(rank)).and_then(|own| own.exit.as_ref());
-        let mut suspect = ending.rank.filter(|_| may_be_the_machine(cause, first));
-        if let Some(matched) = &matched {
-            ending.reason = format!("{}; {}", ending.reason, matched.reason);
-            job.reason.clone_from(&ending.reason);
-            view.reason = Some(ending.reason.clone());
-            turn.event(Some(id), "log_policy_matched", matched.reason.clone(), matched.facts.clone());
-            if let (LogAction::ExcludeNode, Some(node)) = (matched.action, &matched.node) {
-                job.exclude(node.clone());
-                suspect = Some(matched.rank);
-            }
-        }
-        if let Some(rank) = suspect {
-            self.blame(turn, id, rank, cause);
-        }
-        matched.map(|matched| matched.action)
     }
 
     /// A new attempt after `wait_ms`, on the same places.

@@ -3,12 +3,15 @@
 //! The agents have looked (each exit says what it matched); here is chosen which match counts, once every rank has ended and the kernel's
 //! order is known. The rank that is named for the failure comes first: what others wrote after it may be only its consequence.
 
-use everlit_api::ids::NodeId;
+use everlit_api::ids::{JobId, NodeId};
 use everlit_api::job::LogAction;
-use everlit_api::rank::RankExit;
+use everlit_api::rank::{Cause, RankExit};
+use everlit_api::status::AttemptView;
 
+use super::blame::may_be_the_machine;
 use super::limits::EXCLUDED_MAX;
-use super::state::{Facts, Job};
+use super::state::{Ending, Facts, Job};
+use super::{Engine, Turn};
 
 /// Signals by which ranks of a broken gang are ended by us: what those wrote tells nothing of the failure.
 const OURS: [i32; 2] = [9, 15];
@@ -69,6 +72,31 @@ impl Job {
             self.excluded.remove(0);
         }
         self.excluded.push(node);
+    }
+}
+
+impl Engine {
+    /// What the output of the failed ranks says, by the job's own policies; and what is held against the node.
+    pub(super) fn heed_policies(&mut self, turn: &mut Turn, id: JobId, view: &mut AttemptView, ending: &mut Ending) -> Option<LogAction> {
+        let job = self.jobs.get_mut(&id)?;
+        let matched = decide_policy(job, ending.rank);
+        let cause = ending.cause.unwrap_or(Cause::Exit);
+        let first = ending.rank.and_then(|rank| job.ranks.get(rank)).and_then(|own| own.exit.as_ref());
+        let mut suspect = ending.rank.filter(|_| may_be_the_machine(cause, first));
+        if let Some(matched) = &matched {
+            ending.reason = format!("{}; {}", ending.reason, matched.reason);
+            job.reason.clone_from(&ending.reason);
+            view.reason = Some(ending.reason.clone());
+            turn.event(Some(id), "log_policy_matched", matched.reason.clone(), matched.facts.clone());
+            if let (LogAction::ExcludeNode, Some(node)) = (matched.action, &matched.node) {
+                job.exclude(node.clone());
+                suspect = Some(matched.rank);
+            }
+        }
+        if let Some(rank) = suspect {
+            self.blame(turn, id, rank, cause);
+        }
+        matched.map(|matched| matched.action)
     }
 }
 
