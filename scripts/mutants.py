@@ -114,11 +114,15 @@ def main():
     tree, again = out / "tree", os.environ.get("EVERLIT_MUTANTS_AGAIN") == "1"
     out.mkdir(parents=True, exist_ok=True)
     copy(tree)
+    first = out / "first"
     if not again:
         shutil.rmtree(out / "mutants.out", ignore_errors=True)
-        mutants(tree, out, f"--shard={shard}", "--", "--lib")
-        (out / "first").write_text("\n".join(lines(out, "caught.txt") + lines(out, "timeout.txt")))
-    caught = (out / "first").read_text().splitlines()
+        first.unlink(missing_ok=True)
+    if not first.exists():
+        mutants(tree, out, f"--shard={shard}", *(["--iterate"] if again else []), "--", "--lib")
+        noticed = {line for name in ("caught.txt", "timeout.txt", "previously_caught.txt") for line in lines(out, name)}
+        first.write_text("\n".join(sorted(noticed - set(lines(out, "unviable.txt")))))
+    caught = first.read_text().splitlines()
     simulation = ["--iterate", "--test-workspace=true", "--", "--test", "simulation"]
     mutants(tree, out, f"--shard={shard}", *simulation, CARGO_PROFILE_DEV_OPT_LEVEL="1")
     simulated = lines(out, "caught.txt") + lines(out, "timeout.txt")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Changes the two engines in every way that cargo-mutants knows, and shows which changes no test notices.
 # `scripts/mutants.sh [K/N]` takes every change, or one shard of N (from 0). First their unit tests look, then the simulation at what they missed.
-# Takes hours: about 3 s a change. `EVERLIT_MUTANTS_AGAIN=1` goes on with the changes that were not noticed in the last run.
+# Takes hours: about 3 s a change. `EVERLIT_MUTANTS_AGAIN=1` goes on where a run was ended, and with the changes that it had not noticed.
 . "$(dirname "$0")/common.sh"
 need cargo python3
 PATH=$CACHE/mutants/bin:$PATH

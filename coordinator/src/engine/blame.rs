@@ -234,6 +234,7 @@ mod tests {
         let old = serde_json::to_string(&[blame]).expect("plain data");
         let held: Held = serde_json::from_str(&old).expect("an old row");
         assert_eq!(held, Held { node: vec![blame], gpus: Vec::new() });
+        assert!(Held::default().is_empty() && !held.is_empty());
         assert_eq!(serde_json::to_string(&held).expect("plain data"), old);
         let error = everlit_api::gpu::GpuError { gpu: 0, uuid: "GPU-0".into(), xid: 79, at: Timestamp(6) };
         let both = Held { gpus: vec![GpuBlame { at: Timestamp(7), error, job: None }], ..held };

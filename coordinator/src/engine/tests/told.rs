@@ -6,6 +6,7 @@ use everlit_api::status::JobState;
 use expect_test::expect;
 
 use super::super::command::{EventRow, Record};
+use super::super::limits::CHECK_ALL_MS;
 use super::*;
 
 fn seen(scene: &mut Scene, ms: u64, news: CheckpointNews) -> usize {
@@ -141,4 +142,41 @@ fn steps_done_before_are_repeated_saves_are_booked_and_only_turns_are_recorded()
     "#]]
     .assert_eq(&told);
     scene.take();
+}
+
+#[test]
+fn everything_is_checked_each_minute() {
+    let mut scene = Scene::with_node();
+    scene.restart_coordinator(100);
+    let first = Timestamp(100 + CHECK_ALL_MS);
+    scene.at(200, hello("n1", vec![]));
+    assert_eq!(scene.engine.next_deadline(), Some(first));
+    scene.at(first.0, Event::Woke);
+    assert_eq!(scene.engine.next_deadline(), Some(Timestamp(first.0 + CHECK_ALL_MS)));
+    scene.take();
+}
+
+#[test]
+fn only_a_job_s_first_row_has_its_settings() {
+    let mut scene = Scene::new();
+    let mut with_settings = |event| {
+        let step = scene.engine.handle(Timestamp(5), event);
+        step.record.jobs.iter().map(|row| row.spec.is_some()).collect::<Vec<_>>()
+    };
+    assert_eq!(with_settings(Event::JobSubmitted { id: job(1), spec: Arc::new(command(1)), seed: 1 }), [true]);
+    // In the same millisecond.
+    assert_eq!(with_settings(Event::StopRequested { job: job(1), force: false, delete: false }), [false]);
+}
+
+#[test]
+fn that_a_rank_can_not_go_on_in_place_is_told_once() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(10, 1, 1, 1);
+    scene.take();
+    let mut told = |ms: u64, in_place| {
+        scene.at(ms, Event::RanksBeat(vec![Beat { in_place, ..beat(rank(1, 1, 0), ms) }]));
+        scene.take().matches("in_place_off").count()
+    };
+    assert_eq!([told(20, None), told(30, Some(true)), told(40, Some(false)), told(50, Some(false))], [0, 0, 1, 0]);
 }
