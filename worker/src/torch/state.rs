@@ -69,7 +69,9 @@ impl State {
         let of = |(name, tensor): (String, &Tensor)| {
             let keys = Stream::new(0, &name);
             let block = |(number, block): (usize, &[u8])| {
-                let words = block.chunks(8).map(|word| word.iter().fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte)));
+                let (words, rest) = block.as_chunks::<8>();
+                let rest = (!rest.is_empty()).then(|| rest.iter().fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte)));
+                let words = words.iter().map(|word| u64::from_be_bytes(*word)).chain(rest);
                 keys.bits(words.fold(number as u64, |sum, word| (sum.rotate_left(5) ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15)))
             };
             bytes(&on_cpu(tensor)).par_chunks(1 << 18).enumerate().map(block).reduce(|| 0, u64::wrapping_add)

@@ -142,8 +142,9 @@ fn hand_over(
             tensor.detach().f_copy_(new)?;
         }
     }
-    let sum = rendezvous.get("state", HELLO_TIMEOUT).map_err(|error| TrainError::PeerLost(format!("rendezvous: {error}")))?;
+    // Both ends at the same time.
     let own = format!("{:016x}", state.fingerprint());
+    let sum = rendezvous.get("state", HELLO_TIMEOUT).map_err(|error| TrainError::PeerLost(format!("rendezvous: {error}")))?;
     if sum != own.as_bytes() {
         return Err(TrainError::Failed(format!("the state taken from rank {source} is not what that rank has")));
     }
