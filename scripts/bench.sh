@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures what README states, on the built programs and loopback: a table, and the same as JSON in target/bench/results.json.
-# `scripts/bench.sh [AREA…]` with areas: control, engine, logs, train, recovery, large, idle, steps, checkpoint (all by default). The areas
-# steps and recovery run PyTorch beside us and fetches it once (scripts/fetch-python-torch.sh, about 4 GB).
+# `scripts/bench.sh [AREA…]` with areas: control, engine, logs, train, recovery, large, idle, steps, checkpoint (all by default).
+# large needs about 16 GB of memory; steps and recovery run PyTorch beside us, which is fetched once (scripts/fetch-python-torch.sh, about 4 GB).
 . "$(dirname "$0")/common.sh"
 need python3
 scripts/build.sh >/dev/null || exit 1

@@ -84,15 +84,19 @@ fn an_agent_killed_in_the_middle_of_a_start_leaves_no_rank_unknown() {
         bench.start_agent();
         let hello = bench.accept();
         assert_eq!(hello.ranks.len(), 12, "{:?}", hello.ranks);
-        assert!(hello.ranks.iter().all(|report| report.pid.is_none_or(is_alive) && report.exit.is_none()), "{:?}", hello.ranks);
+        for report in &hello.ranks {
+            // Killed in the moment before a shim's start, nobody can tell whether that ran: it counts as lost.
+            let unknown = report.pid.is_none() && report.lost;
+            assert!(unknown || (report.pid.is_none_or(is_alive) && report.exit.is_none()), "{report:?}");
+        }
         if round % 2 == 0 {
             bench.order(&spec);
-            for report in hello.ranks.iter().filter(|report| report.pid.is_none()) {
+            for report in hello.ranks.iter().filter(|report| report.pid.is_none() && !report.lost) {
                 bench.started(report.incarnation);
             }
         }
         bench.stop(&spec, Millis(0));
-        for report in &hello.ranks {
+        for report in hello.ranks.iter().filter(|report| !report.lost) {
             bench.exited(report.incarnation);
         }
         bench.until("every rank's end", || bench.processes().is_empty());
@@ -114,7 +118,9 @@ fn what_an_agent_did_not_come_to_start_starts_with_its_order_and_the_others_hear
     let shim = nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(pids[1] as i32))).unwrap();
     nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGKILL).unwrap();
     bench.until("the rank's death", || !is_alive(pids[1]));
-    std::fs::remove_file(bench.run_folder(rank(&spec, 1)).join("state")).unwrap();
+    for name in ["state", "shim.sock"] {
+        std::fs::remove_file(bench.run_folder(rank(&spec, 1)).join(name)).unwrap();
+    }
     bench.start_agent();
     let hello = bench.accept();
     let reports: Vec<_> = hello.ranks.iter().map(|report| (report.pid, report.exit.is_some())).collect();

@@ -135,7 +135,8 @@ impl Engine {
         }
     }
 
-    /// Gangs that hold places on this node and whose ranks the agent did not name. Of those with `unstarted` ranks it may have only heard.
+    /// Gangs that hold places on this node and whose ranks the agent did not name. Jobs in `unstarted` have ranks that it named and that never
+    /// began: their order is said again.
     fn look_for_missing(
         &mut self,
         turn: &mut Turn,

@@ -18,6 +18,7 @@ mod lies;
 mod link;
 mod node;
 mod random;
+mod ranks;
 mod slow;
 mod store;
 mod world;

@@ -3,20 +3,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use everlit_api::agent::{Beat, CheckpointNews, GangSpec, Resumed};
+use everlit_api::agent::{GangSpec, Resumed};
 use everlit_api::gpu::GpuError;
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::rank::{LogMatch, RankExit};
 use everlit_api::status::{Capacity, GpuInfo};
 use everlit_api::time::Timestamp;
-use everlit_worker::agent::engine::{Action, Engine, Event, drained, no_exit};
+use everlit_worker::agent::engine::{Action, Engine, Event, no_exit};
 
 use crate::check::Seen;
 use crate::coordinator::EPOCH_MS;
-use crate::faults::Fault;
-use crate::jobs::Kind;
 use crate::random::Random;
-use crate::slow::parts;
 use crate::world::{Happening, World};
 
 const SIGTERM: i32 = 15;
@@ -43,10 +40,10 @@ pub struct SimNode {
     pub gangs: BTreeMap<(JobId, u32), (GangSpec, Resumed)>,
     pub trainers: BTreeMap<(JobId, u32), u64>,
     /// The membership whose ranks have met, and the one that has done a step.
-    met: BTreeMap<(JobId, u32), u32>,
-    stepped: BTreeMap<(JobId, u32), u32>,
+    pub met: BTreeMap<(JobId, u32), u32>,
+    pub stepped: BTreeMap<(JobId, u32), u32>,
     pub checkpoints: BTreeMap<JobId, Checkpoints>,
-    ended: BTreeSet<JobId>,
+    pub ended: BTreeSet<JobId>,
 }
 
 /// A run folder and, maybe, its process.
@@ -59,8 +56,8 @@ pub struct Run {
     /// Its own part of a step takes longer until then.
     pub slow_until: u64,
     pub seq: u64,
-    drained: bool,
-    ending: bool,
+    pub drained: bool,
+    pub ending: bool,
 }
 
 impl Run {
@@ -123,7 +120,7 @@ impl SimNode {
     }
 
     /// What one that failed wrote, if its job looks for that: decided by who it is.
-    fn words(&self, own: Incarnation, code: Option<i32>) -> Option<LogMatch> {
+    pub fn words(&self, own: Incarnation, code: Option<i32>) -> Option<LogMatch> {
         self.spec(own).filter(|spec| code == Some(1) && !spec.log_policies.is_empty())?;
         let policy = match (own.job.as_u128() * 5 + u128::from(own.attempt * 3 + own.rank)) % 11 {
             0 => 1,
@@ -134,7 +131,7 @@ impl SimNode {
     }
 
     /// What the GPU of one that failed had, if it had anything: decided by who it is, so that it takes no draw.
-    fn gpu_error(&self, own: Incarnation, code: Option<i32>, boot: u64, at: Timestamp) -> Option<GpuError> {
+    pub fn gpu_error(&self, own: Incarnation, code: Option<i32>, boot: u64, at: Timestamp) -> Option<GpuError> {
         let lives = self.boot == boot && self.runs.get(&own).is_some_and(Run::is_alive);
         let index = *self.spec(own).filter(|_| lives && code == Some(1))?.gpus.get(own.rank as usize)?;
         let xid = match (own.job.as_u128() * 7 + u128::from(own.attempt * 5 + own.rank * 3)) % 9 {
@@ -153,7 +150,7 @@ impl SimNode {
 }
 
 impl World {
-    fn wall(&self, node: usize) -> Timestamp {
+    pub fn wall(&self, node: usize) -> Timestamp {
         Timestamp((EPOCH_MS + self.now).saturating_add_signed(self.nodes[node].skew_ms))
     }
 
@@ -368,238 +365,6 @@ impl World {
         own.stepped.remove(&(job, attempt));
         let at = self.wall(node);
         self.tell_agent(node, Event::GangPrepared { resumed, at });
-    }
-
-    pub fn rank_up(&mut self, node: usize, life: u64, boot: u64, incarnation: Incarnation) {
-        let own = &self.nodes[node];
-        if own.life != life || own.boot != boot || own.runs.get(&incarnation).is_none_or(|run| run.pid.is_some() || run.exit.is_some()) {
-            return;
-        }
-        self.next_pid += 1;
-        let (pid, at) = (self.next_pid, self.wall(node));
-        self.saw(&Seen::RankUp { incarnation });
-        if let Some(run) = self.nodes[node].runs.get_mut(&incarnation) {
-            run.pid = Some(pid);
-        }
-        self.tell_agent(node, Event::RankStarted { incarnation, pid, at });
-        self.lose_agent_in_start(node, incarnation);
-        let (job, attempt) = (incarnation.job, incarnation.attempt);
-        let script = self.scripts[&job].clone();
-        let end = |code| Happening::RankEnd { node, boot, incarnation, code: Some(code), signal: None, lost: false };
-        match script.kind {
-            Kind::Missing => return self.soon(1, 5, end(127)),
-            Kind::CrashLoop => return self.soon(50, 3_000, end(1)),
-            Kind::Trains | Kind::Mute => {}
-        }
-        self.soon(100, 1_500, Happening::Beat { node, boot, incarnation });
-        if script.alone {
-            let work_ms = script.steps * script.step_ms;
-            return self.soon(work_ms / 2, work_ms * 2, Happening::LoneEnd { node, boot, incarnation });
-        }
-        self.meet(node, boot, job, attempt);
-    }
-
-    /// A rank that needs nobody is done.
-    pub fn lone_end(&mut self, node: usize, boot: u64, incarnation: Incarnation) {
-        if self.nodes[node].runs.get(&incarnation).is_some_and(|run| !run.hung && !run.ending) {
-            self.rank_end(node, boot, incarnation, Some(0), None, false);
-        }
-    }
-
-    /// Ranks that all live begin to step, once for each membership.
-    fn meet(&mut self, node: usize, boot: u64, job: JobId, attempt: u32) {
-        let own = &mut self.nodes[node];
-        let members = own.members(job, attempt);
-        let all = members.iter().all(|member| own.runs.get(member).is_some_and(|run| run.is_alive() && !run.hung));
-        let Some(generation) = own.gangs.get(&(job, attempt)).map(|(spec, _)| spec.generation).filter(|_| all) else { return };
-        if own.met.insert((job, attempt), generation) != Some(generation) {
-            self.soon(200, 2_000, Happening::GangStep { node, boot, job, attempt, generation });
-        }
-    }
-
-    /// On a thread of the agent: the ranks that live are told who is with them now.
-    pub fn regroup(&mut self, node: usize, life: u64, spec: GangSpec, resumed: Resumed, fresh: &[u32]) {
-        if self.nodes[node].life != life {
-            return;
-        }
-        let (job, attempt, boot) = (spec.job, spec.attempt, self.nodes[node].boot);
-        let incarnation = |seat: &u32| Incarnation { job, attempt, rank: *seat };
-        if self.nodes[node].disk_full {
-            for own in fresh.iter().map(incarnation) {
-                let exit = no_exit("no space left on device", self.wall(node));
-                self.disturb(job, attempt);
-                self.tell_agent(node, Event::RankEnded { incarnation: own, exit, lost: true });
-            }
-            return;
-        }
-        // Threads may bring two memberships about in any order; the later one stays.
-        if self.nodes[node].gangs.get(&(job, attempt)).is_none_or(|(known, _)| known.generation <= spec.generation) {
-            self.nodes[node].gangs.insert((job, attempt), (spec, resumed));
-        }
-        for seat in fresh.iter().map(incarnation) {
-            self.nodes[node].runs.insert(seat, Run::default());
-            self.soon(2, 300, Happening::RankUp { node, life, boot, incarnation: seat });
-        }
-        if !self.scripts[&job].alone {
-            self.meet(node, boot, job, attempt);
-        }
-    }
-
-    /// Nobody said who follows a dead rank.
-    pub fn give_up(&mut self, node: usize, boot: u64, incarnation: Incarnation, generation: u32) {
-        let own = &self.nodes[node];
-        let waits = own.spec(incarnation).is_some_and(|spec| spec.generation == generation);
-        if waits && own.members(incarnation.job, incarnation.attempt).iter().any(|member| own.has_ended(member)) {
-            self.after(0, Happening::RankEnd { node, boot, incarnation, code: Some(1), signal: None, lost: false });
-        }
-    }
-
-    /// A sign of life, once a second.
-    pub fn beat(&mut self, node: usize, boot: u64, incarnation: Incarnation) {
-        let own = &mut self.nodes[node];
-        let key = (incarnation.job, incarnation.attempt);
-        let stepped = own.stepped.get(&key).copied();
-        let (generation, member) =
-            own.spec(incarnation).map_or((0, true), |spec| (spec.generation, spec.rank_of(incarnation.rank).is_some()));
-        // In a later membership a rank tells of steps once it has done one there.
-        let tells = member && (generation == 0 || stepped == Some(generation));
-        let step = own.trainers.get(&key).copied().filter(|_| tells);
-        let Some(run) = own.runs.get_mut(&incarnation).filter(|run| run.is_alive() && !run.hung && own.boot == boot) else { return };
-        run.seq += 1;
-        let seq = run.seq;
-        let script = &self.scripts[&incarnation.job];
-        let metrics = parts(run, incarnation, script, self.now);
-        let event = if script.kind == Kind::Mute {
-            Event::RankOutput(incarnation)
-        } else {
-            let beat = Beat {
-                incarnation: Some(incarnation),
-                heartbeat: true,
-                step,
-                total_steps: Some(script.steps),
-                generation,
-                saves_on_signal: member,
-                metrics,
-                in_place: (script.in_place && stepped.is_some()).then_some(true),
-                ..Beat::default()
-            };
-            Event::HeartbeatRead { incarnation, seq, beat: Box::new(beat), save_error: None }
-        };
-        self.tell_agent(node, event);
-        self.after(1_000, Happening::Beat { node, boot, incarnation });
-    }
-
-    /// One update of a gang of which every rank takes part; a rank that is dead or stopped blocks the others.
-    pub fn gang_step(&mut self, node: usize, boot: u64, job: JobId, attempt: u32, generation: u32) {
-        let ranks = self.nodes[node].members(job, attempt);
-        let own = &mut self.nodes[node];
-        let spec = own.gangs.get(&(job, attempt)).filter(|(spec, _)| spec.generation == generation);
-        let world = spec.map_or(0, |(spec, _)| spec.world_size as usize);
-        let takes_part = |own: &Incarnation, runs: &BTreeMap<Incarnation, Run>| {
-            runs.get(own).is_some_and(|run| run.is_alive() && !run.hung && !run.ending)
-        };
-        if own.boot != boot || world == 0 || ranks.len() != world || !ranks.iter().all(|rank| takes_part(rank, &own.runs)) {
-            return;
-        }
-        let script = self.scripts[&job].clone();
-        let Some(step) = own.trainers.get_mut(&(job, attempt)) else { return };
-        *step = (*step + 1).min(script.steps);
-        let step = *step;
-        self.nodes[node].stepped.insert((job, attempt), generation);
-        let done = step >= script.steps;
-        if script.kind == Kind::Trains && (done || step.is_multiple_of(script.save_every)) {
-            self.save(node, job, attempt);
-        }
-        if done {
-            for incarnation in ranks {
-                self.soon(1, 100, Happening::RankEnd { node, boot, incarnation, code: Some(0), signal: None, lost: false });
-            }
-        } else {
-            self.soon(script.step_ms / 2 + 1, script.step_ms * 2, Happening::GangStep { node, boot, job, attempt, generation });
-        }
-    }
-
-    /// A commit, if the fence lets it.
-    pub fn save(&mut self, node: usize, job: JobId, attempt: u32) {
-        let Some(step) = self.nodes[node].trainers.get(&(job, attempt)).copied() else { return };
-        let fence = self.nodes[node].checkpoints.entry(job).or_default().fence;
-        if self.nodes[node].disk_full || fence > attempt || self.nodes[node].ended.contains(&job) {
-            return;
-        }
-        self.saw(&Seen::Committed { node, job, attempt });
-        let keep = 3;
-        if let Some(kept) = self.nodes[node].checkpoints.get_mut(&job) {
-            kept.steps.insert(step, (attempt, false));
-            while kept.steps.len() > keep {
-                kept.steps.pop_first();
-            }
-        }
-        for verified in [false, true] {
-            if let Some(news) = self.news_of(node, job, verified) {
-                let life = self.nodes[node].life;
-                let wait = if verified { 30 } else { 1 };
-                self.after(wait, Happening::AgentFact { node, life, event: Box::new(Event::CheckpointSeen(Box::new(news))) });
-            }
-        }
-    }
-
-    fn news_of(&self, node: usize, job: JobId, verified: bool) -> Option<CheckpointNews> {
-        let kept = self.nodes[node].checkpoints.get(&job)?;
-        let (step, (attempt, _)) = kept.steps.last_key_value()?;
-        let steps = kept.steps.keys().rev().copied().collect();
-        let created_at = self.wall(node);
-        Some(CheckpointNews {
-            job,
-            attempt: *attempt,
-            step: *step,
-            bytes: 1,
-            created_at,
-            verified,
-            path: format!("/c/{step}"),
-            kept: steps,
-        })
-    }
-
-    pub fn rank_end(&mut self, node: usize, boot: u64, incarnation: Incarnation, code: Option<i32>, signal: Option<i32>, lost: bool) {
-        let at = self.wall(node);
-        if let Some(error) = self.nodes[node].gpu_error(incarnation, code, boot, at) {
-            self.faults.fired(Fault::GpuFailed);
-            self.tell_agent(node, Event::GpuFailed(error));
-        }
-        let own = &mut self.nodes[node];
-        let matched = own.words(incarnation, code);
-        let Some(run) = own.runs.get_mut(&incarnation).filter(|run| run.is_alive() && own.boot == boot) else { return };
-        let exit = match lost {
-            true => no_exit("its shim died", at),
-            false => {
-                RankExit { code, signal, error: None, at, tail: Vec::new(), message: None, matched, out_of_memory: false, gpu_error: None }
-            }
-        };
-        let (exit, lost) = if run.drained { (drained(exit), true) } else { (exit, lost) };
-        run.exit = Some((exit.clone(), lost));
-        self.note(23, incarnation.rank.into(), code.unwrap_or(-1) as u64);
-        if code != Some(0) {
-            self.disturb(incarnation.job, incarnation.attempt);
-            self.peers_of_a_dead_rank(node, boot, incarnation);
-        }
-        self.tell_agent(node, Event::RankEnded { incarnation, exit, lost });
-    }
-
-    fn peers_of_a_dead_rank(&mut self, node: usize, boot: u64, dead: Incarnation) {
-        let script = &self.scripts[&dead.job];
-        let (notice, in_place) = (script.peers_notice, script.in_place);
-        let own = &self.nodes[node];
-        let generation = own.spec(dead).map_or(0, |spec| spec.generation);
-        if script.alone || !(notice || in_place) || own.spec(dead).is_some_and(|spec| spec.rank_of(dead.rank).is_none()) {
-            return;
-        }
-        for incarnation in self.nodes[node].members(dead.job, dead.attempt) {
-            if in_place {
-                self.after(15_000, Happening::GiveUp { node, boot, incarnation, generation });
-            } else if self.nodes[node].runs.get(&incarnation).is_some_and(|run| run.is_alive() && !run.hung) {
-                self.soon(5, 400, Happening::RankEnd { node, boot, incarnation, code: Some(1), signal: None, lost: false });
-            }
-        }
     }
 
     /// Power off and on: nothing lives, and only the disk remembers.

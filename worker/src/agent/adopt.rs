@@ -12,7 +12,7 @@ use everlit_api::ids::{Incarnation, JobId};
 use super::checkpoints;
 use super::folders::{Folders, GANG_NAME, parse_run};
 use super::procs::kill_leftovers;
-use super::shim::{Settled, Told, clear, never_started, settle};
+use super::shim::{Settled, Told, never_started, settle};
 use super::start::{GangFile, Node};
 
 /// One gang that is not forgotten.
@@ -75,11 +75,7 @@ fn look_at_job(node: &Node, job: JobId) -> Vec<Found> {
             }
         }
         if let Some(last) = found.last_mut() {
-            if matches!(settled, Settled::NeverStarted) && last.file.boot_id == node.boot_id {
-                // A shim may have died before it wrote down whom it had just started.
-                kill_leftovers(&folders.run(incarnation), None);
-                clear(&folders.run(incarnation));
-            } else if matches!(settled, Settled::NeverStarted) {
+            if matches!(settled, Settled::NeverStarted) && last.file.boot_id != node.boot_id {
                 // The others are gone with the boot.
                 settled = Settled::Ended { started: None, exit: Box::new(never_started()), lost: true };
             }

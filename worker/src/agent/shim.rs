@@ -116,7 +116,7 @@ pub(super) fn start(program: &Path, run_folder: &Path, spec: &Spec) -> io::Resul
 pub(super) enum Settled {
     /// The shim lives; this is a new connection.
     Alive(UnixStream),
-    /// No rank ever ran here.
+    /// No shim was ever started here: the agent makes `state` before it starts one. An empty one tells nothing, since a full disk leaves it so.
     NeverStarted,
     /// The rank ended; `true`: nobody saw how.
     Ended {
@@ -134,14 +134,6 @@ pub(super) fn never_started() -> RankExit {
     no_exit("it was never started", Timestamp::now())
 }
 
-/// Makes a run folder in which no rank ever ran ready for a shim.
-pub(super) fn clear(run_folder: &Path) {
-    for name in [STATE_NAME, SOCKET_NAME] {
-        // What stays is said when a shim is to start here.
-        let _ = std::fs::remove_file(run_folder.join(name));
-    }
-}
-
 /// Finds out what is true. Blocks for a moment when the shim is just beginning or ending.
 pub(super) fn settle(run_folder: &Path) -> Settled {
     for _ in 0..200 {
@@ -154,7 +146,8 @@ pub(super) fn settle(run_folder: &Path) -> Settled {
                 std::thread::sleep(std::time::Duration::from_millis(10));
             }
             Ok(_) => return ended(run_folder, "its shim was killed"),
-            Err(_) => return Settled::NeverStarted,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Settled::NeverStarted,
+            Err(_) => return ended(run_folder, "its state can not be read"),
         }
     }
     ended(run_folder, "its shim does not answer")
@@ -165,9 +158,7 @@ fn ended(run_folder: &Path, why: &str) -> Settled {
     let told: Vec<Told> = text.split(|byte| *byte == b'\n').filter_map(parse_line).collect();
     let started = told.iter().find(|told| matches!(told, Told::Started { .. })).cloned();
     let exit = told.into_iter().find_map(|told| rank_exit(told, run_folder));
-    if started.is_none() && exit.is_none() {
-        return Settled::NeverStarted;
-    }
+    let why = if started.is_none() { "nothing is written down of its start" } else { why };
     let (exit, lost) = exit.unwrap_or_else(|| (no_exit(why, Timestamp::now()), true));
     Settled::Ended { started, exit: Box::new(exit), lost }
 }
@@ -228,18 +219,19 @@ mod tests {
     #[test]
     fn a_folder_without_a_shim_settles_as_what_its_state_says() {
         let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(settle(dir.path()), Settled::NeverStarted));
         let settled = |text: &str| {
             std::fs::write(dir.path().join(STATE_NAME), text).unwrap();
             match settle(dir.path()) {
                 Settled::Ended { exit, lost, .. } => (exit.describe(), lost),
-                Settled::NeverStarted => ("never".into(), true),
-                Settled::Alive(_) => panic!("nothing lives here"),
+                Settled::NeverStarted | Settled::Alive(_) => panic!("it has a state, and nothing lives here"),
             }
         };
         let begin = begin_line(&Begin { shim: 1, pid: 2, ticks: 3, at_ms: 4 });
         let end = end_line(&End { signal: Some(9), at_ms: 9, ..End::default() }, b"");
-        assert_eq!(settled(""), ("never".into(), true));
-        assert_eq!(settled(&begin[..10]), ("never".into(), true));
+        for text in ["", &begin[..10]] {
+            assert_eq!(settled(text), ("nothing is written down of its start".into(), true));
+        }
         assert_eq!(settled(&begin), ("its shim was killed".into(), true));
         assert_eq!(settled(&format!("{begin}{end}")), ("signal 9 (SIGKILL)".into(), false));
         assert_eq!(settled(&format!("{begin}{}", &end[..10])), ("its shim was killed".into(), true));
