@@ -64,8 +64,9 @@ unsafe extern "C" {
     fn everlit_group_abort(group: *mut c_void) -> c_int;
     fn everlit_group_check(group: *mut c_void) -> c_int;
     fn everlit_group_all_reduce(group: *mut c_void, tensor: *mut c_void) -> c_int;
-    fn everlit_group_send(group: *mut c_void, tensor: *mut c_void, to: c_int) -> c_int;
-    fn everlit_group_receive(group: *mut c_void, tensor: *mut c_void, from: c_int) -> c_int;
+    fn everlit_group_send(group: *mut c_void, tensor: *mut c_void, to: c_int, tag: c_int, out: *mut *mut c_void) -> c_int;
+    fn everlit_group_receive(group: *mut c_void, tensor: *mut c_void, from: c_int, tag: c_int, out: *mut *mut c_void) -> c_int;
+    fn everlit_work_wait(work: *mut c_void) -> c_int;
     fn everlit_reducer_new(
         group: *mut c_void,
         tensors: *const *mut c_void,
@@ -224,18 +225,56 @@ impl Group {
 }
 
 impl Group {
-    /// Sends a tensor in the machine's memory to another rank, which must receive one of the same size.
-    pub fn send(&self, tensor: &Tensor, to: u32) -> Result<(), CollectiveError> {
-        let to = c_int::try_from(to).map_err(|_| CollectiveError("too many ranks".into()))?;
-        // SAFETY: `raw` and the tensor are valid; libtorch keeps its own reference.
-        check(unsafe { everlit_group_send(self.raw, tensor.as_ptr().cast_mut().cast(), to) })
+    /// Begins to send a tensor in the machine's memory to another rank, which must receive one of the same size under the same tag.
+    pub fn send(&self, tensor: Tensor, to: u32, tag: usize) -> Result<Transfer<'_>, CollectiveError> {
+        self.transfer(tensor, to, tag, everlit_group_send)
     }
 
-    /// Fills a tensor with what another rank sends. After an error what is in it is undefined.
-    pub fn receive(&self, tensor: &Tensor, from: u32) -> Result<(), CollectiveError> {
-        let from = c_int::try_from(from).map_err(|_| CollectiveError("too many ranks".into()))?;
-        // SAFETY: `raw` and the tensor are valid; libtorch keeps its own reference.
-        check(unsafe { everlit_group_receive(self.raw, tensor.as_ptr().cast_mut().cast(), from) })
+    /// Begins to fill a tensor in the machine's memory with what another rank sends under this tag. After an error what is in it is undefined.
+    pub fn receive(&self, tensor: Tensor, from: u32, tag: usize) -> Result<Transfer<'_>, CollectiveError> {
+        self.transfer(tensor, from, tag, everlit_group_receive)
+    }
+
+    fn transfer(
+        &self,
+        tensor: Tensor,
+        peer: u32,
+        tag: usize,
+        begin: unsafe extern "C" fn(*mut c_void, *mut c_void, c_int, c_int, *mut *mut c_void) -> c_int,
+    ) -> Result<Transfer<'_>, CollectiveError> {
+        let peer = c_int::try_from(peer).map_err(|_| CollectiveError("too many ranks".into()))?;
+        let tag = c_int::try_from(tag).map_err(|_| CollectiveError("too many tensors".into()))?;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: `raw` and the tensor are valid; the work is ours.
+        check(unsafe { begin(self.raw, tensor.as_ptr().cast_mut().cast(), peer, tag, &mut raw) })?;
+        Ok(Transfer { raw, _tensor: tensor, _group: self })
+    }
+}
+
+/// Bytes on their way between two ranks. One that is dropped is waited for: Gloo has hold of the tensor's memory until then.
+pub struct Transfer<'a> {
+    raw: *mut c_void,
+    _tensor: Tensor,
+    _group: &'a Group,
+}
+
+impl Transfer<'_> {
+    /// Blocks until the bytes are out or in.
+    pub fn wait(mut self) -> Result<(), CollectiveError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), CollectiveError> {
+        let raw = std::mem::replace(&mut self.raw, std::ptr::null_mut());
+        // SAFETY: the work is valid, and freed by this call alone.
+        if raw.is_null() { Ok(()) } else { check(unsafe { everlit_work_wait(raw) }) }
+    }
+}
+
+impl Drop for Transfer<'_> {
+    fn drop(&mut self) {
+        // Whoever drops one has the group's error already.
+        let _ = self.end();
     }
 }
 
@@ -265,7 +304,7 @@ impl Reducer {
         Ok(Self { raw, _group: group })
     }
 
-    /// Before each forward pass. The backward pass then blocks until all gradients are averaged.
+    /// Before each forward pass. The backward pass then blocks until all gradients are averaged; it fails soon after the group was aborted.
     pub fn prepare(&self) -> Result<(), CollectiveError> {
         // SAFETY: `raw` is valid while `self` is.
         check(unsafe { everlit_reducer_prepare(self.raw) })
@@ -364,4 +403,38 @@ pub fn drop_gradients(tensors: &[&Tensor]) -> Result<(), CollectiveError> {
     let list = pointers(tensors);
     // SAFETY: valid tensors.
     check(unsafe { everlit_drop_gradients(list.as_ptr(), list.len()) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backward_pass_ends_as_soon_as_the_group_was_aborted() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Arc::new(Rendezvous::open(&format!("dir:{}", dir.path().display()), 0, 0, 1).unwrap());
+        let group = Group::connect(store, "127.0.0.1", Backend::Gloo, Duration::from_secs(20), Duration::from_secs(20)).unwrap();
+        let group = Arc::new(group);
+        let layers: Vec<Tensor> = (0..3).map(|_| Tensor::ones([4, 4], tch::kind::FLOAT_CPU).set_requires_grad(true)).collect();
+        let list: Vec<&Tensor> = layers.iter().collect();
+        let reducer = Reducer::new(group.clone(), &list, &[vec![2, 1, 0]]).unwrap();
+        let pass = || {
+            reducer.prepare().unwrap();
+            let output = layers.iter().fold(Tensor::ones([1, 4], tch::kind::FLOAT_CPU), |x, layer| x.matmul(layer));
+            output.sum(tch::Kind::Float).f_backward()
+        };
+        pass().unwrap();
+        assert!(layers.iter().all(|layer| layer.grad().defined()));
+        drop_gradients(&list).unwrap();
+        group.abort().unwrap();
+        let error = CollectiveError::from_message(&pass().unwrap_err().to_string());
+        assert!(error.is_peer_lost(), "{error}");
+        let known: Vec<bool> = layers.iter().map(|layer| layer.grad().defined()).collect();
+        assert_eq!(known, [false, false, false], "no gradient was computed for nobody");
+        // What follows in the same process is as if that had not been.
+        drop(reducer);
+        let output = layers.iter().fold(Tensor::ones([1, 4], tch::kind::FLOAT_CPU), |x, layer| x.matmul(layer));
+        output.sum(tch::Kind::Float).f_backward().unwrap();
+        assert!(layers.iter().all(|layer| layer.grad().defined()));
+    }
 }

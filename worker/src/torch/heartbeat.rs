@@ -20,6 +20,8 @@ use super::rendezvous::Meeting;
 use super::{EXIT_TERMINATED, environment::Environment, signals};
 
 const WRITE_INTERVAL_MIN: Duration = Duration::from_millis(100);
+/// Between two looks for SIGTERM and another membership.
+const LOOK_INTERVAL: Duration = Duration::from_millis(25);
 /// The agent knows by it that a rank runs (`QUIET_MS` there).
 const WRITE_INTERVAL_MAX: Duration = Duration::from_millis(250);
 /// A step that takes this long after SIGTERM, and three times the longest so far, is blocked.
@@ -225,7 +227,7 @@ impl Shared {
             if state.ended {
                 return;
             }
-            let (mut state, _) = self.wake.wait_timeout(state, WRITE_INTERVAL_MIN).unwrap_or_else(PoisonError::into_inner);
+            let (mut state, _) = self.wake.wait_timeout(state, LOOK_INTERVAL).unwrap_or_else(PoisonError::into_inner);
             if signals::terminate_requested() {
                 let told = *terminating.get_or_insert_with(Instant::now);
                 on_terminating(&mut state, told);

@@ -64,18 +64,52 @@ impl State {
         named
     }
 
-    /// A number that tells whether ranks begin with the same bits; not for security.
+    /// A number that tells whether ranks begin with the same bits: the sum of its tensors' own. Not for security.
     pub fn fingerprint(&self) -> u64 {
-        let of = |(name, tensor): (String, &Tensor)| {
-            let keys = Stream::new(0, &name);
-            let block = |(number, block): (usize, &[u8])| {
-                let (words, rest) = block.as_chunks::<8>();
-                let rest = (!rest.is_empty()).then(|| rest.iter().fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte)));
-                let words = words.iter().map(|word| u64::from_be_bytes(*word)).chain(rest);
-                keys.bits(words.fold(number as u64, |sum, word| (sum.rotate_left(5) ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15)))
-            };
-            bytes(&on_cpu(tensor)).par_chunks(1 << 18).enumerate().map(block).reduce(|| 0, u64::wrapping_add)
-        };
-        self.named().into_iter().map(of).fold(0, u64::wrapping_add)
+        self.named().into_iter().map(|(name, tensor)| fingerprint(&name, tensor)).fold(0, u64::wrapping_add)
+    }
+}
+
+/// A tensor's part of [`State::fingerprint`].
+pub fn fingerprint(name: &str, tensor: &Tensor) -> u64 {
+    let keys = Stream::new(0, name);
+    let step = |sum: u64, word: u64| (sum.rotate_left(5) ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let block = |(number, block): (usize, &[u8])| {
+        let (words, rest) = block.as_chunks::<8>();
+        let (fours, last) = words.as_chunks::<4>();
+        // Four sums beside each other: none waits for another one's product.
+        let mut sums = [number as u64; 4];
+        for four in fours {
+            for (sum, word) in sums.iter_mut().zip(four) {
+                *sum = step(*sum, u64::from_be_bytes(*word));
+            }
+        }
+        let rest = (!rest.is_empty()).then(|| rest.iter().fold(0_u64, |sum, byte| sum << 8 | u64::from(*byte)));
+        let last = last.iter().map(|word| u64::from_be_bytes(*word)).chain(rest);
+        keys.bits(sums.into_iter().chain(last).fold(0, step))
+    };
+    bytes(&on_cpu(tensor)).par_chunks(1 << 18).enumerate().map(block).reduce(|| 0, u64::wrapping_add)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fingerprint_tells_names_and_numbers_and_their_order_apart() {
+        let numbers: Vec<f32> = (0..100_003).map(|n| n as f32).collect();
+        let of = |name: &str, numbers: &[f32]| fingerprint(name, &Tensor::from_slice(numbers));
+        let plain = of("a", &numbers);
+        assert_eq!(plain, of("a", &numbers));
+        assert_ne!(plain, of("b", &numbers));
+        assert_ne!(plain, of("a", &numbers[..100_002]));
+        for (one, other) in [(0, 1), (0, 8), (3, 65_536 + 3), (99_999, 100_002), (100_001, 100_002)] {
+            let mut changed = numbers.clone();
+            changed.swap(one, other);
+            assert_ne!(plain, of("a", &changed), "{one} and {other} swapped");
+        }
+        let mut changed = numbers;
+        changed[100_002] = f32::from_bits(changed[100_002].to_bits() ^ 1);
+        assert_ne!(plain, of("a", &changed));
     }
 }

@@ -211,6 +211,29 @@ class FixedReducer : public c10d::Reducer {
   }
 };
 
+// A reducer whose backward pass ends with an error soon after the group was aborted, not only when all of it is computed.
+struct OwnedReducer {
+  OwnedReducer(const OwnedReducer&) = delete;
+  OwnedReducer& operator=(const OwnedReducer&) = delete;
+
+  OwnedReducer(const Group* group, std::vector<at::Tensor> list, std::unique_ptr<FixedReducer> own)
+      : reducer(std::move(own)), parameters(std::move(list)) {
+    for (const auto& parameter : parameters) {
+      hooks.push_back(parameter.register_hook([group](const at::Tensor&) { group->check(); }));
+    }
+  }
+
+  ~OwnedReducer() {
+    for (size_t i = 0; i < hooks.size(); ++i) {
+      parameters[i].remove_hook(hooks[i]);
+    }
+  }
+
+  std::unique_ptr<FixedReducer> reducer;
+  std::vector<at::Tensor> parameters;
+  std::vector<unsigned> hooks;
+};
+
 // A layer of Rust's: run answers a new tensor that is ours, or null after a panic. The graph owns it until it is freed.
 extern "C" {
 struct EverlitLayer {
@@ -345,18 +368,26 @@ int everlit_group_all_reduce(void* group, void* tensor) {
   });
 }
 
-// Point to point, in order; blocks until the bytes are out or in.
-int everlit_group_send(void* group, void* tensor, int to) {
+// Point to point: begins to move the bytes. A tag is one tensor's on both sides.
+int everlit_group_send(void* group, void* tensor, int to, int tag, void** out) {
   return guarded([&] {
     std::vector<at::Tensor> list = tensors(&tensor, 1);
-    static_cast<Group*>(group)->gloo->send(list, to, 0)->wait();
+    *out = new c10::intrusive_ptr<c10d::Work>(static_cast<Group*>(group)->gloo->send(list, to, tag));
   });
 }
 
-int everlit_group_receive(void* group, void* tensor, int from) {
+int everlit_group_receive(void* group, void* tensor, int from, int tag, void** out) {
   return guarded([&] {
     std::vector<at::Tensor> list = tensors(&tensor, 1);
-    static_cast<Group*>(group)->gloo->recv(list, from, 0)->wait();
+    *out = new c10::intrusive_ptr<c10d::Work>(static_cast<Group*>(group)->gloo->recv(list, from, tag));
+  });
+}
+
+// Blocks until the bytes are out or in; frees the work.
+int everlit_work_wait(void* work) {
+  return guarded([&] {
+    const std::unique_ptr<c10::intrusive_ptr<c10d::Work>> own(static_cast<c10::intrusive_ptr<c10d::Work>*>(work));
+    (*own)->wait();
   });
 }
 
@@ -389,24 +420,25 @@ int everlit_reducer_new(void* group, void* const* list, size_t count, const size
     if (on_cpu && bytes * ranks->getSize() <= kGatherBytesMax) {
       reducer->register_comm_hook(std::make_unique<GatherHook>(ranks));
     }
-    *out = reducer.release();
+    *out = new OwnedReducer(static_cast<Group*>(group), tensors(list, count), std::move(reducer));
   });
 }
 
 void everlit_reducer_free(void* reducer) {
-  guarded([&] { delete static_cast<FixedReducer*>(reducer); });
+  guarded([&] { delete static_cast<OwnedReducer*>(reducer); });
 }
 
 int everlit_reducer_prepare(void* reducer) {
   return guarded([&] {
-    static_cast<FixedReducer*>(reducer)->prepare_for_forward();
-    static_cast<FixedReducer*>(reducer)->prepare_for_backward({});
+    auto* own = static_cast<OwnedReducer*>(reducer);
+    own->reducer->prepare_for_forward();
+    own->reducer->prepare_for_backward({});
   });
 }
 
 // After a backward pass: the seconds for which it waited for the others.
 int everlit_reducer_waited(void* reducer, double* seconds) {
-  return guarded([&] { *seconds = static_cast<FixedReducer*>(reducer)->waited(); });
+  return guarded([&] { *seconds = static_cast<OwnedReducer*>(reducer)->reducer->waited(); });
 }
 
 // Owns the layer's context from the call on, whatever the answer.

@@ -10,7 +10,8 @@ use everlit_api::job::Precision;
 use everlit_api::model::{LlamaSizes, VOCABULARY};
 use tch::{Device, Kind, Tensor};
 
-use super::{Init, Parameter, Pass};
+use super::{Init, Parameter, Pass, Stands};
+use crate::torch::TrainError;
 use crate::torch::c10d::{self, Layers};
 use crate::torch::kernels;
 
@@ -87,7 +88,13 @@ impl Llama {
         list
     }
 
-    pub(super) fn forward(self: &Arc<Self>, parameters: &[Parameter], samples: &Tensor, pass: Pass) -> (Tensor, Tensor) {
+    pub(super) fn forward(
+        self: &Arc<Self>,
+        parameters: &[Parameter],
+        samples: &Tensor,
+        pass: Pass,
+        stands: Stands<'_>,
+    ) -> Result<(Tensor, Tensor), TrainError> {
         let inputs = samples.narrow(1, 0, self.length);
         let targets = samples.narrow(1, 1, self.length).reshape([-1]);
         let (first, rest) = parameters.split_first().expect("the embedding");
@@ -96,6 +103,7 @@ impl Llama {
         let layers = Arc::new(Stack { llama: self.clone(), parameters: own, pass });
         let mut x = Tensor::embedding(&first.tensor, &inputs, -1, false, false);
         for layer in 0..self.layers {
+            stands()?;
             x = match self.recompute && pass.is_training() {
                 true => sound(c10d::recompute(&layers, layer, &x)),
                 false => layers.run(layer, &x),
@@ -103,7 +111,7 @@ impl Llama {
         }
         let [norm, output] = last else { unreachable!("norm and output close the list") };
         let logits = self.product(&self.norm(&x, &norm.tensor), &output.tensor);
-        (logits.view([-1, VOCABULARY as i64]).to_kind(Kind::Float), targets)
+        Ok((logits.view([-1, VOCABULARY as i64]).to_kind(Kind::Float), targets))
     }
 
     fn norm(&self, x: &Tensor, weight: &Tensor) -> Tensor {

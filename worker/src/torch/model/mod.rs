@@ -26,6 +26,9 @@ pub enum Pass {
     Evaluate,
 }
 
+/// Whether a pass has a use any more.
+type Stands<'a> = &'a dyn Fn() -> Result<(), TrainError>;
+
 impl Pass {
     fn is_training(self) -> bool {
         matches!(self, Self::Train(_))
@@ -193,12 +196,17 @@ impl Model {
 
     /// Mean cross entropy, in nats per predicted byte, of `[samples, window]` bytes.
     pub fn loss(&self, samples: &Tensor, pass: Pass) -> Tensor {
+        self.loss_while(samples, pass, &|| Ok(())).expect("nothing ends the pass")
+    }
+
+    /// The same, of a pass that ends early with the error of `stands`, which is asked between layers.
+    pub fn loss_while(&self, samples: &Tensor, pass: Pass, stands: Stands<'_>) -> Result<Tensor, TrainError> {
         let samples = &samples.to_device(self.device);
         let (logits, targets) = match &self.family {
-            Family::Llama(llama) => llama.forward(&self.parameters, samples, pass),
+            Family::Llama(llama) => llama.forward(&self.parameters, samples, pass, stands)?,
             Family::Mlp(mlp) => mlp.forward(&self.parameters, samples, pass),
         };
-        logits.cross_entropy_loss::<Tensor>(&targets, None, tch::Reduction::Mean, -100, 0.0)
+        Ok(logits.cross_entropy_loss::<Tensor>(&targets, None, tch::Reduction::Mean, -100, 0.0))
     }
 }
 
@@ -237,6 +245,18 @@ mod tests {
             assert!((loss - 256_f64.ln()).abs() < 0.5, "{preset} begins at {loss}");
         }
         assert_eq!(Model::new(&worker("gpt-9"), Device::Cpu).err().unwrap().exit_code(), 78);
+    }
+
+    #[test]
+    fn a_pass_ends_between_two_layers_when_it_has_no_use_any_more() {
+        let model = Model::new(&worker("llama-1m"), Device::Cpu).unwrap();
+        let asked = std::cell::Cell::new(0);
+        let stands = || {
+            asked.set(asked.get() + 1);
+            if asked.get() == 2 { Err(TrainError::PeerLost("the group was aborted".into())) } else { Ok(()) }
+        };
+        assert!(matches!(model.loss_while(&samples(&model), Pass::Evaluate, &stands), Err(TrainError::PeerLost(_))));
+        assert_eq!(asked.get(), 2);
     }
 
     #[test]

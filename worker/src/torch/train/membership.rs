@@ -6,19 +6,21 @@
 //! did not get its update is done again with the same samples, so the bits are those of a run that nothing happened to. A membership may have
 //! fewer ranks or more than the one before it: then the samples are dealt anew, and the batch stays what it was.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use everlit_api::manifest::Phase;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
-use super::super::c10d::{self, Backend, Group, Reducer};
+use super::super::c10d::{self, Backend, Group, Reducer, Transfer};
 use super::super::data::{self, Corpus};
 use super::super::environment::Environment;
 use super::super::loader::Loader;
 use super::super::rendezvous::{Meeting, Rendezvous};
-use super::super::state::State;
+use super::super::state::{State, fingerprint};
+use super::super::tensors::{assign, beside, on_cpu};
 use super::super::{TrainError, signals};
 use super::figures::Figures;
 use super::run::{Data, Trainer};
@@ -27,6 +29,8 @@ use super::{COLLECTIVE_TIMEOUT, HELLO_TIMEOUT, Position, backend, buckets, evalu
 /// A coordinator that lives says what follows within milliseconds. One that is away restarts the gang when it is back.
 const NEWS_TIMEOUT: Duration = Duration::from_secs(15);
 const NEWS_POLL: Duration = Duration::from_millis(2);
+/// Tensors that are on their way to a rank at once.
+const UNDER_WAY: usize = 4;
 
 /// What each rank says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -122,33 +126,60 @@ fn hand_over(
 ) -> Result<(), TrainError> {
     let named = state.named();
     if rank == source {
-        for (_, tensor) in &named {
-            for to in behind {
-                group.send(&tensor.detach(), *to)?;
-            }
-        }
-        let sum = format!("{:016x}", state.fingerprint());
-        return rendezvous.set("state", sum.as_bytes()).map_err(TrainError::failed);
+        let sum = send(&named, behind, group)?;
+        return rendezvous.set("state", format!("{sum:016x}").as_bytes()).map_err(TrainError::failed);
     }
     if !behind.contains(&rank) {
         return Ok(());
     }
-    let second: Vec<Tensor> = named.iter().map(|(_, tensor)| if keeps { tensor.detach().empty_like() } else { tensor.detach() }).collect();
-    for tensor in &second {
-        group.receive(tensor, source)?;
-    }
-    if keeps {
-        for ((_, tensor), new) in named.iter().zip(&second) {
-            tensor.detach().f_copy_(new)?;
-        }
-    }
-    // Both ends at the same time.
-    let own = format!("{:016x}", state.fingerprint());
+    let (second, own) = receive(&named, source, group, keeps)?;
     let sum = rendezvous.get("state", HELLO_TIMEOUT).map_err(|error| TrainError::PeerLost(format!("rendezvous: {error}")))?;
-    if sum != own.as_bytes() {
+    if sum != format!("{own:016x}").as_bytes() {
         return Err(TrainError::Failed(format!("the state taken from rank {source} is not what that rank has")));
     }
+    for ((_, tensor), new) in named.iter().zip(&second) {
+        if new.data_ptr() != tensor.data_ptr() {
+            assign(tensor, new);
+        }
+    }
     Ok(())
+}
+
+/// Sends tensors, each to all who are behind, and answers their fingerprint, which is made while they are under way.
+fn send(named: &[(String, &Tensor)], behind: &[u32], group: &Group) -> Result<u64, TrainError> {
+    let (mut sum, mut under_way) = (0_u64, VecDeque::new());
+    for (tag, (name, tensor)) in named.iter().enumerate() {
+        let tensor = on_cpu(tensor);
+        for to in behind {
+            under_way.push_back(group.send(tensor.shallow_clone(), *to, tag)?);
+        }
+        sum = sum.wrapping_add(fingerprint(name, &tensor));
+        while under_way.len() > UNDER_WAY * behind.len()
+            && let Some(transfer) = under_way.pop_front()
+        {
+            transfer.wait()?;
+        }
+    }
+    under_way.into_iter().try_for_each(Transfer::wait)?;
+    Ok(sum)
+}
+
+/// Takes tensors, and answers them with their fingerprint. They are beside a rank's own where it `keeps` those until all are here.
+fn receive(named: &[(String, &Tensor)], source: u32, group: &Group, keeps: bool) -> Result<(Vec<Tensor>, u64), TrainError> {
+    let place = |tensor: &Tensor| if keeps { Tensor::empty(tensor.size(), (tensor.kind(), Device::Cpu)) } else { beside(tensor) };
+    let second: Vec<Tensor> = named.iter().map(|(_, tensor)| place(tensor)).collect();
+    let (mut sum, mut under_way) = (0_u64, VecDeque::new());
+    let mut next = second.iter().enumerate();
+    for ((name, _), tensor) in named.iter().zip(&second) {
+        while under_way.len() < UNDER_WAY
+            && let Some((tag, tensor)) = next.next()
+        {
+            under_way.push_back(group.receive(tensor.shallow_clone(), source, tag)?);
+        }
+        under_way.pop_front().map_or(Ok(()), Transfer::wait)?;
+        sum = sum.wrapping_add(fingerprint(name, tensor));
+    }
+    Ok((second, sum))
 }
 
 impl Trainer<'_> {

@@ -266,7 +266,9 @@ impl Trainer<'_> {
             if last && let Some(reducer) = &self.reducer {
                 reducer.prepare()?;
             }
-            let loss = self.state.model.loss(samples, Pass::Train(stream.child(index as u64)));
+            // Without the others this step can not end: nothing more is computed for it.
+            let stands = || self.ranks.check();
+            let loss = self.state.model.loss_while(samples, Pass::Train(stream.child(index as u64)), &stands)?;
             // The reduction takes the mean over ranks: weighted so, it is the mean over samples, however they are dealt.
             let weighted = loss * (samples.size()[0] as f64 * world / self.batch as f64);
             sum += weighted.detach();
