@@ -75,7 +75,7 @@ impl Node {
 }
 
 /// The rank that has a GPU of a share: each takes those of its number there, as `CUDA_VISIBLE_DEVICES` and `LOCAL_RANK` say.
-fn rank_with(share: &PlacedRanks, gpu: u32) -> Option<u32> {
+pub(super) fn rank_with(share: &PlacedRanks, gpu: u32) -> Option<u32> {
     let place = share.gpus.iter().position(|own| *own == gpu)?;
     let each = (share.gpus.len() / share.count.max(1) as usize).max(1);
     Some(share.first_rank + (place / each) as u32)

@@ -3,6 +3,7 @@
 use everlit_api::status::JobState;
 use expect_test::expect;
 
+use super::super::limits::REGROUP_MAX_MS;
 use super::in_place::{starts, steps, trains};
 use super::*;
 
@@ -154,6 +155,12 @@ fn what_is_free_goes_to_a_job_that_waits_for_it_and_not_to_a_gang_that_could_gro
 }
 
 #[test]
+fn that_it_begins_with_fewer_is_said() {
+    let mut scene = begins_small();
+    assert!(scene.take().contains("attempt 1 is starting on n1 with 2 of 4 ranks: there is no room for more"));
+}
+
+#[test]
 fn with_less_room_than_for_the_fewest_it_waits() {
     let mut scene = Scene::with_node();
     scene.submit(0, 2, command(7));
@@ -186,4 +193,164 @@ fn the_next_attempt_and_the_next_coordinator_know_of_the_places_that_are_missing
         900 job 1: attempt_placed: attempt 2 is starting on n1
         900   n1 <- start job 1 attempt 2 ranks 0+4 port 29502
     "#]]);
+}
+
+#[test]
+fn a_whole_gang_keeps_its_spares() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, JobSpec { min_world_size: Some(1), ..trains(3, 1) });
+    scene.start_all(10, 1, 1, 3);
+    starts(&mut scene, 20, 3);
+    is_ready(&mut scene, 30, 3);
+    steps(&mut scene, 900, 0, &[0, 1, 2], 7);
+    assert_eq!((scene.summary(1).ranks.len(), scene.summary(1).spares.len()), (3, 1));
+    scene.take_from("10 job 1");
+    assert!(!scene.take().contains("gang_growing"));
+}
+
+#[test]
+fn nobody_joins_before_it_is_ready_and_all_others_have_stepped_and_can_go_on_with_it() {
+    let mut scene = begins_small();
+    scene.start_all(10, 1, 1, 2);
+    others_end(&mut scene, 100);
+    starts(&mut scene, 200, 4);
+    scene.take();
+    let tells = |scene: &mut Scene, ms: u64, seat: u32, in_place: Option<bool>, step: Option<u64>| {
+        scene.at(ms, Event::RanksBeat(vec![Beat { in_place, step, ..beat(rank(1, 1, seat), 0) }]));
+    };
+    // The others step, but it has not said that it is ready.
+    steps(&mut scene, 300, 0, &[0, 1], 1);
+    assert_eq!(scene.take(), "");
+
+    let mut scene = begins_small();
+    scene.start_all(10, 1, 1, 2);
+    others_end(&mut scene, 100);
+    starts(&mut scene, 200, 4);
+    is_ready(&mut scene, 210, 4);
+    scene.take();
+    steps(&mut scene, 300, 0, &[0], 1);
+    // The other one can, but has not stepped; then it has stepped, and has not said that it can.
+    tells(&mut scene, 310, 1, Some(true), None);
+    tells(&mut scene, 320, 1, None, Some(1));
+    assert_eq!(scene.take(), "");
+    steps(&mut scene, 400, 0, &[1], 2);
+    let told = scene.take();
+    assert!(told.contains("400 job 1: gang_growing"), "{told}");
+}
+
+#[test]
+fn a_growth_that_does_not_end_is_given_up_in_time() {
+    let mut scene = begins_small();
+    scene.start_all(10, 1, 1, 2);
+    steps(&mut scene, 900, 0, &[0, 1], 7);
+    others_end(&mut scene, 1_000);
+    starts(&mut scene, 1_100, 4);
+    is_ready(&mut scene, 1_200, 4);
+    scene.take();
+    scene.at(1_200 + REGROUP_MAX_MS - 1, Event::Woke);
+    assert_eq!(scene.take(), "");
+    scene.at(1_200 + REGROUP_MAX_MS, Event::Woke);
+    let told = scene.take();
+    assert!(told.contains("gang_failed"), "{told}");
+}
+
+#[test]
+fn another_process_is_not_started_while_ranks_come_together_and_not_for_a_gang_that_ends_or_is_whole() {
+    let lost = || {
+        let mut scene = elastic();
+        scene.exits(1_000, rank(1, 1, 2), killed(999));
+        steps(&mut scene, 1_300, 1, &[0, 1], 8);
+        starts(&mut scene, 1_400, 3);
+        // Another one is to come at 31,500.
+        scene.exits(1_500, rank(1, 1, 3), killed(1_499));
+        scene.take();
+        scene
+    };
+    let mut scene = lost();
+    scene.exits(31_400, rank(1, 1, 1), killed(31_399));
+    scene.take();
+    scene.at(31_500, Event::Woke);
+    assert_eq!(scene.take(), "", "a membership is under way");
+
+    // A gang that is begun again has all its places.
+    let mut scene = lost();
+    scene.exits(1_600, rank(1, 1, 0), exit(1, 1_599)).exits(1_600, rank(1, 1, 1), exit(1, 1_599));
+    scene.at(3_000, Event::Woke).start_all(3_100, 1, 2, 3);
+    assert_eq!((scene.summary(1).attempt, scene.summary(1).ranks.len()), (2, 3));
+    scene.take();
+    scene.at(31_500, Event::Woke);
+    assert_eq!(scene.take(), "", "it is whole");
+
+    let mut scene = lost();
+    scene.at(31_400, Event::StopRequested { job: job(1), delete: false, force: false });
+    scene.take();
+    scene.at(31_500, Event::Woke);
+    assert_eq!(scene.take(), "", "it ends");
+}
+
+#[test]
+fn a_gang_takes_all_that_is_free_beside_it_and_leaves_room_for_its_spare() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 2, command(5));
+    scene.start_all(1, 2, 1, 5);
+    scene.submit(5, 1, JobSpec { min_world_size: Some(2), ..trains(6, 1) });
+    scene.start_all(10, 1, 1, 2);
+    steps(&mut scene, 900, 0, &[0, 1], 7);
+    for seat in 0..5 {
+        scene.exits(1_000, rank(2, 1, seat), exit(0, 1_000));
+    }
+    assert!(scene.take().contains("there is room for 6 of 6 ranks now"));
+    assert_eq!(scene.engine.jobs[&job(1)].gang.as_ref().unwrap().placed(), 6);
+}
+
+#[test]
+fn the_next_attempt_takes_no_places_that_a_job_waits_for() {
+    let mut scene = begins_small();
+    scene.start_all(10, 1, 1, 2);
+    scene.submit(20, 3, command(8));
+    scene.exits(300, rank(1, 1, 0), killed(299)).exits(310, rank(1, 1, 1), killed(309));
+    for seat in 0..5 {
+        scene.exits(400, rank(2, 1, seat), exit(0, 400));
+    }
+    scene.take();
+    scene.at(900, Event::Woke);
+    assert!(scene.take().contains("start job 1 attempt 2 ranks 0+2"));
+}
+
+#[test]
+fn places_become_a_gang_s_own_only_while_it_runs_and_nothing_is_under_way() {
+    let free = |happens: fn(&mut Scene)| {
+        let mut scene = begins_small();
+        scene.start_all(10, 1, 1, 2);
+        steps(&mut scene, 900, 0, &[0, 1], 7);
+        happens(&mut scene);
+        scene.take();
+        others_end(&mut scene, 1_000);
+        scene.take().contains("places_added")
+    };
+    assert!(free(|_| {}));
+    assert!(
+        !free(|scene| {
+            _ = scene.exits(950, rank(1, 1, 1), killed(949));
+        }),
+        "its ranks come together"
+    );
+    assert!(
+        !free(|scene| {
+            _ = scene.at(950, Event::StopRequested { job: job(1), delete: false, force: false });
+        }),
+        "it ends"
+    );
+    assert!(
+        !free(|scene| {
+            _ = scene.exits(950, rank(1, 1, 1), exit(0, 950));
+        }),
+        "a rank is done"
+    );
+    assert!(
+        !free(|scene| {
+            _ = scene.exits(950, rank(1, 1, 0), exit(1, 949)).exits(950, rank(1, 1, 1), exit(1, 949));
+        }),
+        "it is to begin again"
+    );
 }

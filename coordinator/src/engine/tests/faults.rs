@@ -1,6 +1,8 @@
 //! Ranks fail: who is named, what is restarted when, and when it is given up.
 
 use everlit_api::agent::Exited;
+use everlit_api::job::FailureAction;
+use everlit_api::rank::Cause;
 use everlit_api::status::JobState;
 use expect_test::expect;
 
@@ -189,6 +191,50 @@ fn ranks_that_finish_wait_five_minutes_for_the_others() {
         301000 job 1: gang_failed: some ranks exited 0 and 1 others did not within 5 minutes
         301000   n1 <- stop job 1 attempt 1 grace 30s
     "#]]);
+}
+
+#[test]
+fn the_wait_for_the_others_begins_with_the_first_that_is_done_and_ends_with_a_stop() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(3));
+    scene.start_all(1, 1, 1, 3);
+    scene.exits(1_000, rank(1, 1, 0), exit(0, 1_000)).exits(2_000, rank(1, 1, 1), exit(0, 2_000)).at(301_000, Event::Woke);
+    assert!(scene.take().contains("301000 job 1: gang_failed: some ranks exited 0 and 1 others did not"));
+
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2));
+    scene.start_all(1, 1, 1, 2);
+    scene.exits(1_000, rank(1, 1, 0), exit(0, 1_000));
+    scene.at(300_000, Event::StopRequested { job: job(1), force: false, delete: false });
+    scene.take();
+    scene.at(301_000, Event::Woke);
+    assert_eq!(scene.take(), "");
+
+    // Ranks that are restarted alone end when they do.
+    let mut scene = Scene::with_node();
+    let mut spec = command(2);
+    spec.restart.scope = everlit_api::job::RestartScope::Rank;
+    scene.submit(0, 1, spec);
+    scene.start_all(1, 1, 1, 2);
+    scene.exits(1_000, rank(1, 1, 0), exit(0, 1_000));
+    scene.take();
+    scene.at(301_000, Event::Woke);
+    assert_eq!(scene.take(), "");
+}
+
+#[test]
+fn a_rank_that_the_kernel_killed_for_memory_says_so_and_is_told_of_as_such() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(1, 1, 1, 1);
+    scene.exits(1_000, rank(1, 1, 0), RankExit { out_of_memory: true, ..killed(1_000) });
+    assert!(scene.take().contains("gang_failed: rank 0 was killed by the kernel for want of memory (SIGKILL)"));
+    let mut spec = command(1);
+    spec.restart.on.insert(Cause::OutOfMemory, FailureAction::Fail);
+    scene.submit(2_000, 2, spec);
+    scene.start_all(2_001, 2, 1, 1);
+    scene.exits(3_000, rank(2, 1, 0), RankExit { out_of_memory: true, ..killed(3_000) });
+    assert!(scene.take().contains("final job 2 failed"));
 }
 
 #[test]

@@ -7,6 +7,7 @@ use everlit_api::rank::{Cause, Verdict};
 use everlit_api::status::{GpuInfo, JobState};
 use expect_test::expect;
 
+use super::super::limits::GPU_BLAMES_MAX;
 use super::*;
 
 const DAY_MS: u64 = 24 * 3_600 * 1_000;
@@ -295,4 +296,31 @@ fn memory_that_others_hold_is_told_with_who_holds_it() {
     scene.expect(expect![[r#"
         5 job 1: gpu_memory_held: process 77 (python) holds memory of GPU 0, process 78 holds memory of GPU 1: attempt 1 is started all the same, and may lack it
     "#]]);
+}
+
+#[test]
+fn the_rank_of_a_gpu_is_the_one_that_was_given_it() {
+    let share = everlit_api::status::PlacedRanks { node: node("n1"), first_rank: 2, count: 2, gpus: vec![4, 5, 6, 7] };
+    let rank_of = |gpu| super::super::gpu::rank_with(&share, gpu);
+    assert_eq!([4, 5, 6, 7, 3].map(rank_of), [Some(2), Some(2), Some(3), Some(3), None]);
+}
+
+#[test]
+fn one_incident_is_counted_once_within_a_minute_and_what_needs_a_reset_is_remembered_the_longest() {
+    let mut scene = scene(&[("n1", 2)]);
+    let blames = |scene: &Scene| scene.engine.nodes()[&node("n1")].gpu_blames.len();
+    scene.at(1_000, failed("n1", 0, 48, 1_000)).at(60_999, failed("n1", 0, 48, 60_999));
+    assert_eq!(blames(&scene), 1);
+    scene.at(61_000, failed("n1", 0, 48, 61_000));
+    assert_eq!(blames(&scene), 2);
+    let mut ms = 200_000;
+    scene.at(ms, failed("n1", 1, 79, ms));
+    for _ in 0..GPU_BLAMES_MAX + 4 {
+        ms += 60_000;
+        scene.at(ms, failed("n1", 0, 92, ms));
+    }
+    let kept = &scene.engine.nodes()[&node("n1")].gpu_blames;
+    assert_eq!(kept.len(), GPU_BLAMES_MAX);
+    assert!(kept.iter().any(|blame| blame.error.xid == 79));
+    scene.take();
 }

@@ -2,11 +2,13 @@
 
 use everlit_api::agent::FromAgent;
 use everlit_api::manifest::Phase;
+use everlit_api::rank::{Stacks, Verdict};
 use everlit_api::status::JobState;
 use expect_test::expect;
 
 use super::super::command::{EventRow, Record};
 use super::super::limits::CHECK_ALL_MS;
+use super::super::state::ROW_VERSION;
 use super::*;
 
 fn seen(scene: &mut Scene, ms: u64, news: CheckpointNews) -> usize {
@@ -179,4 +181,144 @@ fn that_a_rank_can_not_go_on_in_place_is_told_once() {
         scene.take().matches("in_place_off").count()
     };
     assert_eq!([told(20, None), told(30, Some(true)), told(40, Some(false)), told(50, Some(false))], [0, 0, 1, 0]);
+}
+
+/// What is said with an event of this name, which comes of another one.
+fn facts(scene: &mut Scene, ms: u64, event: Event, name: &str) -> serde_json::Value {
+    scene.now = Timestamp(ms);
+    let step = scene.engine.handle(scene.now, event);
+    let found = step.record.events.iter().find(|row| row.event == name).map(|row| row.data.clone());
+    scene.note(step);
+    found.unwrap_or_else(|| panic!("no {name}"))
+}
+
+#[test]
+fn a_failure_is_told_with_the_ranks_stacks_and_what_their_node_did() {
+    let mut scene = Scene::with_node();
+    let load = everlit_api::status::NodeLoad { cpus: 1.5, memory: 5, disk_free: 7, gpus: Vec::new(), agent_memory: 0 };
+    scene.at(1, Event::NodeReported { node: node("n1"), load });
+    scene.submit(2, 1, command(2)).start_all(10, 1, 1, 2);
+    let stacks = vec![Stacks { rank: 1, pid: 101, text: "waits in futex".into() }];
+    let judged = Event::RankJudged { incarnation: rank(1, 1, 1), verdict: Verdict::Stuck, age_ms: 100, stacks };
+    let told = facts(&mut scene, 1_000, judged, "gang_failed");
+    assert_eq!(told["stacks"][0]["text"], "waits in futex");
+    assert_eq!(told["nodes"]["n1"]["memory"], 5);
+    scene.exits(1_100, rank(1, 1, 0), killed(1_100)).exits(1_100, rank(1, 1, 1), killed(1_100)).at(2_000, Event::Woke);
+    scene.start_all(2_100, 1, 2, 2);
+    let told = facts(
+        &mut scene,
+        3_000,
+        Event::RankExited(Exited { incarnation: rank(1, 2, 0), exit: exit(1, 3_000), lost: false }),
+        "gang_failed",
+    );
+    assert_eq!(told.get("stacks"), None, "none were taken");
+    scene.take();
+}
+
+#[test]
+fn who_is_dead_or_told_to_end_is_not_judged() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2));
+    scene.take();
+    let judged = |scene: &mut Scene, ms: u64| {
+        scene.at(ms, Event::RankJudged { incarnation: rank(1, 1, 1), verdict: Verdict::Silent, age_ms: 100, stacks: Vec::new() });
+        scene.take()
+    };
+    assert_eq!(judged(&mut scene, 5), "", "it has not begun");
+    scene.start_all(10, 1, 1, 2).at(20, Event::StopRequested { job: job(1), force: false, delete: false });
+    scene.take();
+    assert_eq!(judged(&mut scene, 30), "", "it is told to end");
+}
+
+#[test]
+fn a_new_job_is_what_was_submitted_and_waits() {
+    let mut scene = Scene::new();
+    scene.at(5, Event::JobSubmitted { id: job(1), spec: Arc::new(command(3)), seed: 7 });
+    let own = &scene.engine.jobs[&job(1)];
+    assert_eq!((own.version, own.seed, own.state), (ROW_VERSION, 7, JobState::Queued));
+    assert_eq!((own.reason.as_str(), own.submitted_at, own.series_kept_at), ("waiting for a place", Timestamp(5), Timestamp(5)));
+    scene.now = Timestamp(1_005);
+    assert_eq!(scene.summary(1).ledger.queued, 1.0);
+    scene.take();
+}
+
+#[test]
+fn time_before_the_first_attempt_runs_is_starting_and_after_it_restoring() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.now = Timestamp(1_000);
+    assert_eq!((scene.summary(1).ledger.starting, scene.summary(1).ledger.restoring), (1.0, 0.0));
+    scene.start_all(1_000, 1, 1, 1).exits(2_000, rank(1, 1, 0), killed(2_000)).at(2_500, Event::Woke).at(4_500, Event::Woke);
+    assert_eq!(scene.summary(1).ledger.restoring, 2.0);
+    scene.take();
+}
+
+#[test]
+fn ports_are_leased_in_turn_and_shared_when_there_are_none_left() {
+    let mut scene = Scene::new();
+    scene.engine = Engine::new(Config { ports: (5, 7), ..Config::default() });
+    scene.at(0, hello("n1", vec![]));
+    let port = |scene: &mut Scene, n: u128| {
+        scene.submit(1, n, command(1));
+        scene.engine.jobs[&job(n)].gang.as_ref().map(|gang| gang.port)
+    };
+    assert_eq!([1, 2, 3, 4, 5].map(|n| port(&mut scene, n)), [5, 6, 7, 5, 6].map(Some));
+    // Who shared a port gives it back for both.
+    scene.at(1, Event::StopRequested { job: job(2), force: true, delete: false }).exits(1, rank(2, 1, 0), killed(1));
+    assert_eq!([6, 7].map(|n| port(&mut scene, n)), [6, 7].map(Some));
+    scene.take();
+}
+
+#[test]
+fn speed_is_that_of_new_steps_alone() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(10, 1, 1, 1);
+    for (ms, step) in [(1_000, 1), (2_000, 2), (3_000, 3)] {
+        scene.at(ms, Event::RanksBeat(vec![beat(rank(1, 1, 0), step)]));
+    }
+    for ms in [4_000, 5_000, 6_000] {
+        scene.at(ms, Event::RanksBeat(vec![beat(rank(1, 1, 0), 3)]));
+    }
+    assert_eq!(scene.summary(1).steps_per_second, Some(1.0));
+    scene.take();
+}
+
+#[test]
+fn what_ranks_do_while_they_come_together_again_is_no_training() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, super::in_place::trains(2, 0));
+    scene.start_all(0, 1, 1, 2);
+    super::in_place::steps(&mut scene, 1_000, 0, &[0, 1], 7);
+    scene.exits(2_000, rank(1, 1, 1), killed(2_000));
+    super::in_place::steps(&mut scene, 2_100, 0, &[0], 8);
+    scene.at(3_000, Event::Woke);
+    assert_eq!((scene.summary(1).ledger.training, scene.summary(1).ledger.restoring), (1.0, 1.0));
+    scene.take();
+}
+
+#[test]
+fn a_step_0_that_a_program_prints_is_no_repeated_one() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(0, 1, 1, 1).exits(1_000, rank(1, 1, 0), exit(1, 1_000)).at(1_500, Event::Woke).start_all(1_500, 1, 2, 1);
+    scene.at(2_000, Event::RanksBeat(vec![Beat { heartbeat: false, ..beat(rank(1, 2, 0), 0) }])).at(3_000, Event::Woke);
+    assert_eq!((scene.summary(1).ledger.training, scene.summary(1).ledger.repeated), (2.5, 0.0));
+    scene.take();
+}
+
+#[test]
+fn a_user_s_restart_ends_a_wait_at_once_and_changes_nothing_for_a_gang_that_ends() {
+    let mut scene = Scene::with_node();
+    let mut spec = command(2);
+    spec.restart.backoff.initial = everlit_api::time::Millis(10_000);
+    scene.submit(0, 1, spec);
+    scene.start_all(10, 1, 1, 2).exits(1_000, rank(1, 1, 0), exit(1, 1_000));
+    scene.take();
+    scene.at(1_100, Event::RestartRequested { job: job(1) });
+    assert_eq!(scene.take(), "1100 job 1: restart_requested: a user asked for it\n");
+    scene.exits(1_200, rank(1, 1, 1), exit(1, 1_200));
+    assert!(scene.take().contains("restart 1 of 50"), "the failure counts");
+    scene.at(1_300, Event::RestartRequested { job: job(1) });
+    assert!(scene.take().contains("attempt 2 is starting on n1"));
 }
