@@ -71,7 +71,8 @@ pub struct Stacks {
     pub rank: u32,
     /// Its process id.
     pub pid: u32,
-    /// One line for the process, then lines for each thread: its name and state, what it waits for in the kernel, where in which library.
+    /// One line for the process, then for each thread a line (its name and state, what it waits for in the kernel, where in which library) and,
+    /// where it waits, a line for each frame, the innermost first: the function, and in parentheses file and offset. At most 16 KiB.
     pub text: String,
 }
 

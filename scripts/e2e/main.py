@@ -143,6 +143,9 @@ def a_stopped_rank_is_found_by_its_gang_s_own_pace():
         told = everlit.get(f"/jobs/{job}/attempts/1/postmortem")
         failure = told["failures"][0]
         assert failure["cause"] == "stuck" and failure["stacks"][0]["rank"] == 1 and "stopped" in failure["stacks"][0]["text"], failure
+        # Of the one that was stopped as of the other, which waits for it.
+        for stack in failure["stacks"]:
+            assert "everlit_worker::main" in stack["text"] and "gloo::transport::tcp::Loop::run" in stack["text"], stack
         assert failure["recovered_ms"] and failure["nodes"] and all(rank["lines"] for rank in told["ranks"]), told
         assert everlit.refused("GET", f"/jobs/{job}/attempts/9/postmortem")[0] == 404
         everlit.post(f"/jobs/{job}/stop?force=true")

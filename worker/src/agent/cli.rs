@@ -30,6 +30,15 @@ enum Verb {
         #[arg(long, env = "EVERLIT_DATA_DIR")]
         data_dir: PathBuf,
     },
+    /// Print what the threads of processes are doing, without stopping them.
+    Stacks {
+        /// The processes.
+        #[arg(required = true, num_args = 1..=64)]
+        pids: Vec<u32>,
+        /// A JSON object for each on a line of its own.
+        #[arg(long)]
+        json: bool,
+    },
     /// Checkpoints of programs that are not ours.
     #[command(subcommand)]
     Checkpoint(CheckpointVerb),
@@ -80,6 +89,7 @@ pub fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Run(args) => run(&args),
         Verb::Health { data_dir } => health(&data_dir),
+        Verb::Stacks { pids, json } => stacks(&pids, json),
         Verb::Checkpoint(CheckpointVerb::Commit { dir, step }) => commit(&dir, step),
         Verb::Checkpoint(CheckpointVerb::Verify { dir }) => verify(&dir),
     };
@@ -104,6 +114,10 @@ fn health(data_dir: &Path) -> anyhow::Result<()> {
     let status = status::ask(data_dir).with_context(|| format!("no agent answers in `{}`", data_dir.display()))?;
     println!("{}", serde_json::to_string(&status)?);
     if status.linked { Ok(()) } else { bail!("the agent is not linked to a coordinator") }
+}
+
+fn stacks(pids: &[u32], json: bool) -> anyhow::Result<()> {
+    if super::stacks::tell(pids, json)? { Ok(()) } else { bail!("not all of these processes are there") }
 }
 
 fn verify(dir: &Path) -> anyhow::Result<()> {

@@ -238,7 +238,7 @@ impl Effects {
     fn with_stacks(&self, mut frame: FromAgent) -> FromAgent {
         if let FromAgent::Judged { incarnation, stacks: kept, .. } = &mut frame {
             let beside = self.ranks.beside(*incarnation).into_iter().take(STACKS_MAX);
-            *kept = beside.filter_map(|(own, pid)| stacks::of(own.rank, pid)).collect();
+            *kept = stacks::of(&beside.map(|(own, pid)| (own.rank, pid)).collect::<Vec<_>>());
         }
         frame
     }
