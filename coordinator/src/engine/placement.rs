@@ -317,10 +317,14 @@ pub fn plan_gang(nodes: &BTreeMap<NodeId, Node>, need: &Need) -> Placement {
 
 #[cfg(test)]
 mod tests {
+    use everlit_api::ids::JobId;
     use everlit_api::job::ModelSpec;
+    use everlit_api::rank::Cause;
     use everlit_api::status::GpuInfo;
+    use everlit_api::time::Timestamp;
     use expect_test::expect;
 
+    use super::super::blame::Blame;
     use super::*;
 
     fn node(cpus: f64, gpus: u32, slots: u32) -> Node {
@@ -412,5 +416,80 @@ mod tests {
         one.take(&held);
         one.give_back(&held);
         assert_eq!(one.taken, Taken::default());
+    }
+
+    #[test]
+    fn why_a_gang_is_not_on_a_node_is_said_in_one_sentence() {
+        let name = NodeId("a".into());
+        let told = |change: fn(&mut Node), need: &Need| {
+            let mut node = node(4.0, 1, 8);
+            change(&mut node);
+            node.explain(&name, need)
+        };
+        let small = need(2);
+        assert_eq!(told(|_| {}, &small), "has room");
+        assert_eq!(
+            told(|_| {}, &Need { excluded: BTreeSet::from([name.clone()]), ..need(2) }),
+            "is excluded for this job by its log_policies, until a user restarts it"
+        );
+        assert_eq!(told(|node| node.lost = true, &small), "its agent is not connected");
+        assert_eq!(told(|node| node.linked = false, &small), "its agent is not connected");
+        assert_eq!(told(|node| node.draining = true, &small), "is draining");
+        assert_eq!(told(|node| node.cordoned = true, &small), "is cordoned");
+        assert_eq!(told(|node| node.lost = true, &need(9)), "can never hold it: needs 9 ranks, has places for 8");
+        let fails = |node: &mut Node| {
+            let blame = |job| Blame { at: Timestamp(1), job: JobId::from_u128(job), cause: Cause::Stuck };
+            node.blames = [1, 2].map(blame).into();
+        };
+        assert_eq!(told(fails, &small), "has room, and is avoided: 2 failures in 24 h that may be the machine's");
+        assert_eq!(told(|node| node.take(&need(7).taken(7, &[])), &small), "needs 2 ranks, has free places for 1");
+    }
+
+    #[test]
+    fn what_ranks_will_take_is_held_against_the_whole_machine_to_the_byte() {
+        let each = |bytes: u64| Need { estimate: Estimate { device: bytes, snapshots: 0 }, spares: 1, ..need(3) };
+        let own = node(4.0, 0, 64);
+        // 8 GiB for three ranks and a spare.
+        assert!(own.fit(&each(2 << 30), false).is_ok());
+        assert!(own.fit(&each((2 << 30) + 1), false).unwrap_err().contains("for each of 3 ranks"));
+        let on_gpu = |bytes: u64| Need { gpus: 1, estimate: Estimate { device: bytes, snapshots: 0 }, ..need(1) };
+        let mut own = node(4.0, 1, 64);
+        assert!(own.fit(&on_gpu(80 << 30), false).is_ok());
+        assert!(own.fit(&on_gpu((80 << 30) + 1), false).is_err());
+        // A GPU that does not say how much it has.
+        own.capacity.gpus[0].memory = 0;
+        assert!(own.fit(&on_gpu((80 << 30) + 1), false).is_ok());
+    }
+
+    #[test]
+    fn ranks_beside_others_need_places_of_their_own_and_memory_for_all() {
+        let mut own = node(4.0, 0, 8);
+        own.take(&need(5).taken(5, &[]));
+        let asks = Need { spares: 1, least: 2, ..need(8) };
+        // Its spare has a place already.
+        assert!(own.has_room_beside(2, 3, &asks) && !own.has_room_beside(2, 4, &asks));
+        let each = |bytes: u64| Need { estimate: Estimate { device: bytes, snapshots: 0 }, ..need(8) };
+        assert!(own.has_room_beside(2, 2, &each(2 << 30)) && !own.has_room_beside(2, 3, &each(2 << 30)));
+        // For those beside it on GPUs nothing is counted on the CPU's side that is not there.
+        assert!(own.has_room_beside(2, 2, &Need { gpus: 1, ..each(2 << 30) }));
+    }
+
+    #[test]
+    fn a_smaller_gang_begins_on_an_open_node_that_is_allowed_where_most_of_it_fits() {
+        let [a, b] = ["a", "b"].map(|name| NodeId(name.into()));
+        let nodes = |change: fn(&mut Node)| {
+            let mut large = node(4.0, 0, 6);
+            change(&mut large);
+            BTreeMap::from([(a.clone(), large), (b.clone(), node(4.0, 0, 5))])
+        };
+        let place = |nodes: &BTreeMap<NodeId, Node>, need: &Need| match plan_gang(nodes, need) {
+            Placement::Now(shares) => Some((shares[0].node.0.clone(), shares[0].count)),
+            _ => None,
+        };
+        let small = Need { least: 2, ..need(8) };
+        assert_eq!(place(&nodes(|_| {}), &small), Some(("a".into(), 6)));
+        assert_eq!(place(&nodes(|node| node.cordoned = true), &small), Some(("b".into(), 5)));
+        assert_eq!(place(&nodes(|_| {}), &Need { excluded: BTreeSet::from([a.clone()]), ..small }), Some(("b".into(), 5)));
+        assert_eq!(place(&nodes(|_| {}), &need(8)), None, "it wants all of them");
     }
 }

@@ -210,4 +210,40 @@ mod tests {
         assert_eq!(series.points()[0].step, 0);
         assert!(series.points().last().expect("some").step > 95_000);
     }
+
+    #[test]
+    fn samples_of_the_rate_are_apart_bounded_and_from_the_window() {
+        let mut rates = Rates::default();
+        rates.note(Timestamp(0), 0, None);
+        rates.note(Timestamp(RATE_SAMPLE_MS - 1), 1, None);
+        assert_eq!(rates.samples.len(), 1, "too near");
+        rates.note(Timestamp(RATE_SAMPLE_MS), 2, None);
+        assert_eq!(rates.samples.len(), 2);
+        // The last moment of the window, and the first after it.
+        rates.note(Timestamp(RATE_WINDOW_MS), 3, None);
+        assert_eq!(rates.samples.len(), 3);
+        assert!(rates.per_second(Timestamp(2 * RATE_WINDOW_MS)).0.is_some());
+        assert_eq!(rates.per_second(Timestamp(2 * RATE_WINDOW_MS + 1)).0, None);
+        rates.note(Timestamp(RATE_WINDOW_MS + 1 + RATE_SAMPLE_MS), 4, None);
+        assert_eq!(rates.samples.front().map(|(_, step, _)| *step), Some(3));
+        rates.clear();
+        assert_eq!(rates.per_second(Timestamp(2 * RATE_WINDOW_MS)), (None, None));
+        (0..100).for_each(|n| rates.note(Timestamp(n * RATE_SAMPLE_MS), n, None));
+        assert!(rates.samples.len() <= RATE_SAMPLES_MAX);
+        assert!(rates.samples.len() + 1 >= RATE_SAMPLES_MAX.min((RATE_WINDOW_MS / RATE_SAMPLE_MS) as usize));
+    }
+
+    #[test]
+    fn points_are_as_far_apart_as_the_series_says_and_farther_each_time_it_is_full() {
+        let mut series = Series { points: Vec::new(), stride_ms: 1_000 };
+        [0, 999, 1_000].into_iter().for_each(|ms| series.note(point(ms, ms, &[])));
+        assert_eq!(series.points().iter().map(|point| point.step).collect::<Vec<_>>(), [0, 1_000]);
+        let full = |stride_ms| {
+            let mut series =
+                Series { points: (0..SERIES_POINTS_MAX as u64).map(|step| point(step * 2_000, step, &[])).collect(), stride_ms };
+            series.note(point(10_000_000, 10_000_000, &[]));
+            series.stride_ms
+        };
+        assert_eq!([full(0), full(1_000), full(2_000)], [500, 2_000, 4_000]);
+    }
 }

@@ -143,4 +143,13 @@ mod tests {
         assert_eq!(queue.position(id(3), Priority::Normal), 2);
         assert!(queue.contains(id(3), Priority::Normal, &need(1_000)));
     }
+
+    #[test]
+    fn all_of_a_higher_priority_come_before_and_of_the_same_the_older() {
+        let mut queue = Queue::default();
+        [5, 6].into_iter().for_each(|n| queue.push(id(n), Priority::High, need(1)));
+        [1, 2, 3].into_iter().for_each(|n| queue.push(id(n), Priority::Normal, need(1)));
+        assert_eq!([5, 6].map(|n| queue.position(id(n), Priority::High)), [0, 1]);
+        assert_eq!([1, 2, 3].map(|n| queue.position(id(n), Priority::Normal)), [2, 3, 4]);
+    }
 }

@@ -231,3 +231,51 @@ fn what_would_end_its_successor_too_ends_the_gang() {
         1100   final job 1 failed
     "#]].assert_eq(&told);
 }
+
+#[test]
+fn a_step_that_was_done_before_is_no_progress_and_a_rank_s_failures_in_a_row_are_not_the_job_s() {
+    let mut scene = running(alone(2));
+    let mut delays = Vec::new();
+    for (ms, seat) in [(1_000, 0), (2_000, 2), (4_000, 3)] {
+        scene.at(ms - 100, Event::RanksBeat(vec![beat(rank(1, 1, seat), 5)]));
+        scene.take();
+        scene.exits(ms, rank(1, 1, seat), exit(1, ms));
+        let told = scene.take();
+        delays.push(told.split("starts again, in ").nth(1).and_then(|rest| rest.split(':').next()).unwrap_or_default().to_string());
+        scene.at(ms + 999, Event::Woke);
+        starts(&mut scene, ms + 999, seat.max(1) + 1);
+    }
+    scene.take();
+    assert_eq!(delays, ["500 ms", "500 ms", "1000 ms"]);
+    let budget = &scene.engine.jobs[&job(1)].budget;
+    assert_eq!((budget.counted, budget.start_failures, budget.failures_in_a_row), (3, 0, 0));
+}
+
+#[test]
+fn a_wait_of_a_gang_that_ends_comes_to_nothing() {
+    let mut scene = running(alone(2));
+    scene.exits(1_000, rank(1, 1, 0), exit(1, 1_000));
+    scene.at(1_100, Event::StopRequested { job: job(1), force: false, delete: false });
+    scene.take();
+    scene.at(1_500, Event::Woke).at(3_000, Event::Woke);
+    assert_eq!(scene.take(), "");
+}
+
+#[test]
+fn time_in_which_no_rank_lives_is_a_wait_and_then_a_start() {
+    let mut scene = running(alone(2));
+    scene.exits(1_000, rank(1, 1, 0), exit(1, 1_000));
+    assert!(scene.summary(1).reason.unwrap().contains("only this rank starts again"), "the other one runs on");
+    scene.exits(1_100, rank(1, 1, 1), exit(1, 1_100));
+    assert_eq!(scene.summary(1).state, JobState::Recovering);
+    // Rank 0's wait is over first, and from then on somebody is on the way.
+    scene.at(1_500, Event::Woke).at(1_600, Event::Woke);
+    starts(&mut scene, 2_000, 2);
+    let summary = scene.summary(1);
+    assert_eq!((summary.state, summary.reason.as_deref()), (JobState::Running, Some("attempt 1 runs")));
+    starts(&mut scene, 2_100, 3);
+    scene.at(3_000, Event::Woke);
+    let ledger = scene.summary(1).ledger;
+    assert_eq!((ledger.backoff, ledger.restoring), (0.5, 0.4));
+    scene.take();
+}
