@@ -1,28 +1,24 @@
 //! `everlit-agent stacks`: what the threads of any process are doing.
 
-use std::process::{Child, Command, Output};
+use std::process::{Command, Output};
 
 fn stacks(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_everlit-agent")).arg("stacks").args(arguments).output().unwrap()
 }
 
-fn asleep() -> Child {
-    let child = Command::new("sleep").arg("1000").spawn().unwrap();
-    // It has begun to sleep when it is in that call.
-    let path = format!("/proc/{}/wchan", child.id());
-    while !std::fs::read_to_string(&path).unwrap().contains("nanosleep") {
-        std::thread::yield_now();
-    }
-    child
-}
-
 #[test]
 fn a_process_is_told_of_to_be_read_and_as_json_and_one_that_is_gone_is_an_error() {
-    let mut child = asleep();
+    let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
     let pid = child.id().to_string();
-    let told = stacks(&[&pid]);
-    let text = String::from_utf8(told.stdout).unwrap();
-    assert!(told.status.success() && text.starts_with(&format!("process {pid} sleep: S (sleeping)")), "{text}");
+    let text = loop {
+        let told = stacks(&[&pid]);
+        let text = String::from_utf8(told.stdout).unwrap();
+        assert!(told.status.success(), "{text}");
+        // It may be about to begin still.
+        if text.starts_with(&format!("process {pid} sleep: S (sleeping)")) && text.contains("sleeps") {
+            break text;
+        }
+    };
     // A small program of C without symbols of its own, and libc's functions by name.
     assert!(!cfg!(target_arch = "x86_64") || (text.contains("nanosleep (libc") && text.contains("  sleep+0x")), "{text}");
 

@@ -236,7 +236,7 @@ fn what_would_end_its_successor_too_ends_the_gang() {
 fn a_step_that_was_done_before_is_no_progress_and_a_rank_s_failures_in_a_row_are_not_the_job_s() {
     let mut scene = running(alone(2));
     let mut delays = Vec::new();
-    for (ms, seat) in [(1_000, 0), (2_000, 2), (4_000, 3)] {
+    for (ms, seat) in [(1_000, 0), (3_000, 2), (5_000, 3)] {
         scene.at(ms - 100, Event::RanksBeat(vec![beat(rank(1, 1, seat), 5)]));
         scene.take();
         scene.exits(ms, rank(1, 1, seat), exit(1, ms));
