@@ -470,11 +470,6 @@ impl Ranks {
         self.ended as usize == self.list.len()
     }
 
-    /// Every rank exited 0.
-    pub fn all_succeeded(&self) -> bool {
-        self.succeeded as usize == self.list.len()
-    }
-
     /// Some rank exited 0.
     pub fn some_succeeded(&self) -> bool {
         self.succeeded > 0
@@ -511,12 +506,69 @@ impl Job {
     pub fn next_attempt(&self) -> u32 {
         self.attempt.max(self.known_attempt) + 1
     }
-
-    /// `name` or `key` per label, for people.
-    pub fn title(&self) -> String {
-        self.spec.name.clone().unwrap_or_else(|| self.id.to_string())
-    }
 }
 
 /// Facts of an event, by name.
 pub type Facts = BTreeMap<&'static str, serde_json::Value>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn done(code: i32) -> RankExit {
+        RankExit {
+            code: Some(code),
+            signal: None,
+            error: None,
+            at: Timestamp(5),
+            tail: Vec::new(),
+            message: None,
+            matched: None,
+            out_of_memory: false,
+            gpu_error: None,
+        }
+    }
+
+    #[test]
+    fn ranks_are_counted_however_they_come_and_go() {
+        let mut ranks = Ranks::pending(3);
+        assert!(ranks.is_consistent() && !ranks.all_started());
+        ranks.start(0, 10);
+        ranks.start(1, 11);
+        assert!(!ranks.all_started());
+        ranks.start(2, 12);
+        assert!(ranks.all_started() && ranks.end(1, done(0), false) && ranks.end(2, done(0), true));
+        assert!(ranks.all_started() && ranks.is_consistent() && ranks.some_succeeded());
+        assert_eq!((ranks.alive(), ranks.ended, ranks.succeeded), (1, 2, 1), "one was lost");
+        assert_eq!(ranks.first_failure().map(|(rank, _)| rank), Some(2), "a lost one has failed");
+        // One that succeeded, one that was lost, one that lives: each gives its place.
+        ranks.replace(1, None);
+        assert_eq!((ranks.alive(), ranks.ended, ranks.succeeded), (1, 1, 0));
+        ranks.replace(2, Some(13));
+        assert_eq!((ranks.alive(), ranks.ended, ranks.succeeded), (2, 0, 0));
+        ranks.remove(0);
+        assert_eq!((ranks.list().len(), ranks.get(0).and_then(|own| own.pid), ranks.alive()), (2, Some(13), 1));
+        ranks.remove(2);
+        assert_eq!(ranks.list().len(), 2, "there is no such rank");
+        ranks.join(Some(14));
+        ranks.join(None);
+        assert_eq!((ranks.list().len(), ranks.alive()), (4, 2));
+        assert!(ranks.is_consistent());
+    }
+
+    #[test]
+    fn a_counter_that_is_off_is_seen() {
+        let mut ranks = Ranks::pending(2);
+        ranks.start(0, 10);
+        ranks.end(0, done(0), false);
+        for spoil in [|own: &mut Ranks| own.alive += 1, |own: &mut Ranks| own.ended += 1, |own: &mut Ranks| own.succeeded += 1] {
+            let mut other = ranks.clone();
+            spoil(&mut other);
+            assert!(!other.is_consistent());
+        }
+        let mut both = ranks;
+        both.list[0].pid = Some(10);
+        both.alive = 1;
+        assert!(!both.is_consistent(), "it lives and has ended");
+    }
+}

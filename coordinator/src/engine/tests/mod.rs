@@ -12,6 +12,7 @@ mod policies;
 mod single;
 mod slow;
 mod told;
+mod views;
 
 use std::fmt::Write as _;
 use std::sync::Arc;

@@ -92,4 +92,25 @@ mod tests {
         let given = HeartbeatPolicy { progress_timeout: Some(Millis(7)), ..policy };
         assert_eq!(pace.deadline_ms(&given, Some(Phase::Train), false, false), 7);
     }
+
+    #[test]
+    fn a_rank_without_a_sign_of_life_is_doubted_early_only_at_a_known_pace_that_nobody_gave() {
+        let policy = HeartbeatPolicy::default();
+        let given = HeartbeatPolicy { progress_timeout: Some(Millis(7)), ..policy.clone() };
+        let mut pace = Pace::default();
+        (0..PACE_GAPS_MIN - 1).for_each(|_| pace.note_step(100));
+        assert_eq!(pace.early_deadline_ms(&policy), None);
+        pace.note_step(50);
+        assert_eq!(pace.early_deadline_ms(&policy), Some(STUCK_EARLY_FLOOR_MS + 100 * STUCK_EARLY_FACTOR));
+        assert_eq!(pace.early_deadline_ms(&given), None);
+    }
+
+    #[test]
+    fn phases_of_other_programs_say_nothing() {
+        let policy = HeartbeatPolicy::default();
+        let mut pace = Pace::default();
+        pace.note_phase(Phase::Checkpoint, 1_000);
+        assert_eq!(pace.deadline_ms(&policy, Some(Phase::Checkpoint), false, false), STUCK_UNKNOWN_MS);
+        assert_ne!(pace.deadline_ms(&policy, Some(Phase::Checkpoint), false, true), STUCK_UNKNOWN_MS);
+    }
 }

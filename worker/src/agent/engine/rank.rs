@@ -269,3 +269,100 @@ impl Rank {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::engine::no_exit;
+
+    fn beat(phase: Phase, step: u64) -> Beat {
+        Beat { phase: Some(phase), step: Some(step), in_place: Some(true), ..Beat::default() }
+    }
+
+    /// It did so many steps, one each 100 ms.
+    fn stepping(steps: u64, pace: &mut Pace) -> Rank {
+        let mut rank = Rank::default();
+        rank.on_started(0, 5, Timestamp(0));
+        for step in 0..=steps {
+            rank.on_heartbeat(step * 100, step, beat(Phase::Train, step), pace);
+        }
+        rank
+    }
+
+    #[test]
+    fn a_rank_may_live_from_its_order_or_its_process_until_its_end() {
+        let mut rank = Rank::default();
+        assert!(!rank.may_live() && rank.is_unstarted());
+        rank.spawned = true;
+        assert!(rank.may_live() && !rank.is_unstarted());
+        let adopted = Rank { pid: Some(5), ..Rank::default() };
+        assert!(adopted.may_live());
+        rank.end = Some((no_exit("gone", Timestamp(1)), true));
+        assert!(!rank.may_live() && !Rank { pid: Some(5), ..rank }.may_live());
+    }
+
+    #[test]
+    fn the_first_step_after_a_pause_teaches_no_pace() {
+        let mut pace = Pace::default();
+        let policy = HeartbeatPolicy::default();
+        // The first of these takes as long as the start did.
+        let mut rank = Rank::default();
+        rank.on_started(0, 5, Timestamp(0));
+        for (seq, ms) in [0, 5_000, 5_100, 5_200, 5_300, 5_400, 5_500, 5_600, 5_700, 5_800, 5_900, 6_000].into_iter().enumerate() {
+            rank.on_heartbeat(ms, seq as u64, beat(Phase::Train, seq as u64), &mut pace);
+        }
+        (0..100).for_each(|_| pace.note_step(100));
+        let paced = pace.deadline_ms(&policy, Some(Phase::Train), true, true);
+        let mut other = Pace::default();
+        (0..100).for_each(|_| other.note_step(100));
+        assert_eq!(paced, other.deadline_ms(&policy, Some(Phase::Train), true, true));
+    }
+
+    #[test]
+    fn a_rank_is_quiet_only_while_it_trains_lives_and_was_not_told_to_end() {
+        let mut pace = Pace::default();
+        let well = stepping(u64::from(SETTLED_STEPS) + 2, &mut pace);
+        let last = (u64::from(SETTLED_STEPS) + 2) * 100;
+        assert_eq!(well.quiet(last + 30), Some((30, 30)));
+        let without = |change: fn(&mut Rank)| {
+            let mut rank = well.clone();
+            change(&mut rank);
+            (rank.quiet(last + 30), rank.stuck_at(&HeartbeatPolicy::default(), &pace, true), rank.suspect_at(50))
+        };
+        for change in [|rank: &mut Rank| rank.killed = true, |rank: &mut Rank| rank.termed = true, |rank: &mut Rank| rank.pid = None] {
+            assert_eq!(without(change), (None, None, None));
+        }
+        assert_eq!(stepping(1, &mut Pace::default()).quiet(500), None, "it has just begun");
+        let mut other = well.clone();
+        other.on_heartbeat(last + 10, 99, beat(Phase::Checkpoint, 99), &mut pace);
+        assert_eq!(other.quiet(last + 30), None, "it saves");
+        let mut older = well.clone();
+        older.on_heartbeat(last + 10, 99, Beat { in_place: None, ..beat(Phase::Train, 99) }, &mut pace);
+        assert_eq!(older.quiet(last + 30), None, "it beats once a second");
+        assert_eq!((well.is_silent(last + 250, 250), well.is_silent(last + 251, 250)), (false, true));
+        assert_eq!((well.blame(last + 250, 250).0.0, well.blame(last + 251, 250).0.0), (0, 251));
+    }
+
+    #[test]
+    fn a_rank_that_only_writes_is_judged_by_a_time_that_is_given_and_by_new_steps_alone() {
+        let policy = HeartbeatPolicy { progress_timeout: Some(everlit_api::time::Millis(1_000)), ..HeartbeatPolicy::default() };
+        let mut rank = Rank::default();
+        rank.on_started(0, 5, Timestamp(0));
+        let pace = Pace::default();
+        let told = |step| Beat { step, ..Beat::default() };
+        assert!(rank.on_progress(100, told(Some(1))));
+        assert_eq!(rank.stuck_at(&HeartbeatPolicy::default(), &pace, false), None);
+        assert_eq!(rank.stuck_at(&policy, &pace, false), Some(1_100));
+        assert!(rank.on_progress(200, told(None)) && rank.on_progress(300, told(Some(1))));
+        assert_eq!(rank.stuck_at(&policy, &pace, false), Some(1_100), "nothing new");
+        assert!(rank.on_progress(400, told(Some(2))));
+        assert_eq!(rank.stuck_at(&policy, &pace, false), Some(1_400));
+        // At most so many numbers, and all of those.
+        let most = crate::agent::limits::METRICS_MAX;
+        let metrics = |count: usize| (0..count).map(|n| (format!("m{n:05}"), 1.0)).collect();
+        assert!(rank.on_progress(500, Beat { metrics: metrics(most), ..Beat::default() }));
+        assert_eq!(rank.beat.as_ref().map(|(_, beat)| beat.metrics.len()), Some(most));
+        assert!(rank.on_progress(500, Beat { metrics: metrics(most + 3), ..Beat::default() }));
+        assert_eq!(rank.beat.as_ref().map(|(_, beat)| beat.metrics.len()), Some(most));
+    }
+}

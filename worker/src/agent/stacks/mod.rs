@@ -69,9 +69,9 @@ fn with_frames(pids: impl Iterator<Item = u32>) -> BTreeMap<u32, String> {
             }
         }
     }
-    // It may be at work still; it has nothing to lose.
+    // It may be at work still, and has nothing to lose. Where it reads a file of a disk that hangs, even its end comes when that is back.
     let _ = child.kill();
-    let _ = child.wait();
+    let _ = std::thread::Builder::new().name("stacks".into()).spawn(move || child.wait());
     for line in text.split(|byte| *byte == b'\n') {
         if let Ok(Told { pid, text }) = serde_json::from_slice(line) {
             told.insert(pid, text);
