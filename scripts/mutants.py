@@ -77,11 +77,16 @@ def copy(tree):
     simulation.write_text(text.replace("((0, 2_000), false)", fewer))
 
 
+def command(tree):
+    """cargo-mutants over the engines."""
+    yield from ("cargo", "mutants", "--dir", str(tree), "--colors=never", "--gitignore=false")
+    yield from ("--file=coordinator/src/engine/**", "--file=worker/src/agent/engine/**", "--exclude=**/tests/**", "--exclude=**/tests.rs")
+
+
 def mutants(tree, out, *arguments, **environment):
     """One pass. What it found is in files; only a tree whose own tests fail is an error."""
-    command = ["cargo", "mutants", "--dir", str(tree), "--output", str(out), f"--jobs={JOBS}", "--no-times", "--colors=never", "--gitignore=false"]
-    command += ["--file=coordinator/src/engine/**", "--file=worker/src/agent/engine/**", "--exclude=**/tests/**", "--exclude=**/tests.rs"]
-    code = subprocess.run([*command, *arguments], env=os.environ | environment, check=False).returncode
+    options = ["--output", str(out), f"--jobs={JOBS}", "--no-times"]
+    code = subprocess.run([*command(tree), *options, *arguments], env=os.environ | environment, check=False).returncode
     if code not in (0, 2, 3):
         sys.exit(f"FAILED: cargo mutants ended with {code}")
 
@@ -92,41 +97,62 @@ def lines(out, name):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def report(out, first, second):
+class Found:
+    """The changes that ended in one way, over all passes: in a file, so that another run can go on."""
+
+    def __init__(self, path):
+        self.path = path
+        self.lines = set(path.read_text().splitlines()) if path.exists() else set()
+
+    def add(self, more):
+        self.lines |= set(more)
+        self.path.write_text("".join(f"{line}\n" for line in sorted(self.lines)))
+
+
+def settle(out, noticed, unviable):
+    """Keeps what a pass found, and has the next one leave it out: cargo-mutants would try again what ran into a time-out."""
+    unviable.add(lines(out, "unviable.txt"))
+    late = lines(out, "timeout.txt")
+    noticed.add(set(lines(out, "caught.txt")) | set(late))
+    with (out / "mutants.out" / "caught.txt").open("a") as caught:
+        caught.writelines(f"{line}\n" for line in late)
+
+
+def report(unit, simulated, missed):
     """What was caught where, and what was not, with the reason where there is one."""
     excuses = [line.split("  ", 1) for line in EXCUSED.read_text().splitlines() if line and not line.startswith("#")]
-    unit, simulated = len(first[0]), len(second[0])
-    missed, excused = [], []
-    for line in second[1]:
+    excused = 0
+    for line in missed:
         why = next((reason for pattern, reason in excuses if pattern in line), None)
-        (excused if why else missed).append((line, why))
-    for line, why in excused:
-        print(f"  {line}: {why}")
-    for line, _ in missed:
-        print(f"  NOT NOTICED {line}")
-    total = unit + simulated + len(second[1])
-    print(f"{total} changes: {unit} caught by unit tests, {simulated} by the simulation ({SEEDS} seeds and the kept ones), "
-          f"{len(second[1])} not noticed ({len(excused)} with a reason): {100 * (unit + simulated) / max(1, total):.1f} % caught")
+        excused += why is not None
+        print(f"  {line}: {why}" if why else f"  NOT NOTICED {line}")
+    caught = len(unit | simulated)
+    total = caught + len(missed)
+    print(f"{total} changes: {len(unit)} caught by unit tests, {len(simulated - unit)} by the simulation ({SEEDS} seeds and the kept ones), "
+          f"{len(missed)} not noticed ({excused} with a reason): {100 * caught / max(1, total):.1f} % caught")
 
 
 def main():
     out, shard = pathlib.Path(sys.argv[1]), sys.argv[2]
     tree, again = out / "tree", os.environ.get("EVERLIT_MUTANTS_AGAIN") == "1"
+    if not again:
+        shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     copy(tree)
-    first = out / "first"
-    if not again:
-        shutil.rmtree(out / "mutants.out", ignore_errors=True)
-        first.unlink(missing_ok=True)
-    if not first.exists():
-        mutants(tree, out, f"--shard={shard}", *(["--iterate"] if again else []), "--", "--lib")
-        noticed = {line for name in ("caught.txt", "timeout.txt", "previously_caught.txt") for line in lines(out, name)}
-        first.write_text("\n".join(sorted(noticed - set(lines(out, "unviable.txt")))))
-    caught = first.read_text().splitlines()
+    unit, simulated, unviable = Found(out / "unit"), Found(out / "simulated"), Found(out / "unviable")
+    if (out / "mutants.out").exists():
+        # Of a run that was ended.
+        settle(out, simulated if (out / "simulating").exists() else unit, unviable)
+    (out / "simulating").unlink(missing_ok=True)
+    mutants(tree, out, f"--shard={shard}", *(["--iterate"] if again else []), "--", "--lib")
+    settle(out, unit, unviable)
+    (out / "simulating").touch()
     simulation = ["--iterate", "--test-workspace=true", "--", "--test", "simulation"]
     mutants(tree, out, f"--shard={shard}", *simulation, CARGO_PROFILE_DEV_OPT_LEVEL="1")
-    simulated = lines(out, "caught.txt") + lines(out, "timeout.txt")
-    report(out, (caught, []), (simulated, lines(out, "missed.txt")))
-
+    missed = lines(out, "missed.txt")
+    settle(out, simulated, unviable)
+    # Those of an earlier run may be of lines that are others by now.
+    all_of_them = set(subprocess.run([*command(tree), "--list", f"--shard={shard}"], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines())
+    report(unit.lines & all_of_them, simulated.lines & all_of_them, missed)
 
 main()

@@ -141,4 +141,15 @@ mod tests {
         assert!(book.is_balanced());
         assert_eq!(book.totals(Timestamp(300)).undetected, 0.2);
     }
+
+    #[test]
+    fn before_it_was_placed_a_job_has_no_goodput_and_parts_that_do_not_sum_are_seen() {
+        let mut book = Book::open(Timestamp(1_000));
+        assert_eq!(book.goodput(Timestamp(5_000)), None);
+        book.turn(Timestamp(5_000), Activity::Starting);
+        assert_eq!(book.goodput(Timestamp(6_000)), Some(0.0));
+        assert!(book.is_balanced());
+        book.spent_ms[0] += 1;
+        assert!(!book.is_balanced());
+    }
 }

@@ -100,7 +100,6 @@ impl Engine {
         self.look_for_missing(turn, node, &seen, &unstarted);
     }
 
-    /// What lives is taken over; how it ended, when it has, is for after all beats.
     /// A number that was used is never used again, also when the store has forgotten that it was.
     pub(super) fn note_attempt(&mut self, turn: &mut Turn, node: &NodeId, id: JobId, attempt: u32) {
         let Some(job) = self.jobs.get_mut(&id).filter(|job| attempt > job.attempt.max(job.known_attempt)) else { return };
@@ -112,6 +111,7 @@ impl Engine {
         turn.touched.insert(id);
     }
 
+    /// What lives is taken over; how it ended, when it has, is for after all beats.
     fn adopt(&mut self, turn: &mut Turn, report: RankReport) -> Option<Exited> {
         let incarnation = report.incarnation;
         if let Some(pid) = report.pid {

@@ -341,4 +341,9 @@ mod tests {
             (0..16).map(|rank| (rank, true)).chain((0..16).map(|rank| (rank, false))).chain((16..20).map(|rank| (rank, true))).collect();
         assert_eq!(named, expected);
     }
+
+    #[test]
+    fn short_times_are_told_finer() {
+        assert_eq!([0.0005, 0.009_99, 0.01, 1.5].map(milliseconds), ["0.50 ms", "9.99 ms", "10 ms", "1500 ms"]);
+    }
 }

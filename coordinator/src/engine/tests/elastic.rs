@@ -303,18 +303,54 @@ fn a_gang_takes_all_that_is_free_beside_it_and_leaves_room_for_its_spare() {
     assert_eq!(scene.engine.jobs[&job(1)].gang.as_ref().unwrap().placed(), 6);
 }
 
-#[test]
-fn the_next_attempt_takes_no_places_that_a_job_waits_for() {
-    let mut scene = begins_small();
-    scene.start_all(10, 1, 1, 2);
-    scene.submit(20, 3, command(8));
-    scene.exits(300, rank(1, 1, 0), killed(299)).exits(310, rank(1, 1, 1), killed(309));
-    for seat in 0..5 {
-        scene.exits(400, rank(2, 1, seat), exit(0, 400));
+/// A gang of two to six ranks that has two, beside two jobs of three.
+fn between_two(spec: JobSpec) -> Scene {
+    let mut scene = Scene::with_node();
+    for n in [2, 4] {
+        scene.submit(1, n, command(3));
+        scene.start_all(1, n, 1, 3);
     }
-    scene.take();
-    scene.at(900, Event::Woke);
-    assert!(scene.take().contains("start job 1 attempt 2 ranks 0+2"));
+    scene.submit(5, 1, JobSpec { min_world_size: Some(2), ..spec });
+    scene.start_all(10, 1, 1, 2);
+    scene
+}
+
+fn ends(scene: &mut Scene, ms: u64, n: u128) {
+    for seat in 0..3 {
+        scene.exits(ms, rank(n, 1, seat), exit(0, ms));
+    }
+}
+
+#[test]
+fn the_next_attempt_takes_what_is_free_unless_a_job_waits_for_it() {
+    for (waits, ranks) in [(true, "0+2"), (false, "0+5")] {
+        // In place it would take them before.
+        let mut scene = between_two(command(6));
+        scene.exits(300, rank(1, 1, 0), killed(299)).exits(310, rank(1, 1, 1), killed(309));
+        if waits {
+            scene.submit(320, 3, command(8));
+        }
+        ends(&mut scene, 400, 2);
+        scene.take();
+        scene.at(900, Event::Woke);
+        let told = scene.take();
+        assert!(told.contains(&format!("start job 1 attempt 2 ranks {ranks}")), "{told}");
+    }
+}
+
+#[test]
+fn while_a_process_joins_no_places_are_added() {
+    let mut scene = between_two(trains(6, 0));
+    steps(&mut scene, 900, 0, &[0, 1], 7);
+    ends(&mut scene, 1_000, 2);
+    starts(&mut scene, 1_100, 6);
+    is_ready(&mut scene, 1_200, 6);
+    let told = scene.take();
+    assert!(told.contains("there is room for 5 of 6 ranks now") && told.contains("gang_growing"), "{told}");
+    ends(&mut scene, 1_300, 4);
+    assert!(!scene.take().contains("places_added"));
+    steps(&mut scene, 1_400, 1, &[0, 1, 6], 8);
+    assert!(scene.take().contains("there is room for 6 of 6 ranks now"));
 }
 
 #[test]

@@ -324,3 +324,33 @@ fn one_incident_is_counted_once_within_a_minute_and_what_needs_a_reset_is_rememb
     assert!(kept.iter().any(|blame| blame.error.xid == 79));
     scene.take();
 }
+
+#[test]
+fn a_smaller_gang_on_gpus_takes_no_more_of_them_while_it_runs() {
+    let mut scene = scene(&[("n1", 4)]);
+    scene.submit(0, 2, on_gpus(2));
+    scene.start_all(1, 2, 1, 2);
+    scene.submit(5, 1, JobSpec { min_world_size: Some(2), ..on_gpus(4) });
+    scene.start_all(10, 1, 1, 2);
+    scene.take();
+    scene.exits(1_000, rank(2, 1, 0), exit(0, 1_000)).exits(1_000, rank(2, 1, 1), exit(0, 1_000));
+    assert!(!scene.take().contains("places_added"));
+    assert_eq!(place(&scene, 1).map(|(_, gpus)| gpus.len()), Some(2));
+}
+
+#[test]
+fn an_avoided_gpu_is_left_for_one_that_is_free_well_and_large_enough() {
+    let mut scene = scene(&[("n1", 4)]);
+    scene.submit(0, 1, on_gpus(1));
+    scene.start_all(10, 1, 1, 1);
+    scene.at(20, Event::RanksBeat(vec![beat(rank(1, 1, 0), 5)]));
+    // GPU 1 is suspected too, GPU 2 is another job's.
+    scene.submit(30, 2, on_gpus(1)).submit(30, 3, on_gpus(1));
+    assert_eq!([place(&scene, 2), place(&scene, 3)].map(|place| place.map(|(_, gpus)| gpus)), [Some(vec![1]), Some(vec![2])]);
+    scene.at(40, Event::StopRequested { job: job(2), force: true, delete: false });
+    scene.at(50, failed("n1", 1, 79, 50));
+    scene.exits(60, rank(1, 1, 0), with_error(exit(1, 60), error("n1", 0, 79, 55)));
+    scene.at(2_000, Event::Woke);
+    assert_eq!(place(&scene, 1).map(|(_, gpus)| gpus), Some(vec![3]));
+    scene.take();
+}

@@ -214,3 +214,14 @@ fn a_node_that_reboots_in_a_recovery_leaves_nothing_awaited() {
         assert_eq!(scene.summary(1).attempt, 2, "{min_world_size:?}: {told}");
     }
 }
+
+#[test]
+fn a_spare_of_a_whole_gang_that_is_lost_is_replaced_after_the_next_recovery_alone() {
+    let mut scene = running(1);
+    scene.exits(1_000, rank(1, 1, 2), killed(999));
+    scene.at(400_000, Event::Woke);
+    scene.expect(expect![[r#"
+        1000 job 1: spare_lost: a spare ended with signal 9 (SIGKILL); it is replaced after the next recovery
+        1000   n1 <- forget 1.1.2
+    "#]]);
+}

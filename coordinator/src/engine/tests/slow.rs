@@ -82,6 +82,7 @@ fn a_slow_rank_is_told_of_once_with_its_part_and_once_when_it_keeps_up() {
     assert_eq!(gang.slow()[1], Some(StepPart::Data));
     gang.with_rank_1(60, USUAL);
     assert_eq!(gang.slow(), [None; 4]);
+    assert_eq!(gang.scene.engine.job(job(1)).map(Job::slow_ranks), Some(0));
     gang.with_rank_1(90, [0.06, 0.1, 0.01, 0.0]);
     gang.scene.expect(expect![[r#"
         36000 job 1: rank_slow: rank 1 on n1 needs 2.2 times as long for its own part of a step as the others: data takes 180 ms, theirs 20 ms

@@ -1,6 +1,7 @@
 //! What the engine answers and records: checkpoints, plans, counts, frames, and where a job's time is booked.
 
 use everlit_api::agent::FromAgent;
+use everlit_api::job::RestartScope;
 use everlit_api::manifest::Phase;
 use everlit_api::rank::{Stacks, Verdict};
 use everlit_api::status::JobState;
@@ -213,6 +214,68 @@ fn a_failure_is_told_with_the_ranks_stacks_and_what_their_node_did() {
     );
     assert_eq!(told.get("stacks"), None, "none were taken");
     scene.take();
+}
+
+#[test]
+fn a_rank_s_replacement_is_told_with_stacks_too_where_some_were_taken() {
+    for (scope, event) in [(RestartScope::Auto, "rank_replaced"), (RestartScope::Rank, "rank_failed")] {
+        let mut scene = Scene::with_node();
+        let mut spec = if scope == RestartScope::Rank { command(2) } else { super::in_place::trains(2, 0) };
+        spec.restart.scope = scope;
+        scene.submit(0, 1, spec);
+        scene.start_all(10, 1, 1, 2);
+        super::in_place::steps(&mut scene, 900, 0, &[0, 1], 7);
+        let stacks = vec![Stacks { rank: 1, pid: 101, text: "waits in futex".into() }];
+        let judged = Event::RankJudged { incarnation: rank(1, 1, 1), verdict: Verdict::Stuck, age_ms: 100, stacks };
+        assert_eq!(facts(&mut scene, 1_000, judged, event)["stacks"][0]["pid"], 101);
+        scene.exits(1_010, rank(1, 1, 1), killed(1_010)).at(1_400, Event::Woke);
+        super::in_place::starts(&mut scene, 1_400, 2);
+        super::in_place::steps(&mut scene, 1_500, 1, &[0, 2], 8);
+        let ended = Event::RankExited(Exited { incarnation: rank(1, 1, 0), exit: killed(2_000), lost: false });
+        assert_eq!(facts(&mut scene, 2_000, ended, event).get("stacks"), None, "none were taken");
+        scene.take();
+    }
+}
+
+#[test]
+fn files_of_a_job_go_when_it_is_final_and_not_before() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1)).start_all(10, 1, 1, 1);
+    let mut deletes = |ms: u64, event: Event| {
+        scene.now = Timestamp(ms);
+        let step = scene.engine.handle(scene.now, event);
+        let deletes = step.record.jobs.iter().map(|row| row.delete).collect::<Vec<_>>();
+        scene.note(step);
+        deletes
+    };
+    assert_eq!(deletes(100, Event::StopRequested { job: job(1), force: false, delete: true }), [false]);
+    let ended = Event::RankExited(Exited { incarnation: rank(1, 1, 0), exit: killed(200), lost: false });
+    assert_eq!(deletes(200, ended), [true]);
+    scene.take();
+}
+
+#[test]
+fn a_node_with_a_gang_is_not_empty() {
+    let mut scene = Scene::with_node();
+    assert!(scene.engine.node_is_empty(&node("n1")) && scene.engine.node_is_empty(&node("nobody")));
+    scene.submit(0, 1, command(1));
+    assert!(!scene.engine.node_is_empty(&node("n1")));
+    scene.take();
+}
+
+#[test]
+fn a_table_that_contradicts_another_is_seen() {
+    let spoiled = |spoil: fn(&mut Engine)| {
+        let mut scene = Scene::with_node();
+        scene.submit(0, 1, command(2)).submit(0, 2, command(1)).submit(0, 3, command(7)).submit(0, 4, command(7));
+        scene.take();
+        spoil(&mut scene.engine);
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| scene.engine.check_all())).is_err()
+    };
+    assert!(!spoiled(|_| {}));
+    assert!(spoiled(|engine| engine.nodes.get_mut(&node("n1")).unwrap().taken.ranks += 1));
+    assert!(spoiled(|engine| engine.jobs.get_mut(&job(1)).unwrap().state = JobState::Queued));
+    assert!(spoiled(|engine| engine.jobs.get_mut(&job(2)).unwrap().gang.as_mut().unwrap().attempt += 1));
 }
 
 #[test]
