@@ -147,7 +147,7 @@ def main():
     mutants(tree, out, f"--shard={shard}", *(["--iterate"] if again else []), "--", "--lib")
     settle(out, unit, unviable)
     (out / "simulating").touch()
-    simulation = ["--iterate", "--test-workspace=true", "--", "--test", "simulation"]
+    simulation = ["--iterate", "--test-package=everlit-coordinator", "--", "--test", "simulation"]
     mutants(tree, out, f"--shard={shard}", *simulation, CARGO_PROFILE_DEV_OPT_LEVEL="1")
     missed = lines(out, "missed.txt")
     settle(out, simulated, unviable)

@@ -58,10 +58,11 @@ fn a_node_shows_what_is_reserved_and_how_old_its_report_is() {
     let mut scene = Scene::with_node();
     let mut spec = command(3);
     spec.resources.cpus = 0.5;
-    scene.submit(0, 1, spec);
+    spec.resources.memory = 1 << 20;
+    scene.submit(0, 1, spec.clone()).submit(0, 2, JobSpec { world_size: 1, ..spec });
     scene.at(1_000, Event::NodeReported { node: node("n1"), load: NodeLoad::default() });
     let view = scene.engine.nodes()[&node("n1")].view(&node("n1"), Timestamp(3_500));
-    assert_eq!((view.ranks, view.cpus_reserved, view.report_age_seconds), (3, 1.5, Some(2.5)));
+    assert_eq!((view.ranks, view.cpus_reserved, view.memory_reserved, view.report_age_seconds), (4, 2.0, 4 << 20, Some(2.5)));
     scene.take();
 }
 
@@ -126,4 +127,16 @@ fn a_rank_s_node_is_the_one_whose_share_it_is_in() {
     own.gang.as_mut().unwrap().placement = vec![share("a", 0, 2), share("b", 2, 3)];
     let name = |rank| own.node_of(rank).map(|node| node.0.as_str());
     assert_eq!([0, 1, 2, 4, 5].map(name), [Some("a"), Some("a"), Some("b"), Some("b"), None]);
+}
+
+#[test]
+fn ranks_are_told_whether_they_may_become_fewer() {
+    let elastic = |least| {
+        let mut scene = Scene::with_node();
+        scene.submit(0, 1, JobSpec { min_world_size: least, ..trains(3, 0) });
+        scene.take();
+        let frames = scene.engine.jobs[&job(1)].start_frames(0);
+        matches!(frames.as_slice(), [(_, ToAgent::StartGang(gang))] if gang.elastic)
+    };
+    assert_eq!([elastic(None), elastic(Some(3)), elastic(Some(2))], [false, false, true]);
 }

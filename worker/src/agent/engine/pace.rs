@@ -96,7 +96,7 @@ mod tests {
     #[test]
     fn a_rank_without_a_sign_of_life_is_doubted_early_only_at_a_known_pace_that_nobody_gave() {
         let policy = HeartbeatPolicy::default();
-        let given = HeartbeatPolicy { progress_timeout: Some(Millis(7)), ..policy.clone() };
+        let given = HeartbeatPolicy { progress_timeout: Some(Millis(7)), ..policy };
         let mut pace = Pace::default();
         (0..PACE_GAPS_MIN - 1).for_each(|_| pace.note_step(100));
         assert_eq!(pace.early_deadline_ms(&policy), None);

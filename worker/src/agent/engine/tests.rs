@@ -290,6 +290,17 @@ fn a_rank_that_starts_after_the_stop_is_stopped() {
 }
 
 #[test]
+fn who_lives_and_the_newest_order_of_a_job_are_known() {
+    let mut s = scene(2);
+    let job = s.spec.job;
+    assert_eq!((s.engine.living().count(), s.engine.newest_spec(job).is_some()), (0, false));
+    s.running();
+    assert_eq!((s.engine.living().count(), s.engine.newest_spec(job).map(|spec| spec.attempt)), (2, Some(s.spec.attempt)));
+    s.engine.handle(1_000, s.ended(0, 0));
+    assert_eq!(s.engine.living().map(|(own, _)| own.rank).collect::<Vec<_>>(), [1]);
+}
+
+#[test]
 fn news_are_sent_together_and_only_when_new() {
     let mut s = scene(2);
     s.running();
