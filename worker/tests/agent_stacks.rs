@@ -3,7 +3,7 @@
 use std::process::{Command, Output};
 
 fn stacks(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_everlit-agent")).arg("stacks").args(arguments).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_everlit-agent")).arg("stacks").args(arguments).output().expect("the agent's program")
 }
 
 #[test]
