@@ -47,15 +47,18 @@ pub(super) fn of(ranks: &[(u32, u32)]) -> Vec<Stacks> {
     ranks.iter().filter_map(|&(rank, pid)| Some(Stacks { rank, pid, text: text(pid)? })).collect()
 }
 
-/// What the process that tells frames has told in time.
+/// What the process that tells frames has told in time: this very program, also when its file was replaced.
 fn with_frames(pids: impl Iterator<Item = u32>) -> BTreeMap<u32, String> {
-    let mut told = BTreeMap::new();
-    // This very program, also when its file was replaced.
     let mut command = Command::new("/proc/self/exe");
     command.args(["stacks", "--json"]).args(pids.map(|pid| pid.to_string()));
+    told_by(command, FRAMES_WITHIN)
+}
+
+fn told_by(mut command: Command, within: Duration) -> BTreeMap<u32, String> {
+    let mut told = BTreeMap::new();
     let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
     let Ok(mut child) = spawned else { return told };
-    let deadline = Instant::now() + FRAMES_WITHIN;
+    let deadline = Instant::now() + within;
     let mut text = Vec::new();
     if let Some(mut output) = child.stdout.take() {
         let mut chunk = [0; 16 * 1024];
@@ -187,6 +190,7 @@ fn frames_text(frames: &Frames, before: &[Thread], own: &Thread, maps: &[Mapping
     list.iter().map(line).collect()
 }
 
+/// A thread as `/proc` tells it.
 fn look(folder: &Path, id: u32, maps: &[Mapping<'_>]) -> Thread {
     let read = |name: &str| fs::read_to_string(folder.join(name)).unwrap_or_default();
     let stat = read("stat");
@@ -305,6 +309,22 @@ mod tests {
         drop(sender);
         assert!(waits.join().unwrap());
         assert_eq!(text_of(u32::MAX - 1, true), None);
+    }
+
+    #[test]
+    fn what_was_told_before_the_time_was_up_counts_and_who_tells_no_more_is_not_waited_for() {
+        let told = |script: &str| {
+            let mut command = Command::new("sh");
+            command.args(["-c", script]);
+            told_by(command, Duration::from_millis(300))
+        };
+        let one = r#"echo '{"pid":7,"text":"x"}'; "#;
+        let begun = Instant::now();
+        assert_eq!(told(&format!("{one} printf '{{\"pid\":8,'; exec sleep 600")), [(7, "x".to_string())].into());
+        assert_eq!(told("exec sleep 600"), BTreeMap::new());
+        assert!(begun.elapsed() < Duration::from_secs(300), "nobody waited for them");
+        assert_eq!(told(&format!("echo nonsense; {one} kill -9 $$")), [(7, "x".to_string())].into());
+        assert_eq!(told_by(Command::new("/no such program"), Duration::ZERO), BTreeMap::new());
     }
 
     #[test]
