@@ -228,8 +228,8 @@ def a_spare_takes_a_lost_rank_s_place_and_the_others_never_stop():
         again = until("another spare", lambda: able(s := everlit.summary(job)) and s, 30)
         assert again["spares"][0]["pid"] != before["spares"][0]["pid"], again
         # What the spare writes is the rank's from now on.
-        log = everlit.get(f"/jobs/{job}/logs?rank=0", raw=True).decode()
-        assert "taking over at step" in log and "step=" in log.split("taking over at step")[1], log[-2000:]
+        log = lambda: everlit.get(f"/jobs/{job}/logs?rank=0", raw=True).decode()
+        until("its lines in the rank's log", lambda: "step=" in log().partition("taking over at step")[2], 30)
         everlit.post(f"/jobs/{job}/stop")
         everlit.final(job)
         pids = [r["pid"] for s in (before, again) for r in s["ranks"] + s["spares"]]
