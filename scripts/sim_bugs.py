@@ -10,6 +10,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SEEDS = 1_000
+KEPT = "coordinator/tests/simulation/seeds.txt"
 #: Name: file, what stands there, what the bug makes of it, what is wrong then.
 BUGS = {
     "budget": ("coordinator/src/engine/restart.rs", "        budget.counted += 1;\n", "", "restarts are not counted"),
@@ -61,6 +62,8 @@ def copy(place):
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             # With fresh times: what cargo built of the copy before may have been a bug.
             shutil.copyfile(ROOT / name, tree / name)
+    # Seeds that found something before are not among the first thousand, which are to find it.
+    (tree / KEPT).write_text("")
     return tree
 
 

@@ -76,6 +76,10 @@ class Everlit:
 
     def __exit__(self, kind, *_):
         if kind:
+            with contextlib.suppress(Exception):
+                for job in self.get("/jobs?limit=20")["data"]:
+                    lines = [f"{e['time']} {e['event']} {e['reason'] or ''} {json.dumps(e['data'])[:300]}" for e in self.events(job["job_id"])]
+                    print(f"---- events of {job['job_id']}", *lines[-30:], sep="\n", file=sys.stderr)
             for log in ["up.log", "agent/agent.log"]:
                 with contextlib.suppress(FileNotFoundError):
                     print(f"---- {log}\n{(self.data / log).read_text()[-3000:]}", file=sys.stderr)

@@ -13,7 +13,7 @@ use super::{Action, Engine};
 use crate::agent::limits::{GPU_ERROR_AFTER_MS, GPU_ERROR_BEFORE_MS, GPU_ERROR_SPACING_MS, GPU_ERRORS_MAX};
 
 /// What GPUs had of late.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Errors {
     /// With when each was heard of, oldest first.
     recent: VecDeque<(u64, GpuError)>,

@@ -32,7 +32,7 @@ const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
 
 /// One attempt of a job on this node.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Gang {
     spec: GangSpec,
     stage: Stage,
@@ -48,7 +48,7 @@ struct Gang {
     found_at: Option<u64>,
 }
 
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 enum Stage {
     Preparing,
     Running,
@@ -107,7 +107,7 @@ struct Disk {
 }
 
 /// The agent's decisions.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Engine {
     gangs: BTreeMap<(JobId, u32), Gang>,
     /// The newest attempt ever ordered of a job that is not final.

@@ -16,7 +16,7 @@ use crate::agent::limits::{
 };
 
 /// What is known of a job's pace on this node, over all of its attempts here.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Pace {
     /// Newest times between two steps of a rank.
     gaps: VecDeque<u64>,

@@ -1,6 +1,7 @@
 //! Scenarios: a time, an event, the whole list of actions.
 
 mod gpus;
+mod in_time;
 mod membership;
 mod saves;
 mod stuck;
