@@ -3,6 +3,7 @@
 mod gpus;
 mod in_time;
 mod membership;
+mod orders;
 mod saves;
 mod stuck;
 

@@ -51,7 +51,7 @@ struct World {
 }
 
 impl World {
-    fn new(ours: bool, heartbeats: bool, timeout: u64, progress: Option<u64>, idle: Option<u64>) -> Self {
+    fn new(found: bool, ours: bool, heartbeats: bool, timeout: u64, progress: Option<u64>, idle: Option<u64>) -> Self {
         let mut s = scene(2);
         if ours {
             s.spec.program = everlit_api::agent::Program::Worker { worker: Box::new(WorkerSpec::for_world(2)), evaluate: false };
@@ -59,7 +59,14 @@ impl World {
         s.spec.heartbeat.timeout = Millis(timeout);
         s.spec.heartbeat.progress_timeout = progress.map(Millis);
         s.spec.heartbeat.idle_timeout = idle.map(Millis);
-        s.running();
+        if found {
+            let Event::GangPrepared { resumed, .. } = s.prepared() else { unreachable!() };
+            let spec = Box::new(s.spec.clone());
+            s.engine.handle(0, Event::GangFound { spec, resumed: Some(resumed), ranks: vec![0, 1], unstarted: vec![1] });
+            s.engine.handle(0, Event::RankStarted { incarnation: s.own(0), pid: 100, at: Timestamp(1) });
+        } else {
+            s.running();
+        }
         let mut world = Self { s, seq: 0, steps: [0; 3], disk: Some(1), over: false };
         // Its pace is learned.
         for _ in 0..if heartbeats { 40 } else { 0 } {
@@ -75,6 +82,10 @@ impl World {
             match action {
                 Action::ReadCpu(incarnation) => actions.extend(self.s.engine.handle(self.s.now, Event::CpuRead { incarnation, cpu_ms: 7 })),
                 Action::Probe(_) => actions.extend(self.s.engine.handle(self.s.now, Event::Probed { took_ms: self.disk })),
+                Action::LeaveOut(incarnation) => {
+                    let exit = no_exit("was not started", Timestamp(9));
+                    actions.extend(self.s.engine.handle(self.s.now, Event::RankEnded { incarnation, exit, lost: true }));
+                }
                 Action::Exit(_) => self.over = true,
                 _ => {}
             }
@@ -152,6 +163,7 @@ proptest! {
 
     #[test]
     fn nothing_is_due_before_it_asks_to_be_woken(
+        found in prop::bool::weighted(0.2),
         ours in any::<bool>(),
         heartbeats in prop::bool::weighted(0.8),
         timeout in prop_oneof![Just(1_000), Just(10_000), 1_000..30_000_u64],
@@ -159,7 +171,7 @@ proptest! {
         idle in prop_oneof![Just(None), (1_000..20_000_u64).prop_map(Some)],
         story in prop::collection::vec(next(), 1..60),
     ) {
-        let mut world = World::new(ours, heartbeats, timeout, progress, idle);
+        let mut world = World::new(found, ours, heartbeats, timeout, progress, idle);
         for (after, what) in &story {
             let at = world.s.now + after;
             world.until(at);

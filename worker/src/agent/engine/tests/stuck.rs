@@ -85,6 +85,39 @@ fn a_disk_that_stood_still_until_just_before_the_verdict_is_known_by_then() {
 }
 
 #[test]
+fn what_the_disk_said_long_ago_says_nothing_of_now() {
+    let mut s = stepping(40);
+    // Well before all were quiet, and asked after again as soon as they are.
+    s.engine.handle(s.now, Event::Probed { took_ms: Some(1) });
+    let mut asked = false;
+    while let Some(at) = s.engine.next_deadline().filter(|at| *at < 4_000 + 2_590) {
+        s.now = at;
+        asked |= s.engine.handle(s.now, Event::DeadlinePassed).iter().any(|action| matches!(action, Action::Probe(_)));
+    }
+    assert!(asked, "nobody asked after the disk");
+    // It answers a moment before they are late: until then it may have stood still.
+    s.now = 4_000 + 2_590;
+    let answered = s.now;
+    s.engine.handle(s.now, Event::Probed { took_ms: Some(1) });
+    let until = s.now + 5_000;
+    assert_eq!(
+        judged(&mut s, &[], Phase::Train, 40, until),
+        [format!("{} r0 Stuck {}", answered + WELL_BEFORE_STUCK_MS, 2_590 + WELL_BEFORE_STUCK_MS)]
+    );
+}
+
+#[test]
+fn an_order_for_another_gang_forgives_nobody() {
+    let mut s = stepping(40);
+    let soon = s.now + 1_000;
+    assert!(judged(&mut s, &[], Phase::Train, 40, soon).is_empty());
+    let other = GangSpec { job: everlit_api::ids::JobId::from_u128(77), ..s.spec.clone() };
+    s.engine.handle(s.now, Event::GangOrdered(Box::new(other)));
+    let until = s.now + 5_000;
+    assert_eq!(judged(&mut s, &[], Phase::Train, 40, until), ["6600 r0 Stuck 2600"]);
+}
+
+#[test]
 fn an_agent_that_slept_for_longer_than_the_heartbeat_timeout_blames_nobody() {
     let mut s = stepping(40);
     s.engine.handle(s.now, Event::DeadlinePassed);
