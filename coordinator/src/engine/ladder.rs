@@ -169,4 +169,16 @@ mod tests {
         let causes = [Cause::CannotStart, Cause::NoStart, Cause::Idle, Cause::Straggler];
         assert!(causes.iter().all(|cause| decide_rung(&job(|_, _| ()), 1, *cause) != Rung::InPlace));
     }
+
+    #[test]
+    fn while_ranks_come_together_only_the_one_that_joins_may_fail_in_place() {
+        let under_way = |change, rank| {
+            let regroup = Some(Regroup { rank, since: Timestamp(2), cause: Cause::NoStart, change });
+            decide_rung(&job(|job, _| job.gang.as_mut().expect("some").regroup = regroup), 1, Cause::Signal)
+        };
+        assert_eq!(under_way(Change::Grown, 1), Rung::InPlace);
+        for (change, rank) in [(Change::Grown, 0), (Change::Replaced, 1), (Change::Shrunk, 1)] {
+            assert_eq!(under_way(change, rank), Rung::Gang("a recovery in place was under way".into()), "{change:?} {rank}");
+        }
+    }
 }

@@ -492,4 +492,21 @@ mod tests {
         assert_eq!(place(&nodes(|_| {}), &Need { excluded: BTreeSet::from([a.clone()]), ..small }), Some(("b".into(), 5)));
         assert_eq!(place(&nodes(|_| {}), &need(8)), None, "it wants all of them");
     }
+
+    #[test]
+    fn how_many_gpus_there_are_and_how_many_of_them_are_free_is_told() {
+        let mut own = node(4.0, 4, 64);
+        own.take(&need(3).taken(3, &[0, 1, 2]));
+        let asks = |ranks| Need { gpus: 1, ..need(ranks) };
+        assert_eq!(own.fit(&asks(2), false), Err("needs 2 GPUs, has free 1".into()));
+        assert_eq!(own.fit(&asks(5), true), Err("needs 5 GPUs, has 4".into()));
+    }
+
+    #[test]
+    fn who_would_like_a_gpu_gets_one_on_an_emptier_node_rather_than_none() {
+        let nodes = BTreeMap::from([(NodeId("a".into()), node(4.0, 0, 8)), (NodeId("b".into()), node(4.0, 1, 64))]);
+        let auto = Need { gpus: 1, gpus_optional: true, ..need(1) };
+        let Placement::Now(placed) = plan_gang(&nodes, &auto) else { panic!("fits") };
+        assert_eq!((placed[0].node.0.as_str(), placed[0].gpus.as_slice()), ("b", [0].as_slice()));
+    }
 }

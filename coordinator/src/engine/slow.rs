@@ -346,4 +346,53 @@ mod tests {
     fn short_times_are_told_finer() {
         assert_eq!([0.0005, 0.009_99, 0.01, 1.5].map(milliseconds), ["0.50 ms", "9.99 ms", "10 ms", "1500 ms"]);
     }
+
+    #[test]
+    fn a_rank_that_told_nothing_once_is_known_by_what_it_tells_later() {
+        let (gang, mut slowness) = (gang(2), Slowness::default());
+        let mut named = Vec::new();
+        for second in 1..=100 {
+            slowness.note(&gang, 0, &told(second, 1.0));
+            let own = if second == 20 { Beat { step: Some(second), ..Beat::default() } } else { told(second, 2.0) };
+            slowness.note(&gang, 1, &own);
+            named.extend(slowness.look(Timestamp(second * 1_000)).into_iter().map(|turned| (turned.rank, turned.began)));
+        }
+        assert_eq!(named, [(1, true)]);
+    }
+
+    #[test]
+    fn where_many_are_slow_the_time_of_the_next_begins_when_one_that_was_named_keeps_up() {
+        let gang = gang(64);
+        let mut slowness = Slowness::default();
+        let (mut over, mut next) = (Vec::new(), Vec::new());
+        for second in 1..=150 {
+            for rank in 0..64 {
+                let seconds = if rank < 17 && (second < 60 || rank > 0) { 2.0 } else { 1.0 };
+                slowness.note(&gang, rank, &told(second, seconds));
+            }
+            let named = slowness.look(Timestamp(second * 1_000));
+            over.extend(named.iter().filter(|turned| !turned.began).map(|turned| (turned.rank, second)));
+            next.extend(named.iter().filter(|turned| turned.rank == 16).map(|turned| (turned.began, second)));
+        }
+        let [(0, since)] = over[..] else { panic!("{over:?}") };
+        assert_eq!(next, [(true, since + SLOW_FOR_MS / 1_000)]);
+    }
+
+    #[test]
+    fn the_part_that_costs_the_most_time_is_named_and_named_again_when_it_is_over() {
+        let (gang, mut slowness) = (gang(2), Slowness::default());
+        let tells = |step, data: f64, compute: f64| {
+            let metrics =
+                [(StepPart::Data, data), (StepPart::Compute, compute)].map(|(part, seconds)| (part.metric().to_string(), seconds));
+            Beat { step: Some(step), metrics: metrics.into(), ..Beat::default() }
+        };
+        let mut named = Vec::new();
+        for second in 1..=150 {
+            slowness.note(&gang, 0, &tells(second, 0.001, 0.1));
+            // Ten times as long for its data, which is nothing beside what it computes.
+            slowness.note(&gang, 1, &if second < 60 { tells(second, 0.01, 0.3) } else { tells(second, 0.001, 0.1) });
+            named.extend(slowness.look(Timestamp(second * 1_000)).into_iter().map(|turned| (turned.began, turned.part)));
+        }
+        assert_eq!(named, [(true, StepPart::Compute), (false, StepPart::Compute)]);
+    }
 }

@@ -223,3 +223,43 @@ fn a_checkpoint_that_fails_three_resumes_is_rejected_and_a_snapshot_after_one() 
     scene.at(scene.now.0, Event::StopRequested { job: job(1), force: true, delete: false });
     scene.take();
 }
+
+#[test]
+fn an_attempt_that_began_without_a_checkpoint_rejects_none() {
+    let mut scene = Scene::with_node();
+    let mut spec = command(1);
+    spec.restart.max_start_failures = 20;
+    scene.submit(0, 1, spec);
+    for attempt in 1..=5 {
+        let now = u64::from(attempt) * 100_000;
+        scene.at(now, Event::Woke).start_all(now, 1, attempt, 1);
+        scene.exits(now, rank(1, attempt, 0), exit(1, now));
+    }
+    assert_eq!(scene.engine.job(job(1)).and_then(|own| own.rejected_step()), None);
+    scene.take();
+}
+
+/// Of each row that an event leads to: whether the series goes along.
+fn with_series(scene: &mut Scene, ms: u64, event: Event) -> Vec<bool> {
+    scene.now = Timestamp(ms);
+    let step = scene.engine.handle(scene.now, event);
+    let with = step.record.jobs.iter().map(|row| row.series.is_some()).collect();
+    scene.note(step);
+    with
+}
+
+#[test]
+fn a_series_is_written_again_when_there_is_news_and_when_the_job_is_over() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, worker(1)).submit(0, 2, worker(1));
+    scene.start_all(0, 1, 1, 1).start_all(0, 2, 1, 1);
+    let told = |step| Event::RanksBeat(vec![Beat { loss: Some(1.0), ..beat(rank(1, 1, 0), step) }]);
+    let ended = |n| Event::RankExited(Exited { incarnation: rank(n, 1, 0), exit: exit(0, 132_000), lost: false });
+    assert_eq!(with_series(&mut scene, 60_000, told(1)), [true]);
+    let news = Event::CheckpointSeen { node: node("n1"), news: saved(1, 1, 1) };
+    assert_eq!(with_series(&mut scene, 130_000, news), [false], "it is as it was");
+    assert_eq!(with_series(&mut scene, 130_100, told(2)), [true]);
+    assert_eq!(with_series(&mut scene, 132_000, ended(1)), [true]);
+    assert_eq!(with_series(&mut scene, 132_000, ended(2)), [false], "it never had a point");
+    scene.take();
+}

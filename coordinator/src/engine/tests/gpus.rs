@@ -2,7 +2,7 @@
 
 use everlit_api::agent::GpuHolder;
 use everlit_api::gpu::GpuError;
-use everlit_api::job::{FailureAction, JobSpec};
+use everlit_api::job::{Device, FailureAction, JobSpec};
 use everlit_api::rank::{Cause, Verdict};
 use everlit_api::status::{GpuInfo, JobState};
 use expect_test::expect;
@@ -332,7 +332,7 @@ fn a_smaller_gang_on_gpus_takes_no_more_of_them_while_it_runs() {
     scene.start_all(1, 2, 1, 2);
     scene.submit(5, 1, JobSpec { min_world_size: Some(2), ..on_gpus(4) });
     scene.start_all(10, 1, 1, 2);
-    scene.take();
+    assert!(!scene.take().contains("places_added"), "there are places, and no GPUs");
     scene.exits(1_000, rank(2, 1, 0), exit(0, 1_000)).exits(1_000, rank(2, 1, 1), exit(0, 1_000));
     assert!(!scene.take().contains("places_added"));
     assert_eq!(place(&scene, 1).map(|(_, gpus)| gpus.len()), Some(2));
@@ -352,5 +352,64 @@ fn an_avoided_gpu_is_left_for_one_that_is_free_well_and_large_enough() {
     scene.exits(60, rank(1, 1, 0), with_error(exit(1, 60), error("n1", 0, 79, 55)));
     scene.at(2_000, Event::Woke);
     assert_eq!(place(&scene, 1).map(|(_, gpus)| gpus), Some(vec![3]));
+    scene.take();
+}
+
+/// The built-in program on a device, one rank.
+fn trains_on(device: Device) -> JobSpec {
+    let mut spec = JobSpec::default_for(1);
+    spec.worker.as_mut().expect("built in").device = device;
+    spec.restart.backoff.jitter = 0.0;
+    spec
+}
+
+/// The GPU of a gang of one rank on `n1` breaks; where its next attempt is.
+fn after_its_gpu_broke(scene: &mut Scene) -> Option<(String, Vec<u32>)> {
+    scene.exits(1_000, rank(1, 1, 0), with_error(exit(1, 1_000), error("n1", 0, 79, 990)));
+    scene.at(2_000, Event::Woke);
+    scene.take();
+    place(scene, 1)
+}
+
+#[test]
+fn a_gang_does_not_go_from_one_broken_gpu_to_another_nor_to_fewer_gpus() {
+    let mut broken = scene(&[("n1", 1), ("n2", 1)]);
+    broken.at(5, failed("n2", 0, 79, 5));
+    broken.submit(6, 1, on_gpus(1)).start_all(10, 1, 1, 1);
+    assert_eq!(after_its_gpu_broke(&mut broken), Some(("n1".into(), vec![0])));
+
+    let mut without = scene(&[("n1", 1), ("n2", 0)]);
+    without.submit(6, 1, trains_on(Device::Auto)).start_all(10, 1, 1, 1);
+    assert_eq!(after_its_gpu_broke(&mut without), Some(("n1".into(), vec![0])));
+}
+
+#[test]
+fn a_gpu_that_is_suspected_or_too_small_replaces_none() {
+    let Event::NodeLinked { mut hello } = with_gpus("n1", 4, vec![]) else { unreachable!("a hello") };
+    hello.capacity.gpus[2].memory = 1;
+    let mut scene = Scene::new();
+    scene.at(0, Event::NodeLinked { hello }).at(5, failed("n1", 1, 79, 5));
+    scene.submit(6, 1, trains_on(Device::Cuda)).start_all(10, 1, 1, 1);
+    scene.at(20, Event::RanksBeat(vec![beat(rank(1, 1, 0), 5)]));
+    assert_eq!(after_its_gpu_broke(&mut scene), Some(("n1".into(), vec![3])));
+}
+
+#[test]
+fn a_gang_on_gpus_has_no_spares_and_says_so() {
+    let mut scene = scene(&[("n1", 2)]);
+    let mut spec = trains_on(Device::Cuda);
+    spec.restart.spares = 1;
+    scene.submit(6, 1, spec);
+    assert!(scene.take().contains("spares_off: spares are left out"));
+    assert!(scene.engine.jobs[&job(1)].gang.as_ref().unwrap().spares.is_empty());
+}
+
+#[test]
+fn a_well_gpu_of_a_node_that_takes_no_ranks_is_not_taken() {
+    let mut scene = scene(&[("n1", 2)]);
+    scene.submit(6, 1, on_gpus(1)).start_all(10, 1, 1, 1);
+    scene.exits(1_000, rank(1, 1, 0), with_error(exit(1, 1_000), error("n1", 0, 79, 990)));
+    scene.at(1_100, Event::CordonRequested { node: node("n1"), cordoned: true }).at(2_000, Event::Woke);
+    assert_eq!((scene.summary(1).state, place(&scene, 1)), (JobState::Queued, None));
     scene.take();
 }

@@ -225,3 +225,49 @@ fn a_spare_of_a_whole_gang_that_is_lost_is_replaced_after_the_next_recovery_alon
         1000   n1 <- forget 1.1.2
     "#]]);
 }
+
+#[test]
+fn a_gang_that_fails_twice_without_a_new_step_between_is_started_again() {
+    let mut scene = running(0);
+    scene.exits(1_000, rank(1, 1, 1), killed(999));
+    starts(&mut scene, 1_050, 2);
+    // The step in flight was lost: they have done it once more.
+    steps(&mut scene, 1_100, 1, &[0, 2], 7);
+    assert_eq!(scene.summary(1).state, JobState::Running);
+    scene.take();
+    scene.exits(2_000, rank(1, 1, 2), killed(1_999));
+    scene.expect(expect![[r#"
+        2000 job 1: gang_failed: rank 1 ended with signal 9 (SIGKILL)
+        2000   n1 <- stop job 1 attempt 1 grace 30s
+    "#]]);
+}
+
+#[test]
+fn a_process_that_was_just_ordered_is_awaited_though_its_node_did_not_name_it() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, trains(3, 0));
+    scene.start_all(10, 1, 1, 3);
+    steps(&mut scene, 900, 0, &[0, 1, 2], 7);
+    scene.at(1_000, Event::NodeUnlinked { node: node("n1") });
+    scene.take();
+    let ended = |seat| RankReport { pid: None, exit: Some(killed(1_050)), ..alive(rank(1, 1, seat), 1) };
+    scene.at(1_100, hello("n1", vec![ended(0), ended(1), alive(rank(1, 1, 2), 102)]));
+    let told = scene.take();
+    assert!(told.contains("membership 1 [3, 1, 2]") && told.contains("gang_failed"), "{told}");
+    scene.exits(1_200, rank(1, 1, 2), killed(1_199));
+    assert_eq!(scene.take(), "", "seat 3 may be starting");
+    scene.exits(1_210, rank(1, 1, 3), killed(1_209));
+    assert!(scene.take().contains("restart_scheduled"));
+}
+
+#[test]
+fn a_recovery_that_began_under_another_coordinator_is_given_up_in_time_too() {
+    let mut scene = running(0);
+    scene.exits(1_000, rank(1, 1, 1), killed(999));
+    scene.restart_coordinator(1_100);
+    scene.at(1_200, hello("n1", vec![alive(rank(1, 1, 0), 100), alive(rank(1, 1, 2), 1_002)]));
+    scene.at(1_000 + REGROUP_MAX_MS - 1, Event::Woke);
+    scene.take();
+    scene.at(1_000 + REGROUP_MAX_MS, Event::Woke);
+    assert!(scene.take().contains("gang_failed: the recovery in place of rank 1 did not end within 5 min"));
+}

@@ -240,3 +240,70 @@ fn what_a_lying_disk_has_forgotten_is_learned_from_the_nodes_and_no_number_is_us
         4100   n1 <- stop job 1 attempt 6 grace 30s
     "#]]);
 }
+
+#[test]
+fn checkpoints_of_jobs_that_are_over_need_not_be_kept() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(10, 1, 1, 1);
+    scene.take();
+    let Event::NodeLinked { mut hello } = hello("n1", vec![alive(rank(1, 1, 0), 100)]) else { unreachable!("a hello") };
+    hello.checkpoints = vec![saved(1, 1, 5), saved(9, 1, 5)];
+    scene.at(30, Event::NodeLinked { hello });
+    scene.expect(expect![[r#"
+        30 job 1: checkpoint_committed: step 5 is saved
+        30   n1 <- job 9 ended
+    "#]]);
+}
+
+#[test]
+fn an_attempt_that_a_user_restarts_and_its_node_has_forgotten_makes_way_for_one_that_is_left_alone() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2));
+    scene.start_all(10, 1, 1, 2).at(20, Event::RestartRequested { job: job(1) }).at(30, Event::NodeUnlinked { node: node("n1") });
+    scene.take();
+    scene.at(40, hello("n1", vec![]));
+    scene.expect(expect![[r#"
+        40 job 1: attempt_placed: attempt 2 is starting on n1
+        40   n1 <- forget 1.1.0 1.1.1
+        40   n1 <- start job 1 attempt 2 ranks 0+2 port 29501
+    "#]]);
+}
+
+#[test]
+fn the_loss_of_a_node_is_nothing_to_a_job_elsewhere() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2));
+    scene.start_all(10, 1, 1, 2).at(20, hello("n2", vec![])).at(1_000, Event::NodeUnlinked { node: node("n2") });
+    scene.take();
+    scene.at(11_000, Event::Woke);
+    scene.expect(expect![[r#"
+        11000 node_lost: n2 was not heard of for 10 s
+    "#]]);
+    assert_eq!(scene.summary(1).reason.as_deref(), Some("attempt 1 runs"));
+}
+
+#[test]
+fn a_job_that_a_user_stops_is_stopped_when_its_node_is_lost() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(10, 1, 1, 1).at(20, Event::StopRequested { job: job(1), force: false, delete: false });
+    scene.at(1_000, Event::NodeUnlinked { node: node("n1") });
+    scene.take();
+    scene.at(11_000, Event::Woke);
+    assert!(scene.take().contains("11000   final job 1 stopped"));
+}
+
+#[test]
+fn a_gang_on_a_lost_node_says_what_it_waits_for_and_moves_when_it_is_looked_at_again() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(10, 1, 1, 1).at(1_000, Event::NodeUnlinked { node: node("n1") }).at(11_000, Event::Woke);
+    let why = "n1 was not heard of for 10 s; its ranks may run on, and no other node has room";
+    assert_eq!(scene.summary(1).reason.as_deref(), Some(why));
+    scene.at(12_000, hello("n2", vec![])).at(20_999, Event::Woke);
+    assert_eq!((scene.summary(1).attempt, scene.summary(1).restarts), (1, 0));
+    scene.at(21_000, Event::Woke);
+    assert_eq!((scene.summary(1).attempt, scene.summary(1).restarts), (2, 1));
+    scene.take();
+}

@@ -264,3 +264,10 @@ fn times_that_no_step_takes_and_programs_that_tell_none_raise_nothing() {
     gang.steps(120, 500, |rank, _| mute(rank));
     gang.scene.expect(expect![[""]]);
 }
+
+#[test]
+fn what_is_a_small_part_of_a_step_is_not_worth_a_word() {
+    let mut gang = Gang::new(3);
+    gang.steps(120, 500, |rank, _| work(if rank == 1 { [0.0, 0.03, 0.0, 0.27] } else { [0.0, 0.015, 0.0, 0.285] }));
+    gang.scene.expect(expect![[""]]);
+}

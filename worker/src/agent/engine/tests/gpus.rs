@@ -178,3 +178,17 @@ fn without_a_coordinator_errors_are_kept_for_the_next_one_and_bounded() {
     let said = |s: &mut Scene| s.engine.handle(2_000, Event::Linked).iter().filter(|action| show(action).starts_with("say gpu")).count();
     assert_eq!((said(&mut s), said(&mut s)), (GPU_ERRORS_MAX, 0));
 }
+
+#[test]
+fn an_error_of_another_gpu_does_not_push_one_out_before_its_time() {
+    let mut s = on_gpus();
+    s.engine.handle(1_000, failed(6, 79));
+    s.engine.handle(1_100, failed(4, 94));
+    s.at(
+        1_200,
+        s.ended(1, 1),
+        expect![[r#"
+        say exited r1 exit code 1 lost false gpu 6 xid 79
+    "#]],
+    );
+}

@@ -61,3 +61,19 @@ fn an_agent_that_its_coordinator_left_without_ranks_ends_itself_after_its_linger
     "#]],
     );
 }
+
+#[test]
+fn a_rank_that_was_killed_is_not_judged_for_the_time_that_its_death_takes() {
+    let mut s = scene(1);
+    s.running();
+    s.engine.handle(0, s.beat(0, 1));
+    s.at(
+        100,
+        s.stop(0),
+        expect![[r#"
+        signal a1 r0 9
+        say beats r0 step Some(1) age 100
+    "#]],
+    );
+    s.pass(60_000, expect![""]);
+}

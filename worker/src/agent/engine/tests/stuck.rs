@@ -164,40 +164,73 @@ fn judged_at(s: &mut Scene, beating: &[(u32, u64)], phase: Phase, until: u64) ->
     found
 }
 
-#[test]
-fn a_rank_without_any_sign_of_life_is_found_early_when_another_lives() {
-    let mut s = stepping(40);
-    let lively = |s: &Scene, rank, seq| {
-        let Event::HeartbeatRead { incarnation, mut beat, .. } = told(s, rank, seq, Phase::Train, 40) else { unreachable!() };
-        beat.in_place = Some(true);
-        Event::HeartbeatRead { incarnation, seq, beat, save_error: None }
-    };
-    s.now -= 100;
-    (0..2).for_each(|rank| drop(s.engine.handle(s.now, lively(&s, rank, 50))));
+/// A heartbeat as the built-in program writes it four times a second.
+fn lively(s: &Scene, rank: u32, seq: u64, step: u64) -> Event {
+    let Event::HeartbeatRead { incarnation, mut beat, .. } = told(s, rank, seq, Phase::Train, step) else { unreachable!() };
+    beat.in_place = Some(true);
+    Event::HeartbeatRead { incarnation, seq, beat, save_error: None }
+}
+
+/// Two ranks that did 40 steps of `step_ms`; then `beating` beat on each `every` milliseconds and nobody steps. Who was judged, when and how old
+/// its last step was, within `for_ms`; the time is from the last step.
+fn standing_still(step_ms: u64, beating: &[u32], every: u64, for_ms: u64) -> Vec<(u32, u64, u64)> {
+    let mut s = stepping(0);
+    for step in 1..=40 {
+        (0..2).for_each(|rank| drop(s.engine.handle(s.now, lively(&s, rank, 1 + step, step))));
+        s.now += step_ms;
+    }
+    s.now -= step_ms;
     let from = s.now;
-    // Rank 0 beats on four times a second, and both stand still.
     let mut found = Vec::new();
-    for tick in 1..40_u64 {
-        s.now = from + tick * 50;
-        let mut actions = if tick % 5 == 0 { s.engine.handle(s.now, lively(&s, 0, 100 + tick)) } else { Vec::new() };
+    let mut next_beat = from + every;
+    while s.now < from + for_ms {
+        s.now = s.engine.next_deadline().unwrap_or(u64::MAX).max(s.now).min(next_beat);
+        let mut actions = Vec::new();
+        if s.now == next_beat {
+            beating.iter().for_each(|rank| actions.extend(s.engine.handle(s.now, lively(&s, *rank, s.now, 40))));
+            next_beat += every;
+        }
         if actions.iter().any(|action| matches!(action, Action::Probe(_))) {
             actions.extend(s.engine.handle(s.now, Event::Probed { took_ms: Some(1) }));
         }
         actions.extend(woken(&mut s));
         let judged = actions.into_iter().filter_map(|action| match action {
-            Action::Say(FromAgent::Judged { incarnation, age_ms, .. }) => Some((incarnation.rank, age_ms)),
+            Action::Say(FromAgent::Judged { incarnation, age_ms, .. }) => Some((incarnation.rank, s.now - from, age_ms)),
             _ => None,
         });
         found.extend(judged);
     }
-    assert_eq!(found, [(1, 1_000)]);
+    found
+}
+
+#[test]
+fn a_rank_without_any_sign_of_life_is_found_early_when_another_lives() {
+    // Half a second and four steps, and not only at the next heartbeat of the other.
+    assert_eq!(standing_still(200, &[0], 230, 2_000), [(1, 1_300, 1_300)]);
+    // Steps are short: it is quiet for long enough to be doubted, and the disk well for long enough since.
+    assert_eq!(standing_still(100, &[0], 230, 2_000), [(1, 1_000, 1_000)]);
+    assert_eq!(standing_still(10, &[0], 230, 2_000), [(1, 1_000, 1_000)]);
 }
 
 #[test]
 fn when_all_are_quiet_at_once_nobody_is_blamed_early() {
-    let mut s = stepping(40);
-    let until = s.now + 2_000;
-    assert_eq!(judged(&mut s, &[], Phase::Train, 40, until), Vec::<String>::new());
+    assert_eq!(standing_still(100, &[], 230, 2_000), []);
+    assert_eq!(standing_still(100, &[], 230, 4_000), [(0, 2_600, 2_600)]);
+}
+
+#[test]
+fn a_disk_that_stood_still_until_just_now_is_no_script_s_silence() {
+    let mut s = scene(1);
+    s.running();
+    s.engine.handle(0, s.beat(0, 1));
+    let due = s.spec.heartbeat.timeout.0;
+    while let Some(at) = s.engine.next_deadline().filter(|at| *at < due - 300) {
+        s.now = at;
+        s.engine.handle(s.now, Event::DeadlinePassed);
+    }
+    s.now = due - 300;
+    s.engine.handle(s.now, Event::Probed { took_ms: Some(1) });
+    assert_eq!(judged(&mut s, &[], Phase::Train, 1, due + 5_000), [format!("{} r0 Silent {}", due + 700, due + 700)]);
 }
 
 #[test]
@@ -271,4 +304,16 @@ fn what_was_learned_holds_for_the_next_attempt_once_it_steps() {
     let until = s.now + 9_000;
     let found = judged(&mut s, &[1], Phase::Train, 104, until);
     assert!(matches!(&found[..], [one] if one.contains("r0 Stuck 26")), "{found:?} from {begun}");
+}
+
+#[test]
+fn a_rank_that_was_judged_is_not_judged_again_for_a_membership_in_which_it_stays() {
+    let mut s = scene(2);
+    s.running();
+    s.engine.handle(0, s.beat(0, 1));
+    assert_eq!(judged(&mut s, &[], Phase::Train, 1, 11_000), ["10000 r0 Silent 10000"]);
+    s.engine.handle(s.now, s.ended(1, 1));
+    s.engine.handle(s.now, Event::GangOrdered(Box::new(GangSpec { generation: 1, seats: vec![0, 2], ..s.spec.clone() })));
+    s.engine.handle(s.now, Event::Probed { took_ms: Some(1) });
+    assert!(judged(&mut s, &[], Phase::Train, 1, 30_000).is_empty());
 }
