@@ -314,6 +314,7 @@ fn a_rank_that_was_judged_is_not_judged_again_for_a_membership_in_which_it_stays
     assert_eq!(judged(&mut s, &[], Phase::Train, 1, 11_000), ["10000 r0 Silent 10000"]);
     s.engine.handle(s.now, s.ended(1, 1));
     s.engine.handle(s.now, Event::GangOrdered(Box::new(GangSpec { generation: 1, seats: vec![0, 2], ..s.spec.clone() })));
-    s.engine.handle(s.now, Event::Probed { took_ms: Some(1) });
+    let said = s.engine.handle(s.now, Event::Probed { took_ms: Some(1) });
+    assert!(!said.iter().any(|action| matches!(action, Action::Say(FromAgent::Judged { .. }))), "{said:?}");
     assert!(judged(&mut s, &[], Phase::Train, 1, 30_000).is_empty());
 }
