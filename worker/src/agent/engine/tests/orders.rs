@@ -77,3 +77,18 @@ fn a_rank_that_was_killed_is_not_judged_for_the_time_that_its_death_takes() {
     );
     s.pass(60_000, expect![""]);
 }
+
+#[test]
+fn ranks_that_nobody_orders_again_are_given_up_a_minute_after_they_were_found() {
+    let mut s = scene(2);
+    let found = Event::GangFound { spec: Box::new(s.spec.clone()), resumed: None, ranks: vec![0, 1], unstarted: vec![0, 1] };
+    s.at(7_000, found, expect![""]);
+    s.pass(66_999, expect![""]);
+    s.pass(
+        67_000,
+        expect![[r#"
+        67000: leave out a1 r0
+        67000: leave out a1 r1
+    "#]],
+    );
+}
