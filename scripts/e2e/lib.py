@@ -80,6 +80,9 @@ class Everlit:
                 for job in self.get("/jobs?limit=20")["data"]:
                     lines = [f"{e['time']} {e['event']} {e['reason'] or ''} {json.dumps(e['data'])[:300]}" for e in self.events(job["job_id"])]
                     print(f"---- events of {job['job_id']}", *lines[-30:], sep="\n", file=sys.stderr)
+                    pids = [str(r["pid"]) for r in self.summary(job["job_id"])["ranks"] if r["pid"]]
+                    stacks = subprocess.run([BIN / "everlit-agent", "stacks", *pids], capture_output=True, text=True, timeout=20).stdout
+                    print(f"---- what its ranks do\n{stacks[-6000:]}", file=sys.stderr)
             for log in ["up.log", "agent/agent.log"]:
                 with contextlib.suppress(FileNotFoundError):
                     print(f"---- {log}\n{(self.data / log).read_text()[-3000:]}", file=sys.stderr)
