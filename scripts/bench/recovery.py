@@ -106,10 +106,18 @@ def stepping(folder, since):
 def kill_in_turn(folder, kills, again):
     """Kills ranks of a script in turn. Seconds to the next step of both; those that did not come back by themselves are None."""
     times = []
+    reached = 0
+
+    def further():
+        """Both step, beyond what was reached before: whoever is killed each time before that is in a crash loop, and may be given up."""
+        pids = stepping(folder, time.time() - 2)
+        return pids if pids and min(reported(folder, rank)[1] for rank in (0, 1)) > reached else None
+
     for n in range(kills):
-        pids = until("both ranks step", lambda: stepping(folder, time.time() - 2), 120, 0.02)
+        pids = until("both ranks step", further, 120, 0.02)
         time.sleep(1)
         pids = stepping(folder, time.time() - 2) or pids
+        reached = max(reported(folder, rank)[1] for rank in (0, 1))
         since, started = time.time(), time.monotonic()
         os.kill(pids[n % 2], signal.SIGKILL)
         try:
