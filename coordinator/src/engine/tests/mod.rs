@@ -1,7 +1,6 @@
 //! Scenarios through one harness: at a time, an event, the whole list of what comes of it. Every table is checked after every event, and a
 //! scenario that leaves outcomes unread fails.
 
-mod alone;
 mod checkpoints;
 mod elastic;
 mod faults;

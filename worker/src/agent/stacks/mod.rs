@@ -313,17 +313,19 @@ mod tests {
 
     #[test]
     fn what_was_told_before_the_time_was_up_counts_and_who_tells_no_more_is_not_waited_for() {
-        let told = |script: &str| {
+        let told = |script: &str, within| {
             let mut command = Command::new("sh");
             command.args(["-c", script]);
-            told_by(command, Duration::from_millis(300))
+            told_by(command, within)
         };
         let one = r#"echo '{"pid":7,"text":"x"}'; "#;
         let begun = Instant::now();
-        assert_eq!(told(&format!("{one} printf '{{\"pid\":8,'; exec sleep 600")), [(7, "x".to_string())].into());
-        assert_eq!(told("exec sleep 600"), BTreeMap::new());
+        let half = format!("{one} printf '{{\"pid\":8,'; exec sleep 600");
+        assert_eq!(told(&half, Duration::from_secs(3)), [(7, "x".to_string())].into());
+        assert_eq!(told("exec sleep 600", Duration::from_millis(50)), BTreeMap::new());
         assert!(begun.elapsed() < Duration::from_secs(300), "nobody waited for them");
-        assert_eq!(told(&format!("echo nonsense; {one} kill -9 $$")), [(7, "x".to_string())].into());
+        let killed = format!("echo nonsense; {one} kill -9 $$");
+        assert_eq!(told(&killed, Duration::from_secs(60)), [(7, "x".to_string())].into());
         assert_eq!(told_by(Command::new("/no such program"), Duration::ZERO), BTreeMap::new());
     }
 

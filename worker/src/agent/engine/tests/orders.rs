@@ -92,3 +92,28 @@ fn ranks_that_nobody_orders_again_are_given_up_a_minute_after_they_were_found() 
     "#]],
     );
 }
+
+#[test]
+fn a_rank_that_starts_after_its_gang_was_stopped_is_killed_in_time() {
+    let mut s = scene(1);
+    s.engine.handle(0, Event::GangOrdered(Box::new(s.spec.clone())));
+    s.engine.handle(1, s.prepared());
+    s.engine.handle(10, s.stop(5_000));
+    // Somebody looks while no rank lives: nothing of that stop is due then.
+    let other = GangSpec { job: JobId::from_u128(99), ..s.spec.clone() };
+    s.engine.handle(20, Event::GangOrdered(Box::new(other)));
+    s.at(
+        30,
+        Event::RankStarted { incarnation: s.own(0), pid: 7, at: Timestamp(1) },
+        expect![[r#"
+        say started r0 pid 7
+        signal a1 r0 15
+    "#]],
+    );
+    s.pass(
+        5_010,
+        expect![[r#"
+        5010: signal a1 r0 9
+    "#]],
+    );
+}
