@@ -364,7 +364,14 @@ impl Driver {
                 self.effects.say(&FromAgent::Report(load));
                 None
             }
-            Done::JobRemoved(job) => self.handle(Event::JobRemoved(job)),
+            Done::JobRemoved { job, outcome: Ok(()) } => {
+                self.effects.empty_trash();
+                self.handle(Event::JobRemoved(job))
+            }
+            Done::JobRemoved { job, outcome: Err(error) } => {
+                tracing::warn!(%job, %error, "could not remove a job's files");
+                None
+            }
         }
     }
 

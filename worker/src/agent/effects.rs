@@ -47,7 +47,7 @@ pub(super) enum Done {
     CpuRead { incarnation: Incarnation, cpu_ms: u64 },
     Probed(Option<u64>),
     Loaded { meter: LoadMeter, load: NodeLoad },
-    JobRemoved(JobId),
+    JobRemoved { job: JobId, outcome: io::Result<()> },
 }
 
 pub(super) struct Effects {
@@ -298,18 +298,9 @@ impl Effects {
     fn remove_job(&mut self, job: JobId) {
         self.drop_job(job);
         self.trashed += 1;
-        let folders = self.node.folders.clone();
-        let grave = folders.trash().join(format!("{job}-{}-{}", std::process::id(), self.trashed));
-        if let Err(error) = fs::rename(folders.job(job), &grave).or_else(not_found_is_fine) {
-            tracing::warn!(%job, %error, "could not remove a job's files");
-            return;
-        }
-        self.empty_trash();
         let node = self.node.clone();
-        self.work(move || {
-            node.memory.remove(job);
-            Done::JobRemoved(job)
-        });
+        let grave = node.folders.trash().join(format!("{job}-{}-{}", std::process::id(), self.trashed));
+        self.work(move || Done::JobRemoved { job, outcome: node.memory.remove(&node.folders, job, &grave) });
     }
 
     /// Gives back the shared memory of jobs that ended or were removed while no agent was here.
@@ -433,6 +424,6 @@ fn probe(folder: &std::path::Path) -> Option<u64> {
     u64::try_from(begun.elapsed().as_millis()).ok()
 }
 
-fn not_found_is_fine(error: io::Error) -> io::Result<()> {
+pub(super) fn not_found_is_fine(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
 }

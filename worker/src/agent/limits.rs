@@ -56,6 +56,9 @@ pub(super) const STUCK_PHASE_FACTOR: u64 = 10;
 /// A script that writes heartbeats: at least so long, or so many times its longest step.
 pub(super) const STUCK_SCRIPT_FLOOR_MS: u64 = 10 * 60 * 1000;
 pub(super) const STUCK_SCRIPT_FACTOR: u64 = 20;
+/// A first step of the built-in program, once one is known: caches, allocators and GPUs warm up in it, and a busy machine shows most.
+pub(super) const STUCK_FIRST_FLOOR_MS: u64 = 2 * 60 * 1000;
+pub(super) const STUCK_FIRST_FACTOR: u64 = 10;
 /// Steps after which a started rank is judged by what was learned.
 pub(super) const SETTLED_STEPS: u32 = 3;
 /// A living program writes a heartbeat every two seconds at least: one whose heartbeats stopped for longer is to blame.

@@ -14,6 +14,7 @@ use everlit_api::agent::{GangSpec, Program};
 use everlit_api::ids::JobId;
 use everlit_api::manifest::Manifest;
 
+use super::effects::not_found_is_fine;
 use super::folders::Folders;
 use super::start::newest_attempt;
 use crate::checkpoint::{self, CheckpointError, hex_sha256, snapshot};
@@ -103,10 +104,13 @@ impl Memory {
         self.free(job);
     }
 
-    /// The job is removed.
-    pub(super) fn remove(&self, job: JobId) {
+    /// The job is removed: its files go to `grave`, in one move. A last snapshot that is being saved comes first, or it would make the
+    /// job's folder again.
+    pub(super) fn remove(&self, folders: &Folders, job: JobId, grave: &Path) -> io::Result<()> {
         let _one = self.one_at_a_time();
+        fs::rename(folders.job(job), grave).or_else(not_found_is_fine)?;
         self.free(job);
+        Ok(())
     }
 
     /// At the agent's start: jobs that ended or were removed meanwhile.
@@ -116,7 +120,8 @@ impl Memory {
             if folders.ended(job).exists() {
                 self.end(folders, job);
             } else if !folders.job(job).exists() {
-                self.remove(job);
+                let _one = self.one_at_a_time();
+                self.free(job);
             }
         }
     }
@@ -333,6 +338,27 @@ mod tests {
         next.resume_from = Some(ResumeFrom::Job(place.spec.job));
         let resumed = resume::decide(&place.node, &next, true).unwrap();
         assert_eq!((resumed.step, resumed.from_memory), (Some(120), false));
+    }
+
+    #[test]
+    fn a_job_that_is_removed_as_its_last_snapshot_is_saved_leaves_nothing() {
+        for round in 0..30 {
+            let place = place();
+            place.commit(100);
+            place.own_snapshot(120);
+            let (folders, memory, job) = (&place.node.folders, &place.node.memory, place.spec.job);
+            let grave = place.dir.path().join("grave");
+            let together = std::sync::Barrier::new(2);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    together.wait();
+                    memory.end(folders, job);
+                });
+                together.wait();
+                memory.remove(folders, job, &grave).unwrap();
+            });
+            assert_eq!((folders.job(job).exists(), place.folder().exists(), grave.exists()), (false, false, true), "round {round}");
+        }
     }
 
     #[test]

@@ -11,8 +11,8 @@ use everlit_api::job::HeartbeatPolicy;
 use everlit_api::manifest::Phase;
 
 use crate::agent::limits::{
-    PACE_GAPS_MAX, PACE_GAPS_MIN, STUCK_EARLY_FACTOR, STUCK_EARLY_FLOOR_MS, STUCK_FACTOR, STUCK_FLOOR_MS, STUCK_PHASE_FACTOR,
-    STUCK_PHASE_FLOOR_MS, STUCK_SCRIPT_FACTOR, STUCK_SCRIPT_FLOOR_MS, STUCK_UNKNOWN_MS,
+    PACE_GAPS_MAX, PACE_GAPS_MIN, STUCK_EARLY_FACTOR, STUCK_EARLY_FLOOR_MS, STUCK_FACTOR, STUCK_FIRST_FACTOR, STUCK_FIRST_FLOOR_MS,
+    STUCK_FLOOR_MS, STUCK_PHASE_FACTOR, STUCK_PHASE_FLOOR_MS, STUCK_SCRIPT_FACTOR, STUCK_SCRIPT_FLOOR_MS, STUCK_UNKNOWN_MS,
 };
 
 /// What is known of a job's pace on this node, over all of its attempts here.
@@ -20,6 +20,8 @@ use crate::agent::limits::{
 pub(super) struct Pace {
     /// Newest times between two steps of a rank.
     gaps: VecDeque<u64>,
+    /// The longest of the first steps of a rank that had just started.
+    first: Option<u64>,
     /// The longest that each other phase took, or that passed within it without news.
     longest: BTreeMap<Phase, u64>,
 }
@@ -31,6 +33,11 @@ impl Pace {
             self.gaps.pop_front();
         }
         self.gaps.push_back(gap);
+    }
+
+    /// A rank did one of its first steps in so many milliseconds.
+    pub(super) fn note_first_step(&mut self, took: u64) {
+        self.first = self.first.max(Some(took));
     }
 
     /// A rank came out of a phase after so many milliseconds.
@@ -57,6 +64,9 @@ impl Pace {
         match phase {
             _ if !ours && known => STUCK_SCRIPT_FLOOR_MS.max(gap.saturating_mul(STUCK_SCRIPT_FACTOR)),
             Some(Phase::Train) if known => STUCK_FLOOR_MS + gap.saturating_mul(STUCK_FACTOR),
+            Some(Phase::Train) if ours && !settled => {
+                self.first.map_or(STUCK_UNKNOWN_MS, |longest| STUCK_FIRST_FLOOR_MS + longest.saturating_mul(STUCK_FIRST_FACTOR))
+            }
             Some(other) if ours => {
                 let seen = self.longest.get(&other).filter(|_| other != Phase::Train);
                 seen.map_or(STUCK_UNKNOWN_MS, |longest| STUCK_PHASE_FLOOR_MS + longest.saturating_mul(STUCK_PHASE_FACTOR))
@@ -81,6 +91,10 @@ mod tests {
         (0..PACE_GAPS_MIN).for_each(|_| pace.note_step(100));
         assert_eq!(ours(&pace, Phase::Train, true), 2_000 + 600);
         assert_eq!(ours(&pace, Phase::Train, false), STUCK_UNKNOWN_MS, "a first step may be slow");
+        pace.note_first_step(7_000);
+        pace.note_first_step(4_000);
+        assert_eq!(ours(&pace, Phase::Train, false), 190_000, "but how slow is learned, too");
+        assert_eq!(pace.deadline_ms(&policy, Some(Phase::Train), false, false), STUCK_UNKNOWN_MS, "of the built-in program");
         assert_eq!(pace.deadline_ms(&policy, None, true, false), STUCK_SCRIPT_FLOOR_MS, "a script may evaluate without a word");
         pace.note_step(1_000);
         assert_eq!(ours(&pace, Phase::Train, true), 8_000, "the slowest counts");

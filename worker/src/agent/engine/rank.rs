@@ -39,6 +39,8 @@ pub(super) struct Rank {
     /// When its step or phase was last new, and how many steps were.
     progress_at: u64,
     steps: u32,
+    /// It was seen to come from its start into its first step.
+    warming: bool,
     seq: Option<(u64, u64)>,
     output: Option<u64>,
     active: u64,
@@ -112,7 +114,11 @@ impl Rank {
         self.progress_at = now;
         if phase != beat.phase {
             phase.into_iter().for_each(|phase| pace.note_phase(phase, took));
+            self.warming |= self.is_new() && matches!(phase, Some(Phase::Init | Phase::Load)) && beat.phase == Some(Phase::Train);
         } else if step.is_some() {
+            if self.warming && self.is_new() {
+                pace.note_first_step(took);
+            }
             self.steps = self.steps.saturating_add(1);
             // The step after a pause in another phase is as long as the pause.
             if self.steps > 1 {
@@ -129,13 +135,17 @@ impl Rank {
         // Output tells of steps, but says nothing while there are none.
         let judged = self.seq.is_some() || (policy.progress_timeout.is_some() && self.beat.is_some());
         let phase = self.beat.as_ref().and_then(|(_, beat)| beat.phase);
-        let settled = self.steps >= SETTLED_STEPS;
-        judged.then(|| self.progress_at.saturating_add(pace.deadline_ms(policy, phase, settled, ours)))
+        judged.then(|| self.progress_at.saturating_add(pace.deadline_ms(policy, phase, !self.is_new(), ours)))
+    }
+
+    /// It has not done its first steps yet, or not before this agent's eyes.
+    pub(super) fn is_new(&self) -> bool {
+        self.steps < SETTLED_STEPS
     }
 
     /// Time without a heartbeat and time without a step, of one that is in the midst of its steps.
     pub(super) fn quiet(&self, now: u64) -> Option<(u64, u64)> {
-        let steps = self.is_alive() && self.steps >= SETTLED_STEPS && !self.killed && !self.termed;
+        let steps = self.is_alive() && !self.is_new() && !self.killed && !self.termed;
         // A program of before it said this beats once a second.
         let trains = self.beat.as_ref().is_some_and(|(_, beat)| beat.phase == Some(Phase::Train) && beat.in_place.is_some());
         let (_, at) = self.seq.filter(|_| steps && trains)?;
@@ -153,11 +163,12 @@ impl Rank {
         self.seq.is_some_and(|(_, at)| now.saturating_sub(at) > quiet_ms)
     }
 
-    /// Who is to blame when several are stuck: whose heartbeats stopped, the longest first; else who is furthest behind.
-    pub(super) fn blame(&self, now: u64, quiet_ms: u64) -> (std::cmp::Reverse<u64>, u64) {
+    /// Who is to blame when several are stuck: whose heartbeats stopped, the longest first; else who is furthest behind; else who is new.
+    pub(super) fn blame(&self, now: u64, quiet_ms: u64) -> (std::cmp::Reverse<u64>, u64, std::cmp::Reverse<bool>) {
         let silence = self.seq.map_or(0, |(_, at)| now.saturating_sub(at));
         let quiet = if silence > quiet_ms { silence } else { 0 };
-        (std::cmp::Reverse(quiet), self.beat.as_ref().and_then(|(_, beat)| beat.step).unwrap_or(0))
+        let step = self.beat.as_ref().and_then(|(_, beat)| beat.step).unwrap_or(0);
+        (std::cmp::Reverse(quiet), step, std::cmp::Reverse(self.is_new()))
     }
 
     /// Time in which the agent did not look is nobody's standstill and nobody's silence.

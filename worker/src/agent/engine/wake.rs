@@ -261,6 +261,12 @@ fn decide_stuck(now: u64, gang: &Gang, pace: &Pace) -> (Option<u32>, Option<u64>
     if first > now || members().any(|(_, own)| own.judged == Some(Verdict::Stuck)) {
         return (None, (first > now).then_some(first));
     }
+    // Whoever waits for a rank before its first steps waits as long as those may take; one that is silent takes none.
+    let silent = || members().any(|(_, own)| own.stuck_at(&gang.spec.heartbeat, pace, ours).is_some() && own.is_silent(now, BEAT_EVERY_MS));
+    let newest = due().filter(|(_, own, _)| own.is_new()).map(|(.., at)| at).min();
+    if let Some(at) = newest.filter(|at| *at > now && !silent()) {
+        return (None, Some(at.min(now + BEAT_EVERY_MS)));
+    }
     // Beats come every other second, so those who stopped together are seen to stop within that. Who is new has a later deadline, and may
     // be the one that holds all up.
     let together = due().filter(|(_, own, at)| *at <= now + BEAT_EVERY_MS || own.is_silent(now, BEAT_EVERY_MS));

@@ -138,7 +138,7 @@ fn judged(s: &mut Scene, beating: &[u32], phase: Phase, step: u64, until: u64) -
 /// The same, each with a step of its own.
 fn judged_at(s: &mut Scene, beating: &[(u32, u64)], phase: Phase, until: u64) -> Vec<String> {
     let mut found = Vec::new();
-    let mut seq = 10_000;
+    let mut seq = 10_000 + s.now;
     let mut next_beat = s.now;
     while s.now < until {
         let wake = s.engine.next_deadline().unwrap_or(u64::MAX).max(s.now);
@@ -258,6 +258,46 @@ fn a_newcomer_whose_heartbeats_stopped_is_blamed_though_its_own_deadline_is_late
     }
     let until = s.now + 6_000;
     assert_eq!(judged(&mut s, &[0], Phase::Train, 101, until), ["12700 r2 Stuck 2600"]);
+}
+
+/// Two ranks that trained, of which one was replaced: the new one loaded, and is in its first step, which the other waits for.
+fn joined() -> Scene {
+    let mut s = stepping(100);
+    let exit = no_exit("killed", Timestamp(9));
+    s.engine.handle(s.now, Event::RankEnded { incarnation: s.own(1), exit, lost: false });
+    s.engine.handle(s.now, Event::GangOrdered(Box::new(GangSpec { generation: 1, seats: vec![0, 2], ..s.spec.clone() })));
+    s.engine.handle(s.now, Event::RankStarted { incarnation: s.own(2), pid: 102, at: Timestamp(9) });
+    s.engine.handle(s.now, told(&s, 2, 1_000, Phase::Load, 100));
+    for rank in [0, 2] {
+        s.engine.handle(s.now, told(&s, rank, 1_001, Phase::Train, 101));
+    }
+    s
+}
+
+#[test]
+fn a_newcomer_has_the_time_of_a_first_step_and_nobody_who_waits_for_it_is_blamed() {
+    // Nothing is known of first steps.
+    let mut s = joined();
+    let until = s.now + 31 * 60_000;
+    let found = judged(&mut s, &[0, 2], Phase::Train, 101, until);
+    assert!(matches!(&found[..], [one] if one.contains("r2 Stuck 1800")), "{found:?}");
+    // A first step was seen to take three seconds.
+    let mut s = joined();
+    let until = s.now + 3_000;
+    assert!(judged(&mut s, &[0, 2], Phase::Train, 101, until).is_empty());
+    let until = s.now + 3 * 60_000;
+    let found = judged(&mut s, &[0, 2], Phase::Train, 102, until);
+    assert!(matches!(&found[..], [one] if one.contains("r2 Stuck 1500")), "{found:?}");
+}
+
+#[test]
+fn who_stops_while_a_newcomer_is_in_its_first_step_is_found_by_its_silence() {
+    for (beating, stopped) in [(2, 0), (0, 2)] {
+        let mut s = joined();
+        let until = s.now + 9_000;
+        let found = judged(&mut s, &[beating], Phase::Train, 101, until);
+        assert!(matches!(&found[..], [one] if one.contains(&format!("r{stopped} Stuck"))), "{found:?}");
+    }
 }
 
 #[test]
