@@ -9,6 +9,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use crate::agent::log::{Header, LogPosition};
+use crate::auth::{AuditEntry, AuditView, BadToken, Caller, MadeToken, NewToken, TokenView};
 use crate::ids::{JobId, NodeId};
 use crate::job::JobSpec;
 use crate::problem::Problem;
@@ -27,6 +28,8 @@ pub struct Submission {
     pub spec: JobSpec,
     /// The `Idempotency-Key` and a hash of the body.
     pub idempotency: Option<(String, [u8; 32])>,
+    /// Whose it is.
+    pub user: Option<String>,
 }
 
 /// Which part of a list.
@@ -42,6 +45,8 @@ pub struct ListQuery {
     pub name: Option<String>,
     /// Only jobs with all these labels.
     pub labels: Vec<(String, String)>,
+    /// Only jobs of this user.
+    pub user: Option<String>,
 }
 
 /// Final jobs to remove.
@@ -106,6 +111,8 @@ pub struct EventQuery {
     pub job: Option<JobId>,
     /// Go on after this id.
     pub after: Option<u64>,
+    /// Of this user's jobs only.
+    pub user: Option<String>,
 }
 
 /// What an event stream gives out.
@@ -196,6 +203,20 @@ pub trait Control: Send + Sync + 'static {
     fn prometheus(&self) -> Answer<'_, String>;
     /// The store answers and recovery is done; else why not.
     fn ready(&self) -> Result<(), String>;
+    /// Who shows this token.
+    fn caller(&self, token: &str) -> Result<Caller, BadToken>;
+    /// Whose a job is; 404 for an unknown one.
+    fn job_user(&self, id: JobId) -> Answer<'_, Option<String>>;
+    /// Writes into the audit log. Durable no later than whatever is asked for after this.
+    fn audit(&self, entry: AuditEntry) -> Answer<'_, ()>;
+    /// Newest first, before that line, of that user.
+    fn audit_log(&self, before: Option<u64>, user: Option<String>, limit: u32) -> Answer<'_, Page<AuditView>>;
+    /// Makes a token in the name of who asks; durable when answered.
+    fn create_token(&self, wanted: NewToken, by: Option<String>) -> Answer<'_, MadeToken>;
+    /// Newest first.
+    fn tokens(&self) -> Vec<TokenView>;
+    /// Opens nothing from now on; durable when answered. 404 for an unknown one.
+    fn revoke_token(&self, id: String) -> Answer<'_, TokenView>;
     /// Whether this is the token of an agent.
     fn agent_token_is(&self, token: &str) -> bool;
     /// Takes an agent's link over; ends when the link does.

@@ -4,6 +4,7 @@
 //! This crate knows no engine, no database and no process; it never decides anything.
 
 pub mod agent;
+pub mod auth;
 #[cfg(feature = "server")]
 pub mod control;
 pub mod environment;

@@ -28,6 +28,7 @@ macro_rules! codes {
 codes! {
     BadRequest = "bad_request", 400, "the request can not be read";
     InvalidJson = "invalid_json", 400, "the body is not JSON";
+    Unauthorized = "unauthorized", 401, "a token is needed";
     Forbidden = "forbidden", 403, "this caller may not do this";
     NotFound = "not_found", 404, "there is no such thing here";
     MethodNotAllowed = "method_not_allowed", 405, "this path does not take this method";
@@ -39,6 +40,7 @@ codes! {
     NotSupported = "not_supported", 422, "the request asks for something that is not built";
     IdempotencyMismatch = "idempotency_mismatch", 422, "this Idempotency-Key was used with another body";
     QueueFull = "queue_full", 429, "the queue is full";
+    RateLimited = "rate_limited", 429, "too many requests";
     Internal = "internal", 500, "the coordinator failed";
     StoreUnavailable = "store_unavailable", 503, "the store can not take writes";
     NotReady = "not_ready", 503, "the coordinator is not ready";

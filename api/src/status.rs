@@ -86,6 +86,9 @@ pub struct JobView {
     pub kind: JobKind,
     /// Where it is.
     pub state: JobState,
+    /// Whose token submitted it; null without one.
+    #[serde(default)]
+    pub user: Option<String>,
     /// Order in the queue.
     pub priority: Priority,
     /// For filters.
@@ -526,7 +529,7 @@ pub struct StatusView {
     pub queue_depth: u64,
     /// Serving jobs; all zero until they are built.
     pub serving: ServingCounts,
-    /// How callers are known: `loopback`.
+    /// How callers are known: `loopback` (programs on this machine need no token), `tokens`, or `anonymous` and the role of who shows none.
     pub auth: String,
 }
 

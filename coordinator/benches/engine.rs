@@ -55,7 +55,7 @@ impl Cluster {
         for job in 0..JOBS {
             let mut spec = JobSpec { worker: None, command: vec!["train".into()], ..JobSpec::default_for(RANKS) };
             (spec.restart.max_restarts, spec.restart.max_start_failures) = (1_000_000, 1_000_000);
-            own.say(Event::JobSubmitted { id: id(job), spec: Arc::new(spec), seed: job.into() });
+            own.say(Event::JobSubmitted { id: id(job), spec: Arc::new(spec), seed: job.into(), user: None });
             own.start(job);
         }
         assert_eq!(own.engine.queue_depth(), 0, "every gang has its places");

@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 use clap::Args;
 use clap::builder::BoolishValueParser;
+use everlit_api::auth::Role;
 use everlit_api::time::Millis;
 use toml::Value;
 
@@ -40,6 +41,27 @@ pub struct UpArgs {
     /// Final jobs are removed after this long [default: 30d]
     #[arg(long, env = "EVERLIT_RETAIN_JOBS", value_name = "TIME")]
     pub retain_jobs: Option<Millis>,
+    /// The certificate of the doors, PEM, the server's own first
+    #[arg(long, env = "EVERLIT_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key, PEM
+    #[arg(long, env = "EVERLIT_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+    /// TLS with a CA that is made in the data folder (ca/ca.pem, which clients need)
+    #[arg(long, env = "EVERLIT_OWN_CA", num_args = 0..=1, default_missing_value = "true", value_parser = BoolishValueParser::new())]
+    pub own_ca: Option<bool>,
+    /// With --own-ca: more names or addresses that this machine is called by, separated by commas
+    #[arg(long, env = "EVERLIT_TLS_NAMES", value_name = "NAMES")]
+    pub tls_names: Option<Names>,
+    /// Other machines may call without TLS: something in front of this ends it. Tokens are still demanded
+    #[arg(long, env = "EVERLIT_INSECURE_HTTP", num_args = 0..=1, default_missing_value = "true", value_parser = BoolishValueParser::new())]
+    pub insecure_http: Option<bool>,
+    /// What callers without a token may, for trials: viewer, user, operator or admin [default: admin on loopback, else nothing]
+    #[arg(long, env = "EVERLIT_ANONYMOUS", value_name = "ROLE")]
+    pub anonymous: Option<Role>,
+    /// Lines of the audit log are removed after this long, at least 30d [default: 365d]
+    #[arg(long, env = "EVERLIT_RETAIN_AUDIT", value_name = "TIME")]
+    pub retain_audit: Option<Millis>,
     /// A TOML file of settings, named like the flags
     #[arg(long, env = "EVERLIT_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -64,6 +86,40 @@ pub struct UpConfig {
     pub no_local_agent: bool,
     /// Final jobs are removed after this long.
     pub retain_jobs: Millis,
+    /// Where the doors' certificate comes from; `None`: no TLS.
+    pub tls: Option<Tls>,
+    /// What callers without a token may, where it is given.
+    pub anonymous: Option<Role>,
+    /// Lines of the audit log are removed after this long.
+    pub retain_audit: Millis,
+}
+
+/// Where the doors' certificate comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tls {
+    /// From files: the chain, and its key.
+    Files(PathBuf, PathBuf),
+    /// From a CA of our own, with these names beside the machine's.
+    OwnCa(Vec<String>),
+}
+
+/// Names separated by commas.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Names(pub Vec<String>);
+
+impl FromStr for Names {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let sane = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '_');
+        let names: Vec<String> = text.split(',').map(|name| name.trim().to_string()).collect();
+        let fine = names.len() <= NAMES_MAX && names.iter().all(|name| !name.is_empty() && name.len() <= 253 && name.chars().all(sane));
+        if fine {
+            Ok(Self(names))
+        } else {
+            Err("must be names or addresses of hosts, separated by commas, like coordinator.example,10.0.0.5".into())
+        }
+    }
 }
 
 /// A setting that can not be used.
@@ -133,8 +189,26 @@ impl fmt::Display for PortRange {
     }
 }
 
-const KEYS: [&str; 8] =
-    ["listen", "data-dir", "report-interval", "node-timeout", "rendezvous-ports", "log", "no-local-agent", "retain-jobs"];
+/// Names in a certificate at most.
+const NAMES_MAX: usize = 100;
+
+const KEYS: [&str; 15] = [
+    "listen",
+    "data-dir",
+    "report-interval",
+    "node-timeout",
+    "rendezvous-ports",
+    "log",
+    "no-local-agent",
+    "retain-jobs",
+    "tls-cert",
+    "tls-key",
+    "own-ca",
+    "tls-names",
+    "insecure-http",
+    "anonymous",
+    "retain-audit",
+];
 
 /// The settings of a TOML file, by flag name.
 #[derive(Debug, Default)]
@@ -175,8 +249,19 @@ impl File {
 pub fn load(args: &UpArgs) -> Result<UpConfig, ConfigError> {
     let file = args.config.as_deref().map_or(Ok(File::default()), File::read)?;
     let data_dir = args.data_dir.clone().map_or_else(|| file.get("data-dir"), |given| Ok(Some(given)))?;
+    let doors = Doors {
+        cert: args.tls_cert.clone().map_or_else(|| file.get("tls-cert"), |given| Ok(Some(given)))?,
+        key: args.tls_key.clone().map_or_else(|| file.get("tls-key"), |given| Ok(Some(given)))?,
+        own_ca: pick(args.own_ca, &file, "own-ca")?.unwrap_or(false),
+        names: pick(args.tls_names.clone(), &file, "tls-names")?,
+        insecure_http: pick(args.insecure_http, &file, "insecure-http")?.unwrap_or(false),
+    };
+    let listen = pick(args.listen, &file, "listen")?.unwrap_or(Listen(SocketAddr::from(([127, 0, 0, 1], 8000)))).0;
     let config = UpConfig {
-        listen: pick(args.listen, &file, "listen")?.unwrap_or(Listen(SocketAddr::from(([127, 0, 0, 1], 8000)))).0,
+        listen,
+        tls: doors.check(listen)?,
+        anonymous: pick(args.anonymous, &file, "anonymous")?,
+        retain_audit: pick(args.retain_audit, &file, "retain-audit")?.unwrap_or(Millis::secs(365 * 86_400)),
         data_dir: absolute(data_dir.unwrap_or_else(default_data_dir))?,
         report_interval: pick(args.report_interval, &file, "report-interval")?.unwrap_or(Millis::secs(1)),
         node_timeout: pick(args.node_timeout, &file, "node-timeout")?.unwrap_or(Millis::secs(10)),
@@ -192,16 +277,54 @@ fn pick<T: FromStr<Err: fmt::Display>>(given: Option<T>, file: &File, name: &'st
     given.map_or_else(|| file.get(name), |given| Ok(Some(given)))
 }
 
+/// What was said of TLS.
+struct Doors {
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    own_ca: bool,
+    names: Option<Names>,
+    insecure_http: bool,
+}
+
+impl Doors {
+    fn check(self, listen: SocketAddr) -> Result<Option<Tls>, ConfigError> {
+        let bad = |name, detail: String| Err(ConfigError::Bad { name, detail });
+        if self.names.is_some() && !self.own_ca {
+            return bad("tls-names", "are for a certificate of our own: give --own-ca too".into());
+        }
+        let tls = match (self.cert, self.key, self.own_ca) {
+            (None, None, false) => None,
+            (Some(cert), Some(key), false) => Some(Tls::Files(cert, key)),
+            (None, None, true) => Some(Tls::OwnCa(self.names.unwrap_or_default().0)),
+            (Some(_), None, _) => return bad("tls-key", "is missing: --tls-cert needs its private key".into()),
+            (None, Some(_), _) => return bad("tls-cert", "is missing: --tls-key needs its certificate".into()),
+            (Some(_), Some(_), true) => return bad("own-ca", "is instead of --tls-cert and --tls-key: give one of both".into()),
+        };
+        if tls.is_some() && self.insecure_http {
+            return bad("insecure-http", "is for doors without TLS: leave it out, or the certificate".into());
+        }
+        if !listen.ip().is_loopback() && tls.is_none() && !self.insecure_http {
+            let ip = match listen.ip() {
+                IpAddr::V4(_) => "127.0.0.1",
+                IpAddr::V6(_) => "[::1]",
+            };
+            let ways =
+                "--own-ca makes a certificate, --tls-cert and --tls-key name one, --insecure-http is for a proxy in front that ends TLS";
+            return bad(
+                "listen",
+                format!(
+                    "{listen}: other machines could call it, and tokens would cross the network in the clear: {ways}; or listen on {ip}"
+                ),
+            );
+        }
+        Ok(tls)
+    }
+}
+
 fn check(config: UpConfig) -> Result<UpConfig, ConfigError> {
     let bad = |name, detail: String| Err(ConfigError::Bad { name, detail });
-    if !config.listen.ip().is_loopback() {
-        let ip = match config.listen.ip() {
-            IpAddr::V4(_) => "127.0.0.1",
-            IpAddr::V6(_) => "[::1]",
-        };
-        let detail =
-            format!("{}: other machines could call it, which needs tokens and TLS, and they are not built: listen on {ip}", config.listen);
-        return bad("listen", detail);
+    if config.retain_audit < Millis::secs(30 * 86_400) {
+        return bad("retain-audit", "must be at least 30d".into());
     }
     if !(100..=3_600_000).contains(&config.report_interval.0) {
         return bad("report-interval", "must be from 100ms to 1h".into());
@@ -257,7 +380,15 @@ mod tests {
             ("lisen = 1", "unknown key `lisen`"),
             ("data-dir = \"/a\"\ndata_dir = \"/b\"", "unknown key `data_dir`"),
             ("listen = \"here\"", "listen must be an address"),
-            ("listen = \"0.0.0.0:8000\"", "needs tokens and TLS"),
+            ("listen = \"0.0.0.0:8000\"", "--own-ca makes a certificate"),
+            ("tls-cert = \"c\"", "tls-key is missing"),
+            ("tls-key = \"k\"", "tls-cert is missing"),
+            ("tls-cert = \"c\"\ntls-key = \"k\"\nown-ca = true", "give one of both"),
+            ("own-ca = true\ninsecure-http = true", "doors without TLS"),
+            ("tls-names = \"a\"", "give --own-ca too"),
+            ("own-ca = true\ntls-names = \"a b\"", "names or addresses of hosts"),
+            ("anonymous = \"root\"", "must be one of viewer, user"),
+            ("retain-audit = \"1d\"", "at least 30d"),
             ("listen = \"[::]:8000\"", "listen on [::1]"),
             ("report-interval = 5", "report-interval is not a duration"),
             ("report-interval = \"1ms\"", "from 100ms to 1h"),

@@ -52,6 +52,9 @@ fn run_up(args: UpArgs) -> ExitCode {
         node_timeout: config.node_timeout,
         rendezvous_ports: (config.rendezvous_ports.first, config.rendezvous_ports.last),
         retain_jobs: config.retain_jobs,
+        tls: config.tls,
+        anonymous: config.anonymous,
+        retain_audit: config.retain_audit,
         local_agent: !config.no_local_agent,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();

@@ -62,13 +62,17 @@ class Refused(Exception):
 class Everlit:
     """One `everlit up` on a folder and a port of its own. As a context it ends everything that it started."""
 
-    def __init__(self, *flags, data=None, name="everlit-e2e-"):
+    def __init__(self, *flags, data=None, name="everlit-e2e-", listen="127.0.0.1", scheme="http"):
         self.own = data is None
         self.data = pathlib.Path(data or tempfile.mkdtemp(prefix=name))
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.listen = f"{listen}:{self.port}"
+        self.url = f"{scheme}://127.0.0.1:{self.port}"
         self.flags = list(flags)
         self.process = None
+        # For doors with locks.
+        self.token = None
+        self.tls = None
 
     def __enter__(self):
         self.up()
@@ -90,7 +94,7 @@ class Everlit:
 
     def up(self, wait=True):
         log = open(self.data / "up.log", "ab")
-        command = [BIN / "everlit", "up", "--listen", f"127.0.0.1:{self.port}", "--data-dir", self.data, *self.flags]
+        command = [BIN / "everlit", "up", "--listen", self.listen, "--data-dir", self.data, *self.flags]
         self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         if wait:
             until("ready", self.is_ready, 20)
@@ -140,10 +144,11 @@ class Everlit:
 
     def request(self, method, path, body=None, headers=None, raw=False, timeout=60):
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        headers = {**({"Content-Type": "application/json"} if data is not None else {}), **(headers or {})}
+        own = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        headers = {**({"Content-Type": "application/json"} if data is not None else {}), **own, **(headers or {})}
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
+            with urllib.request.urlopen(request, timeout=timeout, context=self.tls) as answer:
                 text = answer.read()
                 return text if raw else json.loads(text or b"null")
         except urllib.error.HTTPError as e:

@@ -5,6 +5,7 @@ use reqwest::{Method, Response};
 use serde_json::{Value, json};
 
 use super::{Client, Error, PATIENT_MAX, segment};
+use crate::auth::{AuditView, MadeToken, NewToken, TokenView, WhoAmI};
 use crate::ids::{JobId, NodeId};
 use crate::request::{PurgeRequest, Purged, StopRequest};
 use crate::status::{
@@ -197,9 +198,15 @@ impl Client {
         self.json_within(self.post(&format!("/nodes/{}/{act}", segment(&id.0)), &json!({})), PATIENT_MAX).await
     }
 
-    /// What the coordinator does.
+    /// What the coordinator does. Doors with locks tell that only to who has a token.
     pub async fn status(&self) -> Result<StatusView, Error> {
-        self.json(self.get("/status")).await
+        let told: Value = self.json(self.get("/status")).await?;
+        if told.get("nodes").is_none() {
+            let version = told["version"].as_str().unwrap_or_default();
+            let text = format!("the coordinator at {} (everlit {version}) tells more only with a token: set EVERLIT_TOKEN", self.url());
+            return Err(Error::Broken(text));
+        }
+        serde_json::from_value(told).map_err(|bad| Error::Broken(format!("{} answered what this client can not read: {bad}", self.url())))
     }
 
     /// Whether it lives.
@@ -210,6 +217,32 @@ impl Client {
     /// Whether it is ready.
     pub async fn ready(&self) -> Result<(), Error> {
         self.text(self.get("/readyz")).await.map(|_| ())
+    }
+
+    /// Who this client is.
+    pub async fn whoami(&self) -> Result<WhoAmI, Error> {
+        self.json(self.get("/whoami")).await
+    }
+
+    /// Makes a token: the answer has its secret, this once.
+    pub async fn create_token(&self, wanted: &NewToken) -> Result<MadeToken, Error> {
+        self.json(self.post("/tokens", wanted)).await
+    }
+
+    /// Tokens, newest first.
+    pub async fn tokens(&self) -> Result<Page<TokenView>, Error> {
+        self.json(self.get("/tokens").query(&[("limit", 500)])).await
+    }
+
+    /// Has a token open nothing any more.
+    pub async fn revoke_token(&self, id: &str) -> Result<TokenView, Error> {
+        self.json(self.request(Method::DELETE, &format!("/tokens/{}", segment(id)))).await
+    }
+
+    /// Who asked for what, newest first.
+    pub async fn audit(&self, limit: u32, user: Option<&str>) -> Result<Page<AuditView>, Error> {
+        let query = std::iter::once(("limit", limit.to_string())).chain(user.map(|user| ("user", user.to_string())));
+        self.json(self.get("/audit").query(&query.collect::<Vec<_>>())).await
     }
 
     /// Its metrics as Prometheus reads them.

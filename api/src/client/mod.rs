@@ -71,19 +71,29 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client of the coordinator at `base`, like [`DEFAULT_URL`]; nothing is sent yet.
-    pub fn new(base: &str, token: Option<String>) -> Result<Self, Error> {
+    /// A client of the coordinator at `base`, like [`DEFAULT_URL`]; nothing is sent yet. With `ca` (PEM) its certificate must be of that CA,
+    /// else of one that this machine trusts.
+    pub fn new(base: &str, token: Option<String>, ca: Option<&[u8]>) -> Result<Self, Error> {
         let bad = |why: String| Error::Broken(format!("`{base}` is not the URL of a coordinator: {why}; write it like {DEFAULT_URL}"));
         let url = reqwest::Url::parse(base).map_err(|error| bad(error.to_string()))?;
-        if url.scheme() != "http" {
-            return Err(bad(format!("this build speaks http only, not {}", url.scheme())));
+        if !matches!(url.scheme(), "http" | "https") {
+            return Err(bad(format!("it speaks http and https, not {}", url.scheme())));
         }
+        // Already there is as good: it is one of a process.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let mut http = reqwest::Client::builder().connect_timeout(CONNECT_MAX).user_agent(concat!("everlit/", env!("CARGO_PKG_VERSION")));
         let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
         if host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback()) {
             http = http.no_proxy();
         }
-        let http = http.build().map_err(|error| Error::Broken(error.to_string()))?;
+        if let Some(pem) = ca {
+            let roots = reqwest::Certificate::from_pem_bundle(pem).ok().filter(|roots| !roots.is_empty());
+            http = http.tls_certs_only(roots.ok_or_else(|| Error::Broken("the CA file has no certificate in PEM in it".into()))?);
+        } else if url.scheme() == "http" {
+            // No machine needs certificates for it.
+            http = http.tls_certs_only(Vec::new());
+        }
+        let http = http.build().map_err(|error| Error::Broken(innermost(&error)))?;
         Ok(Self { http, base: base.trim_end_matches('/').into(), token: token.filter(|token| !token.is_empty()) })
     }
 
@@ -138,6 +148,10 @@ impl Client {
 
     fn broken(&self, error: &reqwest::Error) -> Error {
         let why = innermost(error);
+        if error.is_connect() && self.base.starts_with("https") && why.contains("ertificate") {
+            let remedy = "with a CA of the coordinator's own, give its ca/ca.pem as --ca-file or EVERLIT_CA_FILE";
+            return Error::Broken(format!("the certificate of {} is not one to trust ({why}): {remedy}", self.base));
+        }
         if error.is_connect() {
             return Error::Unreachable { url: self.base.clone(), why };
         }

@@ -9,7 +9,7 @@ use crate::job::{Fault, FaultKind};
 use crate::problem::{Code, Problem};
 
 /// A refused request.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Refusal(pub(super) Box<Problem>);
 
 impl Refusal {

@@ -56,12 +56,19 @@ pub(super) fn skeleton() -> OpenApi {
 pub(super) struct Document(Bytes);
 
 impl Document {
-    pub(super) fn new(api: &OpenApi) -> Self {
-        let mut document = serde_json::to_value(api).unwrap_or_default();
-        add_problems(&mut document);
-        add_job_request(&mut document);
-        Self(serde_json::to_vec(&document).unwrap_or_default().into())
+    pub(super) fn new(document: &Value) -> Self {
+        Self(serde_json::to_vec(document).unwrap_or_default().into())
     }
+}
+
+/// The document with what is the same for all.
+pub(super) fn complete(api: &OpenApi) -> Value {
+    let mut document = serde_json::to_value(api).unwrap_or_default();
+    add_problems(&mut document);
+    add_job_request(&mut document);
+    let token = json!({"type": "http", "scheme": "bearer", "description": "`everlit token create` makes one"});
+    document["components"]["securitySchemes"] = json!({ "token": token });
+    document
 }
 
 fn add_problems(document: &mut Value) {
@@ -84,7 +91,9 @@ fn add_problems(document: &mut Value) {
                 answers.entry(status).or_insert_with(|| answer(description));
             };
             add("default", "Any other error; `code` tells which");
-            add("403", "A web page from elsewhere, or a Host that is not loopback");
+            add("401", "No token, or one that opens nothing");
+            add("403", "The role does not allow it; or a web page from elsewhere, or a Host that is not loopback");
+            add("429", "Too many requests, or bad tokens");
             if path.contains('{') {
                 add("404", "There is no such job or node");
             }
@@ -98,7 +107,6 @@ fn add_problems(document: &mut Value) {
             }
             if path == "/jobs" && method == "post" {
                 add("409", "A request with this Idempotency-Key is still running");
-                add("429", "The queue is full");
             }
         }
     }

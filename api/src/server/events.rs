@@ -1,16 +1,16 @@
 //! What happened, with reasons: pages and streams over one durable sequence.
 
-use axum::Json;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::Response;
+use axum::{Extension, Json};
 
 use super::Shared;
 use super::answer::Refusal;
 use super::extract::{Job, LIMIT_DEFAULT, LIMIT_MAX, Params};
 use super::sse;
+use crate::auth::Caller;
 use crate::control::EventQuery;
-use crate::ids::JobId;
 use crate::status::{EventView, Page};
 
 const CURSOR: &str = "must be the id of an event";
@@ -24,7 +24,7 @@ const CURSOR: &str = "must be the id of an event";
 pub(super) async fn of_job(State(control): State<Shared>, Job(id): Job, mut params: Params) -> Result<Json<Page<EventView>>, Refusal> {
     let (limit, after) = (params.limit(LIMIT_DEFAULT, LIMIT_MAX), params.parsed("after", CURSOR));
     params.finish()?;
-    Ok(Json(control.events(EventQuery { job: Some(id), after }, limit).await?))
+    Ok(Json(control.events(EventQuery { job: Some(id), after, user: None }, limit).await?))
 }
 
 /// What happens to a job, as server-sent events named like the event, until it is final.
@@ -39,19 +39,25 @@ pub(super) async fn stream_of_job(
     params: Params,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    follow(&control, Some(id), params, &headers).await
+    follow(&control, EventQuery { job: Some(id), ..EventQuery::default() }, params, &headers).await
 }
 
-/// What happens to every job and node, as server-sent events named like the event.
+/// What happens to every job and node, as server-sent events named like the event; a user hears of its own jobs only.
 #[utoipa::path(get, path = "/events/stream", tag = "events", operation_id = "stream_events", params(
         ("after" = Option<String>, Query, description = "Go on after this event's id"),
         ("Last-Event-ID" = Option<String>, Header, description = "The same, as browsers send it; wins over `after`"),
     ), responses((status = 200, description = "Server-sent events", body = String, content_type = "text/event-stream")))]
-pub(super) async fn stream_of_all(State(control): State<Shared>, params: Params, headers: HeaderMap) -> Result<Response, Refusal> {
-    follow(&control, None, params, &headers).await
+pub(super) async fn stream_of_all(
+    State(control): State<Shared>,
+    Extension(caller): Extension<Caller>,
+    params: Params,
+    headers: HeaderMap,
+) -> Result<Response, Refusal> {
+    let user = caller.only().map(Into::into);
+    follow(&control, EventQuery { user, ..EventQuery::default() }, params, &headers).await
 }
 
-async fn follow(control: &Shared, job: Option<JobId>, mut params: Params, headers: &HeaderMap) -> Result<Response, Refusal> {
+async fn follow(control: &Shared, query: EventQuery, mut params: Params, headers: &HeaderMap) -> Result<Response, Refusal> {
     let given = params.parsed::<u64>("after", CURSOR);
     let after = match sse::last_event_id(headers) {
         None => given,
@@ -64,6 +70,6 @@ async fn follow(control: &Shared, job: Option<JobId>, mut params: Params, header
         }
     };
     params.finish()?;
-    let from = control.follow_events(EventQuery { job, after }).await?;
+    let from = control.follow_events(EventQuery { after, ..query }).await?;
     Ok(sse::respond(from, sse::Happenings::new(after)))
 }

@@ -1,48 +1,95 @@
-//! What every request passes on its way in and every answer on its way out: the loopback guard, a request id, a span, problems.
+//! What every request passes on its way in and every answer on its way out: where it comes from, who calls and what they may, how often,
+//! the audit log; a request id, a span, problems.
 //!
-//! Loopback is not private: any web page may send requests to it. So the Host must be a loopback name (a rebound DNS name is not), an
-//! Origin must be this very door's, and a browser that says it comes from elsewhere changes nothing (CONTRACT section 7).
+//! Loopback is not private: any web page may send requests to it. So the Host must be a loopback name there (a rebound DNS name is not), an
+//! Origin must be this very door's, and a browser that says it comes from elsewhere changes nothing (CONTRACT section 7). All doors are
+//! guarded here and by the table in `access`: a handler can not forget to.
 
 use std::hash::{BuildHasher, Hasher};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::panic::AssertUnwindSafe;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use axum::body::Body;
-use axum::extract::{Request, State};
-use axum::http::header::{CONTENT_TYPE, HOST, ORIGIN, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS};
+use axum::extract::{ConnectInfo, FromRequestParts, MatchedPath, Request, State};
+use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN, RETRY_AFTER, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt;
 use tracing::Instrument;
 
+use super::Shared;
+use super::access::{Access, Door, Needs};
 use super::answer::{Attached, Refusal, for_status};
+use super::rate::{Limit, Rates};
+use crate::auth::{AuditEntry, Caller, Role};
+use crate::ids::JobId;
 use crate::problem::{Code, Problem};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 const PROBLEM_JSON: HeaderValue = HeaderValue::from_static("application/problem+json");
+const BEARER: HeaderValue = HeaderValue::from_static("Bearer realm=\"everlit\"");
 const NOSNIFF: HeaderValue = HeaderValue::from_static("nosniff");
 /// Characters of an inbound request id at most.
 const REQUEST_ID_CHARS_MAX: usize = 128;
 
-/// Who may call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Policy {
+/// Characters of an audit entry's target at most.
+const TARGET_CHARS_MAX: usize = 512;
+
+/// Who may call, and how often.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Policy {
+    /// Only programs on this machine reach the doors: nothing but their names must be guarded, and calls without a token are not counted.
+    pub loopback: bool,
+    /// The doors end TLS themselves; where they do not and are open, something in front does.
+    pub tls: bool,
+    /// What a caller without a token may; `None`: nothing.
+    pub anonymous: Option<Role>,
+    /// Requests of one token, or of one address without any.
+    pub requests: Limit,
+    /// Bad tokens from one address.
+    pub bad_tokens: Limit,
+}
+
+impl Policy {
     /// Programs on this machine, without a token; web pages only when the coordinator serves them itself.
-    Loopback,
+    pub fn loopback() -> Self {
+        Self { loopback: true, anonymous: Some(Role::Admin), ..Self::open() }
+    }
+
+    /// Everybody who has a token.
+    pub fn open() -> Self {
+        let requests = Limit { burst: 1_000.0, per_second: 200.0 };
+        Self { loopback: false, tls: false, anonymous: None, requests, bad_tokens: Limit { burst: 20.0, per_second: 0.2 } }
+    }
+}
+
+/// The guard with what it remembers.
+pub(super) struct Gate {
+    policy: Policy,
+    access: Access,
+    control: Shared,
+    requests: Rates<String>,
+    bad_tokens: Rates<Option<IpAddr>>,
+}
+
+impl Gate {
+    pub(super) fn new(policy: Policy, access: Access, control: Shared) -> Self {
+        Self { policy, access, control, requests: Rates::new(policy.requests), bad_tokens: Rates::new(policy.bad_tokens) }
+    }
 }
 
 /// The outermost layer.
-pub(super) async fn doors(State(policy): State<Policy>, request: Request, next: Next) -> Response {
+pub(super) async fn doors(State(gate): State<std::sync::Arc<Gate>>, mut request: Request, next: Next) -> Response {
     let id = request_id(request.headers());
     let (method, path) = (request.method().clone(), request.uri().path().to_string());
     let span = tracing::debug_span!("request", id = id.to_str().unwrap_or_default(), %method, path);
     let started = Instant::now();
-    let mut response = match guard(policy, &request) {
+    let mut response = match gate.let_in(&mut request, &id).await {
         Err(refusal) => refusal.into_response(),
         Ok(()) => AssertUnwindSafe(next.run(request)).catch_unwind().instrument(span.clone()).await.unwrap_or_else(|_| panicked()),
     };
@@ -78,6 +125,9 @@ fn with_problem(response: Response, id: &HeaderValue, method: &Method, path: &st
     parts.status = StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     parts.headers.insert(CONTENT_TYPE, PROBLEM_JSON);
     parts.headers.remove(axum::http::header::CONTENT_LENGTH);
+    if problem.code == Code::Unauthorized {
+        parts.headers.insert(WWW_AUTHENTICATE, BEARER);
+    }
     if let Some(seconds) = problem.retry_after {
         parts.headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
     }
@@ -100,15 +150,125 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
     HeaderValue::try_from(id).unwrap_or(HeaderValue::from_static("none"))
 }
 
-fn guard(policy: Policy, request: &Request) -> Result<(), Refusal> {
-    let Policy::Loopback = policy;
+impl Gate {
+    /// Whether a request may go on; it then carries its [`Caller`], where one is known.
+    async fn let_in(&self, request: &mut Request, id: &HeaderValue) -> Result<(), Refusal> {
+        come_from(self.policy, request)?;
+        // A path that is not there, and a method that it does not take, are answered to anybody.
+        let matched = request.extensions().get::<MatchedPath>();
+        let Some(door) = matched.and_then(|path| self.access.door(request.method(), path.as_str())) else { return Ok(()) };
+        let address = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(from)| from.ip());
+        if door.needs == Needs::Agent {
+            return Ok(());
+        }
+        let known = self.caller(request.headers(), address);
+        let decided = match (&known, door.needs) {
+            // Whatever token came along.
+            (_, Needs::Nothing | Needs::Agent) => Ok(()),
+            (Err(refusal), Needs::Role(_)) => Err(refusal.clone()),
+            (Ok(caller), Needs::Role(least)) => self.may(caller, least, door, request, address).await,
+        };
+        let caller = known.ok();
+        let changes = !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
+        if changes {
+            let entry = AuditEntry {
+                user: caller.as_ref().and_then(|caller| caller.user.clone()),
+                role: caller.as_ref().map(|caller| caller.role),
+                token: caller.as_ref().and_then(|caller| caller.token.clone()),
+                address: address.map(|ip| ip.to_string()),
+                operation: door.operation.clone(),
+                target: request.uri().to_string().chars().take(TARGET_CHARS_MAX).collect(),
+                allowed: decided.is_ok(),
+                request_id: id.to_str().unwrap_or_default().into(),
+            };
+            // It goes the same way as the change, before it: whatever is done is in the log no later.
+            self.control.audit(entry).await?;
+        }
+        decided?;
+        if let Some(caller) = caller {
+            request.extensions_mut().insert(caller);
+        }
+        Ok(())
+    }
+
+    /// Who calls, by the token that is shown.
+    fn caller(&self, headers: &HeaderMap, address: Option<IpAddr>) -> Result<Caller, Refusal> {
+        let mut shown = headers.get_all(AUTHORIZATION).iter();
+        let Some(value) = shown.next() else {
+            let needed = "a token is needed: send the header `authorization: Bearer <token>`, or set EVERLIT_TOKEN for `everlit`";
+            return self.policy.anonymous.map(Caller::anonymous).ok_or_else(|| unauthorized(needed));
+        };
+        let bearer = value.to_str().ok().and_then(|text| {
+            let (scheme, token) = text.split_once(' ')?;
+            scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+        });
+        let known = match bearer {
+            Some(token) if shown.next().is_none() => self.control.caller(token).map_err(|bad| unauthorized(bad.detail())),
+            _ => Err(unauthorized("the authorization header must be given once, as `authorization: Bearer <token>`")),
+        };
+        known.map_err(|refusal| match self.bad_tokens.take(address) {
+            Ok(()) => refusal,
+            // A good token is let in whatever else comes from its address: many may share it.
+            Err(wait) => too_often("too many bad tokens came from this address", wait),
+        })
+    }
+
+    async fn may(&self, caller: &Caller, least: Role, door: &Door, request: &mut Request, address: Option<IpAddr>) -> Result<(), Refusal> {
+        if caller.token.is_some() || !self.policy.loopback {
+            let who = caller.token.clone().unwrap_or_else(|| address.map(|ip| ip.to_string()).unwrap_or_default());
+            self.requests.take(who).map_err(|wait| too_often("too many requests", wait))?;
+        }
+        if caller.role < least {
+            let who = caller.user.as_deref().map_or_else(|| "a caller without a token".to_string(), |user| format!("`{user}`"));
+            return Err(forbidden(&format!(
+                "{who} is {} here, and this takes {least}: an admin can make a token for it",
+                with_article(caller.role)
+            )));
+        }
+        if let Some(user) = caller.only().filter(|_| door.of_job) {
+            let job = job_of(request).await;
+            // As if it were not there: that it is, is none of their business.
+            if let Some(job) = job
+                && self.control.job_user(job).await?.as_deref() != Some(user)
+            {
+                return Err(Refusal::new(Code::NotFound, format!("there is no job {job} of yours; GET /jobs lists them")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn with_article(role: Role) -> &'static str {
+    match role {
+        Role::Viewer => "a viewer",
+        Role::User => "a user",
+        Role::Operator => "an operator",
+        Role::Admin => "an admin",
+    }
+}
+
+/// The job that the path names; one that can not be read is no job of anybody's, and the door says so.
+async fn job_of(request: &mut Request) -> Option<JobId> {
+    let (mut parts, body) = std::mem::take(request).into_parts();
+    let named = axum::extract::Path::<std::collections::HashMap<String, String>>::from_request_parts(&mut parts, &()).await;
+    *request = Request::from_parts(parts, body);
+    named.ok()?.get("id")?.parse().ok()
+}
+
+/// Where a request comes from, as far as browsers and names tell.
+fn come_from(policy: Policy, request: &Request) -> Result<(), Refusal> {
     let host = host(request.headers(), request.uri())?;
-    if !is_loopback(host) {
+    if policy.loopback && !is_loopback(host) {
         return Err(forbidden("this door answers only to loopback names: call it as http://127.0.0.1 or http://localhost with its port"));
     }
     if let Some(origin) = request.headers().get(ORIGIN) {
-        let own = origin.to_str().ok().and_then(|text| text.strip_prefix("http://"));
-        if !own.is_some_and(|authority| same_authority(authority, host)) {
+        let of_scheme = |text: &'_ str| match text.split_once("://")? {
+            ("https", authority) if policy.tls || !policy.loopback => Some(authority.to_string()),
+            ("http", authority) if !policy.tls => Some(authority.to_string()),
+            _ => None,
+        };
+        let own = origin.to_str().ok().and_then(of_scheme);
+        if !own.is_some_and(|authority| same_authority(&authority, host)) {
             return Err(forbidden("a web page from another origin may not call this: open the page from the coordinator itself"));
         }
     }
@@ -118,6 +278,14 @@ fn guard(policy: Policy, request: &Request) -> Result<(), Refusal> {
         return Err(forbidden("a web page from another site may not change anything here"));
     }
     Ok(())
+}
+
+fn unauthorized(detail: &str) -> Refusal {
+    Refusal::new(Code::Unauthorized, detail)
+}
+
+fn too_often(what: &str, wait: u64) -> Refusal {
+    Problem::new(Code::RateLimited, format!("{what}: wait {wait} s")).retry_after(wait).into()
 }
 
 fn forbidden(detail: &str) -> Refusal {
@@ -140,7 +308,7 @@ fn host<'a>(headers: &'a HeaderMap, uri: &'a Uri) -> Result<&'a str, Refusal> {
 }
 
 fn same_authority(a: &str, b: &str) -> bool {
-    let plain = |text: &str| text.strip_suffix(":80").unwrap_or(text).to_ascii_lowercase();
+    let plain = |text: &str| text.strip_suffix(":80").or_else(|| text.strip_suffix(":443")).unwrap_or(text).to_ascii_lowercase();
     plain(a) == plain(b)
 }
 

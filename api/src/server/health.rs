@@ -2,15 +2,16 @@
 //!
 //! Liveness never asks [`crate::control::Control`]: a busy coordinator is not a dead one.
 
-use axum::Json;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::Shared;
 use super::answer::Refusal;
+use crate::auth::Caller;
 use crate::problem::Code;
 use crate::status::StatusView;
 
@@ -42,10 +43,38 @@ pub(super) async fn readyz(State(control): State<Shared>) -> Result<Json<Health>
     }
 }
 
-/// Version, nodes, jobs, GPUs, queue.
-#[utoipa::path(get, path = "/status", tag = "health", operation_id = "status", responses((status = 200, description = "Now", body = StatusView)))]
-pub(super) async fn status(State(control): State<Shared>) -> Result<Json<StatusView>, Refusal> {
-    Ok(Json(control.status().await?))
+/// What anybody may know.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ShortStatus {
+    /// Of the coordinator.
+    version: String,
+    /// Since it started.
+    uptime_seconds: f64,
+    /// Whether it decides; others pass on.
+    leader: bool,
+    /// How callers are known.
+    auth: String,
+}
+
+/// All of it, or what anybody may know.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub(super) enum Status {
+    /// For whoever may see nodes and jobs.
+    Full(StatusView),
+    /// For everybody else.
+    Short(ShortStatus),
+}
+
+/// Version, nodes, jobs, GPUs, queue; without a token where one is needed only what anybody may know.
+#[utoipa::path(get, path = "/status", tag = "health", operation_id = "status", responses((status = 200, description = "Now", body = Status)))]
+pub(super) async fn status(State(control): State<Shared>, caller: Option<Extension<Caller>>) -> Result<Json<Status>, Refusal> {
+    let full = control.status().await?;
+    Ok(Json(if caller.is_some() {
+        Status::Full(full)
+    } else {
+        Status::Short(ShortStatus { version: full.version, uptime_seconds: full.uptime_seconds, leader: full.leader, auth: full.auth })
+    }))
 }
 
 /// For Prometheus.

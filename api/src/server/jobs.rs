@@ -2,11 +2,11 @@
 //!
 //! `Location` is made from the path as it was called, so it is right under `/api/v1` too.
 
-use axum::Json;
 use axum::extract::{OriginalUri, State};
 use axum::http::header::LOCATION;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -14,6 +14,7 @@ use super::Shared;
 use super::answer::Refusal;
 use super::docs::JobRequest;
 use super::extract::{Job, JsonBody, LIMIT_DEFAULT, LIMIT_MAX, Params};
+use crate::auth::Caller;
 use crate::control::{ListQuery, Submission};
 use crate::job;
 use crate::problem::Code;
@@ -42,6 +43,7 @@ const KEY_CHARS_MAX: usize = 255;
     ))]
 pub(super) async fn submit(
     State(control): State<Shared>,
+    Extension(caller): Extension<Caller>,
     OriginalUri(uri): OriginalUri,
     mut params: Params,
     headers: HeaderMap,
@@ -50,12 +52,12 @@ pub(super) async fn submit(
     let dry_run = params.flag("dry_run");
     params.finish()?;
     let key = idempotency_key(&headers)?;
-    let spec = job::parse(&with_inherited(&control, body.value).await?)?;
+    let spec = job::parse(&with_inherited(&control, body.value, &caller).await?)?;
     if dry_run {
         return Ok(Json(control.plan(spec).await?).into_response());
     }
     let idempotency = key.map(|key| (key, Sha256::digest(&body.raw).into()));
-    let accepted = control.submit(Submission { spec, idempotency }).await?;
+    let accepted = control.submit(Submission { spec, idempotency, user: caller.user }).await?;
     let place = format!("{}/{}", uri.path().trim_end_matches('/'), accepted.job.job_id);
     let mut response = (StatusCode::CREATED, Json(accepted.job)).into_response();
     if let Ok(place) = HeaderValue::try_from(place) {
@@ -68,8 +70,15 @@ pub(super) async fn submit(
 }
 
 /// A job that resumes one that is known here goes on with that one's settings where it gives none.
-async fn with_inherited(control: &Shared, body: Value) -> Result<Value, Refusal> {
+async fn with_inherited(control: &Shared, body: Value, caller: &Caller) -> Result<Value, Refusal> {
     let Some(id) = job::resumes(&body) else { return Ok(body) };
+    if let Some(user) = caller.only() {
+        // Its weights are another user's, and one that is not known here may be, too.
+        let whose = control.job_user(id).await;
+        if whose.ok().flatten().as_deref() != Some(user) {
+            return Err(Refusal::new(Code::NotFound, format!("there is no job {id} of yours to resume from; GET /jobs lists them")));
+        }
+    }
     match control.job(id).await {
         Ok(JobView { spec: Some(old), .. }) => Ok(job::inherit(body, &old)),
         Ok(_) => Ok(body),
@@ -94,13 +103,15 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Refusal> {
     key.map(|key| Some(key.into())).ok_or_else(wrong)
 }
 
-fn list_query(mut params: Params) -> Result<ListQuery, Refusal> {
+fn list_query(mut params: Params, caller: &Caller) -> Result<ListQuery, Refusal> {
+    let user = params.one("user");
     let query = ListQuery {
         limit: params.limit(LIMIT_DEFAULT, LIMIT_MAX),
         after: params.one("after"),
         states: params.states(),
         name: params.one("name"),
         labels: params.labels(),
+        user: caller.only().map(Into::into).or(user),
     };
     params.finish().map(|()| query)
 }
@@ -112,9 +123,14 @@ fn list_query(mut params: Params) -> Result<ListQuery, Refusal> {
         ("state" = Option<String>, Query, description = "Only these states, separated by commas"),
         ("name" = Option<String>, Query, description = "Only jobs of this name"),
         ("label" = Option<Vec<String>>, Query, description = "Only jobs with this label, like team=vision; may be repeated"),
+        ("user" = Option<String>, Query, description = "Only jobs of this user; a user sees no others anyway"),
     ), responses((status = 200, description = "A page", body = Page<JobView>)))]
-pub(super) async fn list(State(control): State<Shared>, params: Params) -> Result<Json<Page<JobView>>, Refusal> {
-    Ok(Json(control.jobs(list_query(params)?).await?))
+pub(super) async fn list(
+    State(control): State<Shared>,
+    Extension(caller): Extension<Caller>,
+    params: Params,
+) -> Result<Json<Page<JobView>>, Refusal> {
+    Ok(Json(control.jobs(list_query(params, &caller)?).await?))
 }
 
 /// List summaries, newest first.
@@ -124,9 +140,14 @@ pub(super) async fn list(State(control): State<Shared>, params: Params) -> Resul
         ("state" = Option<String>, Query, description = "Only these states, separated by commas"),
         ("name" = Option<String>, Query, description = "Only jobs of this name"),
         ("label" = Option<Vec<String>>, Query, description = "Only jobs with this label, like team=vision; may be repeated"),
+        ("user" = Option<String>, Query, description = "Only jobs of this user; a user sees no others anyway"),
     ), responses((status = 200, description = "A page", body = Page<Summary>)))]
-pub(super) async fn summaries(State(control): State<Shared>, params: Params) -> Result<Json<Page<Summary>>, Refusal> {
-    Ok(Json(control.summaries(list_query(params)?).await?))
+pub(super) async fn summaries(
+    State(control): State<Shared>,
+    Extension(caller): Extension<Caller>,
+    params: Params,
+) -> Result<Json<Page<Summary>>, Refusal> {
+    Ok(Json(control.summaries(list_query(params, &caller)?).await?))
 }
 
 /// One job with its spec.

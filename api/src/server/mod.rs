@@ -11,6 +11,7 @@ use utoipa_axum::routes;
 
 use crate::control::Control;
 
+mod access;
 mod acts;
 mod agents;
 mod answer;
@@ -24,11 +25,14 @@ mod jobs;
 mod logs;
 mod nodes;
 mod postmortem;
+mod rate;
 mod sse;
 #[cfg(test)]
 mod tests;
+mod tokens;
 
 pub use guard::Policy;
+pub use rate::Limit;
 
 /// Whoever is in control, as every door has it.
 type Shared = Arc<dyn Control>;
@@ -36,10 +40,20 @@ type Shared = Arc<dyn Control>;
 /// The doors.
 pub fn router(control: Arc<dyn Control>, policy: Policy) -> Router {
     let (doors, document) = described().split_for_parts();
-    let document = docs::Document::new(&document);
-    let doors = doors.with_state(control).layer(axum::Extension(document));
+    let mut document = docs::complete(&document);
+    let access = access::Access::of(&mut document);
+    let doors = doors.with_state(control.clone()).layer(axum::Extension(docs::Document::new(&document)));
     let all = doors.clone().nest("/api/v1", doors).fallback(answer::no_such_path);
-    all.layer(axum::middleware::from_fn_with_state(policy, guard::doors))
+    all.layer(axum::middleware::from_fn_with_state(Arc::new(guard::Gate::new(policy, access, control)), guard::doors))
+}
+
+/// The agents' door alone, for one that comes in beside the others.
+pub fn agents_only(control: Arc<dyn Control>) -> Router {
+    let (doors, document) = OpenApiRouter::with_openapi(docs::skeleton()).routes(routes!(agents::link)).split_for_parts();
+    let access = access::Access::of(&mut docs::complete(&document));
+    let gate = Arc::new(guard::Gate::new(Policy::loopback(), access, control.clone()));
+    let doors = doors.with_state(control).fallback(answer::no_such_path);
+    doors.layer(axum::middleware::from_fn_with_state(gate, guard::doors))
 }
 
 /// Every route with its description.
@@ -76,5 +90,9 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(docs::openapi))
         .routes(routes!(docs::viewer))
         .routes(routes!(docs::asset))
+        .routes(routes!(tokens::whoami))
+        .routes(routes!(tokens::list, tokens::create))
+        .routes(routes!(tokens::revoke))
+        .routes(routes!(tokens::audit))
         .routes(routes!(agents::link))
 }

@@ -87,7 +87,7 @@ async fn all_events(control: &Shared, id: JobId) -> Result<Vec<EventView>, Refus
     let mut all = Vec::new();
     let mut after = None;
     for _ in 0..PAGES_MAX {
-        let page = control.events(EventQuery { job: Some(id), after }, PAGE).await?;
+        let page = control.events(EventQuery { job: Some(id), after, user: None }, PAGE).await?;
         after = page.data.last().and_then(|event| event.id.parse().ok());
         // What a long job has most of.
         all.extend(page.data.into_iter().filter(|event| event.event != "checkpoint_committed"));

@@ -120,7 +120,7 @@ async fn listen_port(address: SocketAddr) -> Finding {
     match TcpListener::bind(address) {
         Ok(_) => Finding::ok(check, format!("{address} is free")),
         Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-            let status = match Client::new(&format!("http://{address}"), None) {
+            let status = match Client::new(&format!("http://{address}"), None, None) {
                 Ok(client) => tokio::time::timeout(Duration::from_secs(5), client.status()).await.ok().and_then(Result::ok),
                 Err(_) => None,
             };

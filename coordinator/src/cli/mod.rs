@@ -21,6 +21,7 @@ mod simulate;
 mod submit;
 #[cfg(test)]
 mod tests;
+mod tokens;
 
 pub use act::{DownArgs, stop_all_jobs};
 use act::{NodesArgs, PurgeArgs, RmArgs, StopArgs};
@@ -29,6 +30,7 @@ use logs::LogsArgs;
 use show::{LsArgs, MetricsArgs};
 use simulate::SimulateArgs;
 use submit::{ResumeArgs, SubmitArgs};
+use tokens::{AuditArgs, TokenArgs};
 
 /// everlit keeps AI training jobs alive.
 #[derive(Debug, Parser)]
@@ -37,6 +39,9 @@ pub struct Cli {
     /// Where the coordinator is
     #[arg(long, global = true, env = "EVERLIT_URL", default_value = DEFAULT_URL, value_name = "URL")]
     pub url: String,
+    /// The CA that the coordinator's certificate is of, PEM: its `ca/ca.pem` with --own-ca
+    #[arg(long, global = true, env = "EVERLIT_CA_FILE", value_name = "FILE")]
+    pub ca_file: Option<std::path::PathBuf>,
     /// How results are written
     #[arg(short, long, global = true, value_enum, default_value_t = Output::Text, value_name = "FORM")]
     pub output: Output,
@@ -88,6 +93,12 @@ pub enum Verb {
     Nodes(NodesArgs),
     /// Show what the coordinator does
     Status,
+    /// Make, list or revoke tokens
+    Token(TokenArgs),
+    /// Show who asked for what
+    Audit(AuditArgs),
+    /// Show who you are to the coordinator
+    Whoami,
     /// What goodput a policy gives on a cluster, in virtual time
     Simulate(Box<SimulateArgs>),
     /// Check this machine
@@ -134,7 +145,7 @@ impl From<std::io::Error> for Fail {
 }
 
 /// The client for these settings; the token comes from `EVERLIT_TOKEN` or the file `EVERLIT_TOKEN_FILE` names, never from argv.
-pub fn client(url: &str) -> Result<Client, Fail> {
+pub fn client(url: &str, ca_file: Option<&std::path::Path>) -> Result<Client, Fail> {
     let token = match (std::env::var("EVERLIT_TOKEN"), std::env::var("EVERLIT_TOKEN_FILE")) {
         (Ok(token), _) => Some(token),
         (_, Ok(file)) => {
@@ -143,7 +154,11 @@ pub fn client(url: &str) -> Result<Client, Fail> {
         }
         _ => None,
     };
-    Client::new(url, token).map_err(|error| Fail::Usage(error.to_string()))
+    let read = |file: &std::path::Path| {
+        std::fs::read(file).map_err(|error| Fail::Usage(format!("can not read --ca-file {}: {error}", file.display())))
+    };
+    let ca = ca_file.map(read).transpose()?;
+    Client::new(url, token, ca.as_deref()).map_err(|error| Fail::Usage(error.to_string()))
 }
 
 /// Runs any verb but `up`; of `down` only the part that is a call (stopping jobs when asked).
@@ -169,7 +184,7 @@ pub async fn run_verb(cli: Cli) -> ExitCode {
 }
 
 async fn run(cli: Cli) -> Result<(), Fail> {
-    let client = client(&cli.url)?;
+    let client = client(&cli.url, cli.ca_file.as_deref())?;
     let output = cli.output;
     match cli.verb {
         Verb::Up(_) => Err(Fail::Usage("`up` is run by the program itself".into())),
@@ -187,6 +202,9 @@ async fn run(cli: Cli) -> Result<(), Fail> {
         Verb::Purge(args) => act::purge(&client, args, output).await,
         Verb::Nodes(args) => act::nodes(&client, args, output).await,
         Verb::Status => show::status(&client, output).await,
+        Verb::Token(args) => tokens::token(&client, args, output).await,
+        Verb::Audit(args) => tokens::audit(&client, args, output).await,
+        Verb::Whoami => tokens::whoami(&client, output).await,
         Verb::Simulate(args) => simulate::simulate(&client, &args, output).await,
         Verb::Doctor(args) => doctor::doctor(&args, output).await,
         Verb::Completions { shell } => completions(shell),
@@ -231,6 +249,10 @@ mod usage {
             "everlit nodes drain here",
             "everlit purge --older-than 7d --state failed --dry-run",
             "everlit completions bash",
+            "everlit token create --user alice --role user --ttl 30d",
+            "everlit --ca-file ca.pem token ls",
+            "everlit audit --user alice --limit 5",
+            "everlit up --listen 0.0.0.0:8000 --own-ca --tls-names a.example,10.0.0.5 --anonymous viewer",
             "everlit simulate --nodes 4 --duration 2d --failure nic=3 --checkpoint-every auto --spares 2 --policy recovery=in-place,every=5m",
         ] {
             assert!(Cli::try_parse_from(good.split(' ')).is_ok(), "{good}");
@@ -243,6 +265,9 @@ mod usage {
             "everlit up --listen x",
             "everlit submit python x.py",
             "everlit nodes melt x",
+            "everlit token create --user alice",
+            "everlit token create --user alice --role root",
+            "everlit audit --limit 0",
             "everlit simulate --duration never",
             "everlit simulate --failure nic=many",
             "everlit simulate --recovery prayer",

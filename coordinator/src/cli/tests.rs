@@ -34,6 +34,7 @@ fn view(number: u128, name: &str, state: JobState) -> JobView {
         name: (!name.is_empty()).then(|| name.into()),
         kind: JobKind::Train,
         state,
+        user: None,
         priority: Priority::Normal,
         labels: BTreeMap::new(),
         world_size: 1,
@@ -102,7 +103,7 @@ async fn house() -> (Shared, Client) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let url = format!("http://{}", listener.local_addr().expect("an address"));
     tokio::spawn(axum::serve(listener, routes.with_state(shared.clone())).into_future());
-    (shared, Client::new(&url, None).expect("a client"))
+    (shared, Client::new(&url, None, None).expect("a client"))
 }
 
 #[tokio::test]

@@ -54,6 +54,8 @@ pub struct JobRow {
     pub finished_at: Option<Timestamp>,
     /// Only with the first row of a job.
     pub spec: Option<Arc<JobSpec>>,
+    /// Whose it is, for filters; only with the first row of a job.
+    pub user: Option<String>,
     /// The engine's own state, JSON with a version.
     pub body: String,
     /// The ranks' ends, JSON; only of a final job.

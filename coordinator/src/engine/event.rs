@@ -21,6 +21,8 @@ pub enum Event {
         spec: Arc<JobSpec>,
         /// For everything random about this job.
         seed: u64,
+        /// Whose token it was submitted with.
+        user: Option<String>,
     },
     /// A user wants it stopped; `force` skips the grace.
     StopRequested {

@@ -17,7 +17,7 @@ use super::timers::Timer;
 use super::{Engine, Turn};
 
 impl Engine {
-    pub(super) fn on_job_submitted(&mut self, turn: &mut Turn, id: JobId, spec: Arc<JobSpec>, seed: u64) {
+    pub(super) fn on_job_submitted(&mut self, turn: &mut Turn, id: JobId, spec: Arc<JobSpec>, seed: u64, user: Option<String>) {
         let job = Job {
             version: ROW_VERSION,
             id,
@@ -28,9 +28,11 @@ impl Engine {
             book: Book::open(turn.now),
             series_kept_at: turn.now,
             spec,
+            user,
             ..Job::default()
         };
-        let facts = Facts::from([("world_size", job.spec.world_size.into()), ("priority", serde_json::json!(job.spec.priority))]);
+        let mut facts = Facts::from([("world_size", job.spec.world_size.into()), ("priority", serde_json::json!(job.spec.priority))]);
+        facts.extend(job.user.clone().map(|user| ("user", user.into())));
         turn.event(Some(id), "job_submitted", "accepted", facts);
         self.enqueue(&job);
         let before = self.jobs.insert(id, job);

@@ -133,7 +133,7 @@ impl Engine {
 
     fn dispatch(&mut self, turn: &mut Turn, event: Event) {
         match event {
-            Event::JobSubmitted { id, spec, seed } => self.on_job_submitted(turn, id, spec, seed),
+            Event::JobSubmitted { id, spec, seed, user } => self.on_job_submitted(turn, id, spec, seed, user),
             Event::StopRequested { job, force, delete } => self.on_stop_requested(turn, job, force, delete),
             Event::RestartRequested { job } => self.on_restart_requested(turn, job),
             Event::SaveRequested { job } => self.on_save_requested(turn, job),

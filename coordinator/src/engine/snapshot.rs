@@ -62,6 +62,7 @@ impl Job {
             state: self.state,
             finished_at: self.finished_at,
             spec: fresh.then(|| self.spec.clone()),
+            user: self.user.clone().filter(|_| fresh),
             body: text(serde_json::to_string(self)),
             ranks: is_final.then(|| text(serde_json::to_string(&self.ranks))),
             series: with_series.then(|| text(serde_json::to_string(self.series.points()))),

@@ -48,6 +48,9 @@ pub struct Job {
     /// When the series was last written.
     #[serde(skip)]
     pub series_kept_at: Timestamp,
+    /// Whose token it was submitted with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     /// For everything random about this job.
     pub seed: u64,
     /// Where it is.

@@ -17,6 +17,7 @@ impl Job {
             name: self.spec.name.clone(),
             kind: self.spec.kind,
             state: self.state,
+            user: self.user.clone(),
             priority: self.spec.priority,
             labels: self.spec.labels.clone(),
             world_size: self.spec.world_size,

@@ -2,9 +2,11 @@
 //!
 //! A question to the engine is answered when everything that it shows is durable, so the store that is read after it is never behind.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use everlit_api::auth::{AuditEntry, AuditView, BadToken, Caller, MadeToken, NewToken, TokenView};
 use everlit_api::control::{
     Accepted, AgentLink, Answer, Control, EventItem, EventQuery, ListQuery, LogItem, LogQuery, PurgeQuery, Submission,
 };
@@ -23,12 +25,15 @@ use super::clock::Clock;
 use super::driver::{Handle, Input, News};
 use super::logs::{ITEMS_MAX, Reader};
 use super::metrics::{Metrics, Now};
-use super::store::{JobFilter, Store, StoreError};
+use super::store::{JobFilter, Store, StoreError, TokenRow};
+use super::tokens::{self, TOKENS_MAX, Tokens};
 use crate::engine::state::Job;
 use crate::engine::{CannotSave, Engine, Event, StoredJob, read_job};
 
 /// Jobs that one purge removes at most; the rest goes with the next.
 const PURGE_MAX: u32 = 5_000;
+/// Jobs of which a follower remembers whose they are.
+const SEEN_MAX: usize = 10_000;
 /// Events read at once for a follower.
 const FOLLOW_PAGE: u32 = 500;
 
@@ -47,6 +52,10 @@ pub struct Coordinator {
     pub clock: Clock,
     /// What an agent must say at the door.
     pub agent_token: Arc<str>,
+    /// Who shows which token.
+    pub tokens: Arc<Tokens>,
+    /// How callers are known, in a word or two.
+    pub auth: Arc<str>,
     /// Recovery is done and no end is near.
     pub ready: Arc<AtomicBool>,
 }
@@ -130,7 +139,8 @@ impl Coordinator {
     ) -> Result<Page<T>, Problem> {
         let before = query.after.as_deref().map(str::parse::<JobId>).transpose();
         let before = before.map_err(|_| Problem::new(Code::BadRequest, "`after` must be the `last_id` of a page before"))?;
-        let filter = JobFilter { before, states: query.states, name: query.name, labels: query.labels, finished_before: None };
+        let filter =
+            JobFilter { before, states: query.states, name: query.name, labels: query.labels, finished_before: None, user: query.user };
         // Everything that was answered before is durable after this.
         self.look(|_, _| ()).await?;
         let mut rows = self.store.jobs(&filter, query.limit + 1).await?;
@@ -178,6 +188,15 @@ impl Coordinator {
         done.await.map_err(|_| gone())
     }
 
+    /// Makes a token durable as it is now; then it counts.
+    pub async fn keep_token(&self, row: TokenRow) -> Result<(), Problem> {
+        let (reply, done) = oneshot::channel();
+        self.send(Input::Token { row: row.clone(), reply }).await?;
+        done.await.map_err(|_| gone())?;
+        self.tokens.put(row);
+        Ok(())
+    }
+
     async fn node_view(&self, id: NodeId) -> Result<NodeView, Problem> {
         let name = id.clone();
         let found = self.look(move |engine, now| engine.nodes().get(&name).map(|node| node.view(&name, now))).await?;
@@ -200,8 +219,25 @@ impl Coordinator {
         Ok(ids)
     }
 
+    /// Whether an event is for who follows: of the jobs of its user, where it is kept to those.
+    async fn concerns(&self, event: &EventView, user: Option<&str>, seen: &mut BTreeMap<JobId, bool>) -> bool {
+        let Some(user) = user else { return true };
+        let Some(job) = event.job_id else { return false };
+        if let Some(known) = seen.get(&job) {
+            return *known;
+        }
+        if seen.len() >= SEEN_MAX {
+            seen.clear();
+        }
+        // One that is gone is nobody's.
+        let own = self.job_user(job).await.is_ok_and(|whose| whose.as_deref() == Some(user));
+        seen.insert(job, own);
+        own
+    }
+
     async fn follow(self, query: EventQuery, items: mpsc::Sender<EventItem>) -> Result<(), Problem> {
         let mut news = self.handle.news.subscribe();
+        let (user, mut seen) = (query.user.as_deref(), BTreeMap::new());
         let mut after = match query.after {
             Some(after) => after,
             // Without a place to go on from: a job's events from the first, everybody's from now.
@@ -220,7 +256,9 @@ impl Coordinator {
                 let done = page.len() < FOLLOW_PAGE as usize;
                 for event in page {
                     after = event.seq;
-                    if items.send(EventItem::Event(Box::new(event.view))).await.is_err() {
+                    if self.concerns(&event.view, user, &mut seen).await
+                        && items.send(EventItem::Event(Box::new(event.view))).await.is_err()
+                    {
                         return Ok(());
                     }
                 }
@@ -242,7 +280,9 @@ impl Coordinator {
                         let ours = event.seq > after && query.job.is_none_or(|job| event.view.job_id == Some(job));
                         if ours {
                             after = event.seq;
-                            if items.send(EventItem::Event(Box::new(event.view.clone()))).await.is_err() {
+                            if self.concerns(&event.view, user, &mut seen).await
+                                && items.send(EventItem::Event(Box::new(event.view.clone()))).await.is_err()
+                            {
                                 return Ok(());
                             }
                         }
@@ -260,7 +300,10 @@ impl Coordinator {
 impl Control for Coordinator {
     fn submit(&self, submission: Submission) -> Answer<'_, Accepted> {
         Box::pin(async move {
-            if let Some((key, hash)) = &submission.idempotency
+            // Each user's keys are its own: another's must not answer with this one's job.
+            let own = |key: String| submission.user.as_ref().map_or(key.clone(), |user| format!("{user} {key}"));
+            let idempotency = submission.idempotency.map(|(key, hash)| (own(key), hash));
+            if let Some((key, hash)) = &idempotency
                 && let Some((used, id)) = self.store.idempotency(key).await?
             {
                 if used != hash {
@@ -273,13 +316,15 @@ impl Control for Coordinator {
             }
             let (reply, answer) = oneshot::channel();
             let shown = submission.spec.redacted();
-            self.send(Input::Submit { spec: Box::new(submission.spec), idempotency: submission.idempotency, reply }).await?;
+            let user = submission.user.clone();
+            self.send(Input::Submit { spec: Box::new(submission.spec), idempotency, user, reply }).await?;
             let id = answer.await.map_err(|_| gone())??;
             let job = JobView {
                 job_id: id,
                 name: shown.name.clone(),
                 kind: shown.kind,
                 state: JobState::Queued,
+                user: submission.user,
                 priority: shown.priority,
                 labels: shown.labels.clone(),
                 world_size: shown.world_size,
@@ -480,7 +525,7 @@ impl Control for Coordinator {
                 gpus,
                 queue_depth: now.queue,
                 serving: ServingCounts::default(),
-                auth: "loopback".into(),
+                auth: self.auth.to_string(),
             })
         })
     }
@@ -501,6 +546,62 @@ impl Control for Coordinator {
             return Err("the disk of the data folder is full".into());
         }
         Ok(())
+    }
+
+    fn caller(&self, token: &str) -> Result<Caller, BadToken> {
+        self.tokens.caller(token, self.clock.now())
+    }
+
+    fn job_user(&self, id: JobId) -> Answer<'_, Option<String>> {
+        Box::pin(self.of_job(id, |job, _, _| job.user.clone()))
+    }
+
+    fn audit(&self, entry: AuditEntry) -> Answer<'_, ()> {
+        Box::pin(self.send(Input::Audit(entry)))
+    }
+
+    fn audit_log(&self, before: Option<u64>, user: Option<String>, limit: u32) -> Answer<'_, Page<AuditView>> {
+        Box::pin(async move {
+            // What was let in before is durable after this.
+            self.look(|_, _| ()).await?;
+            let mut data = self.store.audit(before, user.as_deref(), limit + 1).await?;
+            let has_more = data.len() > limit as usize;
+            data.truncate(limit as usize);
+            let (first_id, last_id) = (data.first().map(|line| line.seq.to_string()), data.last().map(|line| line.seq.to_string()));
+            Ok(Page { data, first_id, last_id, has_more })
+        })
+    }
+
+    fn create_token(&self, wanted: NewToken, by: Option<String>) -> Answer<'_, MadeToken> {
+        Box::pin(async move {
+            if self.tokens.is_full() {
+                return Err(Problem::new(
+                    Code::Conflict,
+                    format!("there are {TOKENS_MAX} tokens already: those that are over go after 90 days"),
+                ));
+            }
+            let made = tokens::make(wanted, by, self.clock.now());
+            let (token, row) = made.map_err(|e| Problem::new(Code::Internal, format!("no random bytes: {e}")))?;
+            let about = row.view.clone();
+            self.keep_token(row).await?;
+            Ok(MadeToken { token, about })
+        })
+    }
+
+    fn tokens(&self) -> Vec<TokenView> {
+        self.tokens.list()
+    }
+
+    fn revoke_token(&self, id: String) -> Answer<'_, TokenView> {
+        Box::pin(async move {
+            let found = self.tokens.get(&id);
+            let mut row = found.ok_or_else(|| Problem::new(Code::NotFound, format!("there is no token {id}; GET /tokens lists them")))?;
+            if row.view.revoked_at.is_none() {
+                row.view.revoked_at = Some(self.clock.now());
+                self.keep_token(row.clone()).await?;
+            }
+            Ok(row.view)
+        })
     }
 
     fn agent_token_is(&self, token: &str) -> bool {

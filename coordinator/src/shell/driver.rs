@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use everlit_api::agent::{FromAgent, Hello, ToAgent};
+use everlit_api::auth::AuditEntry;
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::job::JobSpec;
 use everlit_api::problem::{Code, Problem};
@@ -19,7 +20,7 @@ use tokio::task::JoinHandle;
 use super::agents::Agents;
 use super::clock::Clock;
 use super::metrics::Metrics;
-use super::store::{Batch, Idempotency, Store, StoreError, StoredEvent};
+use super::store::{Batch, Idempotency, Store, StoreError, StoredEvent, TokenRow};
 use crate::engine::limits::QUEUED_JOBS_MAX;
 use crate::engine::{Command, Engine, Event, EventRow, Step};
 
@@ -49,6 +50,8 @@ pub enum Input {
         spec: Box<JobSpec>,
         /// The key and the body's hash.
         idempotency: Option<(String, [u8; 32])>,
+        /// Whose it is.
+        user: Option<String>,
         /// The answer, once durable.
         reply: oneshot::Sender<Result<JobId, Problem>>,
     },
@@ -60,6 +63,15 @@ pub enum Input {
     Remove {
         /// Each with the nodes that have its files.
         jobs: Vec<(JobId, Vec<NodeId>)>,
+        /// Once durable.
+        reply: oneshot::Sender<()>,
+    },
+    /// Somebody asks for something; durable no later than what comes of it.
+    Audit(AuditEntry),
+    /// A token as it is from now on.
+    Token {
+        /// New, or with its end.
+        row: TokenRow,
         /// Once durable.
         reply: oneshot::Sender<()>,
     },
@@ -205,7 +217,7 @@ impl Driver {
 
     fn take(&mut self, input: Input) {
         match input {
-            Input::Submit { spec, idempotency, reply } => self.submit(*spec, idempotency, reply),
+            Input::Submit { spec, idempotency, user, reply } => self.submit(*spec, idempotency, user, reply),
             Input::Wish(event) => self.feed(event),
             Input::Look(look) => {
                 let after = look(&self.engine, self.clock.now());
@@ -213,6 +225,17 @@ impl Driver {
                 self.pending.steps += 1;
             }
             Input::Remove { jobs, reply } => self.remove(jobs, reply),
+            Input::Audit(entry) => {
+                self.pending.batch.audit.push((self.clock.now(), entry));
+                self.pending.steps += 1;
+            }
+            Input::Token { row, reply } => {
+                self.pending.batch.tokens.push(row);
+                self.pending.after.push(Box::new(move || {
+                    let _ = reply.send(());
+                }));
+                self.pending.steps += 1;
+            }
             Input::Linked(session, hello) => {
                 let node = hello.node.clone();
                 self.sessions.insert(node.clone(), session);
@@ -271,7 +294,13 @@ impl Driver {
         self.pending.steps += 1;
     }
 
-    fn submit(&mut self, spec: JobSpec, idempotency: Option<(String, [u8; 32])>, reply: oneshot::Sender<Result<JobId, Problem>>) {
+    fn submit(
+        &mut self,
+        spec: JobSpec,
+        idempotency: Option<(String, [u8; 32])>,
+        user: Option<String>,
+        reply: oneshot::Sender<Result<JobId, Problem>>,
+    ) {
         if let Some((key, hash)) = &idempotency
             && let Some((used_hash, job)) = self.keys.get(key)
         {
@@ -295,7 +324,7 @@ impl Driver {
         }
         let id = self.fresh_job_id();
         self.seeds = self.seeds.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        self.feed(Event::JobSubmitted { id, spec: Arc::new(spec), seed: self.seeds });
+        self.feed(Event::JobSubmitted { id, spec: Arc::new(spec), seed: self.seeds, user });
         if let Some((key, body_hash)) = idempotency {
             self.keys.insert(key.clone(), (body_hash, id));
             self.pending.batch.idempotency.push(Idempotency { key, body_hash, job: id, at: self.clock.now() });

@@ -11,6 +11,8 @@ pub mod local;
 pub mod logs;
 pub mod metrics;
 pub mod store;
+pub mod tls;
+pub mod tokens;
 pub mod up;
 
 /// Bytes that an unprivileged process may still write to the disk of a folder.

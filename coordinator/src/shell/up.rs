@@ -13,7 +13,10 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use axum::serve::ListenerExt;
 use everlit_api::agent::ToAgent;
+use everlit_api::auth::{NewToken, Role, TOKEN_TTL};
+use everlit_api::control::Control;
 use everlit_api::ids::NodeId;
+use everlit_api::server::Policy;
 use everlit_api::time::{Millis, Timestamp};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -24,9 +27,14 @@ use super::control::Coordinator;
 use super::driver::{Driver, Handle, INPUTS_MAX, Input};
 use super::local::{LocalAgent, beside, try_lock};
 use super::metrics::Metrics;
-use super::store::Store;
+use super::store::{Store, TOKEN_KEPT_MS};
+use super::tls::{Certificates, Source, TlsListener, own_names};
+use super::tokens::Tokens;
+use crate::config::Tls;
 use crate::engine::{self, Event};
 
+/// The first admin token, in the data folder.
+const ADMIN_TOKEN: &str = "admin.token";
 /// Between two looks at what is old.
 const HOUSEKEEPING: Duration = Duration::from_secs(60);
 /// For open answers to be finished at the end.
@@ -49,6 +57,12 @@ pub struct Settings {
     pub retain_jobs: Millis,
     /// Run an agent on this machine.
     pub local_agent: bool,
+    /// Where the doors' certificate comes from; `None`: no TLS.
+    pub tls: Option<Tls>,
+    /// What callers without a token may, where it is given.
+    pub anonymous: Option<Role>,
+    /// Lines of the audit log go after this.
+    pub retain_audit: Millis,
 }
 
 /// How it was asked to end.
@@ -62,9 +76,6 @@ enum End {
 
 /// Runs until it is told to end.
 pub async fn up(settings: Settings) -> anyhow::Result<()> {
-    if !settings.listen.ip().is_loopback() {
-        bail!("--listen {} is open to others, and doors with locks (tokens, TLS) are not built yet: listen on 127.0.0.1", settings.listen);
-    }
     let dir = &settings.data_dir;
     std::fs::DirBuilder::new()
         .recursive(true)
@@ -81,16 +92,16 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
     let config = engine::Config { node_timeout_ms: settings.node_timeout.0, ports: settings.rendezvous_ports, ..engine::Config::default() };
     let (driver, clock, news) = Driver::load(config, store.clone(), agents.clone(), metrics.clone()).await?;
 
+    let certificates = settings.tls.clone().map(|tls| open_tls(tls, &dir, settings.listen)).transpose()?;
     let listener = TcpListener::bind(settings.listen).await.with_context(|| {
         format!("{} can not be listened on: is another everlit or another program there? --listen takes another address", settings.listen)
     })?;
     let address = listener.local_addr()?;
+    let own = OwnDoor::open(&settings, address).await?;
+    let url = format!("{}://{address}", if certificates.is_some() { "https" } else { "http" });
     let token = agent_token(&dir)?;
     let coordinator_file = dir.join("coordinator.json");
-    write_whole(
-        &coordinator_file,
-        &serde_json::json!({ "url": format!("http://{address}"), "token": token, "pid": std::process::id() }).to_string(),
-    )?;
+    write_whole(&coordinator_file, &serde_json::json!({ "url": own.url(&url), "token": token, "pid": std::process::id() }).to_string())?;
 
     let (inputs, input_queue) = mpsc::channel(INPUTS_MAX);
     let handle = Handle { inputs: inputs.clone(), news };
@@ -103,25 +114,48 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
         metrics,
         clock,
         agent_token: token.into(),
+        tokens: Arc::new(Tokens::new(store.tokens().await?)),
+        auth: auth(&settings).into(),
         ready: ready.clone(),
     };
+    first_token(&coordinator, &dir).await?;
     let local = LocalAgent { dir: dir.join("agent"), coordinator_file, program: beside("everlit-agent")? };
     let keeper = settings.local_agent.then(|| {
         let local = local.clone();
         tokio::spawn(async move { local.keep().await })
     });
-    let housekeeper = tokio::spawn(keep_house(coordinator.clone(), settings.retain_jobs));
+    let housekeeper = tokio::spawn(keep_house(coordinator.clone(), settings.retain_jobs, settings.retain_audit));
 
-    println!("everlit {} listens on http://{address} (data in {})", env!("CARGO_PKG_VERSION"), dir.display());
-    println!("submit a job:  curl -s -X POST http://{address}/jobs -H 'Content-Type: application/json' -d '{{\"world_size\": 2}}'");
-    let router = everlit_api::server::router(Arc::new(coordinator.clone()), everlit_api::server::Policy::Loopback);
+    println!("everlit {} listens on {url} (data in {})", env!("CARGO_PKG_VERSION"), dir.display());
+    // Nothing is at an address that stands for all of them.
+    let near =
+        if address.ip().is_unspecified() { url.replace(&address.to_string(), &format!("localhost:{}", address.port())) } else { url };
+    println!("{}", how_to_begin(&settings, &near, &dir));
+    if let Some(role) = settings.anonymous {
+        tracing::warn!("--anonymous: whoever comes without a token may what {role} may");
+    }
+    let policy = policy(&settings);
+    let router = everlit_api::server::router(Arc::new(coordinator.clone()), policy);
+    own.serve(&coordinator);
     let (close, closing) = tokio::sync::watch::channel(false);
+    let acceptor = certificates.as_ref().map(Certificates::acceptor).transpose()?;
+    let renewing = certificates.map(|own| tokio::spawn(own.keep()));
     let mut serving = tokio::spawn(async move {
         let mut closing = closing;
         let asked = async move { drop(closing.wait_for(|asked| *asked).await) };
-        // Small answers and events must not wait for the reader's acknowledgement.
-        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
-        axum::serve(listener, router).with_graceful_shutdown(asked).await
+        let service = router.into_make_service_with_connect_info::<SocketAddr>();
+        match acceptor {
+            // Small answers and events must not wait for the reader's acknowledgement.
+            None => {
+                let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
+                axum::serve(listener, service).with_graceful_shutdown(asked).await
+            }
+            // Tapped for nothing but its address.
+            Some(acceptor) => {
+                let listener = TlsListener::new(listener, acceptor)?.tap_io(|_| ());
+                axum::serve(listener, service).with_graceful_shutdown(asked).await
+            }
+        }
     });
 
     let mut ends = Signals::new()?;
@@ -139,6 +173,9 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
         End::Leave => false,
     };
     housekeeper.abort();
+    if let Some(renewing) = renewing {
+        renewing.abort();
+    }
     if let Some(keeper) = keeper {
         keeper.abort();
     }
@@ -201,7 +238,7 @@ async fn wait_for_agent(local: &LocalAgent, ends: &mut Signals) {
     }
 }
 
-async fn keep_house(coordinator: Coordinator, retain: Millis) {
+async fn keep_house(coordinator: Coordinator, retain: Millis, retain_audit: Millis) {
     let mut tick = tokio::time::interval(HOUSEKEEPING);
     loop {
         tick.tick().await;
@@ -210,12 +247,97 @@ async fn keep_house(coordinator: Coordinator, retain: Millis) {
         if let Err(e) = coordinator.store.forget_keys(now).await {
             tracing::warn!("old keys stay: {e}");
         }
+        if let Err(e) = coordinator.store.forget_doors(Timestamp(now.0.saturating_sub(retain_audit.0)), now).await {
+            tracing::warn!("old tokens and lines of the audit log stay: {e}");
+        }
+        coordinator.tokens.forget_before(Timestamp(now.0.saturating_sub(TOKEN_KEPT_MS)));
         match coordinator.purge_before(Timestamp(now.0.saturating_sub(retain.0)), Vec::new(), false).await {
             Ok(ids) if !ids.is_empty() => tracing::info!(count = ids.len(), "final jobs older than --retain-jobs were removed"),
             Ok(_) => {}
             Err(e) => tracing::warn!("old jobs stay: {e}"),
         }
     }
+}
+
+/// Where this machine's own agent comes in: through the doors where they are on loopback and in the clear, else through one of its own, on
+/// loopback, that leads nowhere else.
+enum OwnDoor {
+    Main,
+    Beside(TcpListener, SocketAddr),
+}
+
+impl OwnDoor {
+    async fn open(settings: &Settings, address: SocketAddr) -> anyhow::Result<Self> {
+        if address.ip().is_loopback() && settings.tls.is_none() {
+            return Ok(Self::Main);
+        }
+        let beside = TcpListener::bind("127.0.0.1:0").await.context("no port of loopback for this machine's agent")?;
+        let address = beside.local_addr()?;
+        Ok(Self::Beside(beside, address))
+    }
+
+    fn url(&self, main: &str) -> String {
+        match self {
+            Self::Main => main.into(),
+            Self::Beside(_, address) => format!("http://{address}"),
+        }
+    }
+
+    /// Serves it until the program ends.
+    fn serve(self, coordinator: &Coordinator) {
+        let Self::Beside(listener, _) = self else { return };
+        let router = everlit_api::server::agents_only(Arc::new(coordinator.clone()));
+        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
+        drop(tokio::spawn(axum::serve(listener, router).into_future()));
+    }
+}
+
+fn open_tls(tls: Tls, dir: &Path, listen: SocketAddr) -> anyhow::Result<Arc<Certificates>> {
+    let source = match tls {
+        Tls::Files(cert, key) => Source::Files { cert, key },
+        Tls::OwnCa(more) => Source::OwnCa { dir: dir.join("ca"), names: own_names(listen.ip()).into_iter().chain(more).collect() },
+    };
+    Certificates::open(source, Timestamp::now())
+}
+
+fn policy(settings: &Settings) -> Policy {
+    let all = if settings.listen.ip().is_loopback() { Policy::loopback() } else { Policy::open() };
+    Policy { tls: settings.tls.is_some(), anonymous: settings.anonymous.or(all.anonymous), ..all }
+}
+
+/// How callers are known, for `GET /status`.
+fn auth(settings: &Settings) -> String {
+    match settings.anonymous {
+        Some(role) => format!("anonymous {role}"),
+        None if settings.listen.ip().is_loopback() => "loopback".into(),
+        None => "tokens".into(),
+    }
+}
+
+fn how_to_begin(settings: &Settings, url: &str, dir: &Path) -> String {
+    let submit = format!("{url}/jobs -H 'Content-Type: application/json' -d '{{\"world_size\": 2}}'");
+    let ca = match settings.tls {
+        Some(Tls::OwnCa(_)) => format!(" --cacert {}", dir.join("ca/ca.pem").display()),
+        Some(Tls::Files(..)) | None => String::new(),
+    };
+    let token = match policy(settings).anonymous {
+        Some(_) => String::new(),
+        None => format!(" -H \"Authorization: Bearer $(cat {})\"", dir.join(ADMIN_TOKEN).display()),
+    };
+    format!("submit a job:  curl -s{ca}{token} -X POST {submit}")
+}
+
+/// Where nobody can make tokens, one is made who can, and written to the data folder: who can read that is an admin anyway.
+async fn first_token(coordinator: &Coordinator, dir: &Path) -> anyhow::Result<()> {
+    if coordinator.tokens.has_admin(coordinator.clock.now()) {
+        return Ok(());
+    }
+    let wanted = NewToken { user: "admin".into(), role: Role::Admin, ttl: TOKEN_TTL.1 };
+    let made = coordinator.create_token(wanted, None).await?;
+    let path = dir.join(ADMIN_TOKEN);
+    write_whole(&path, &made.token)?;
+    tracing::info!(path = %path.display(), "the first admin token was made");
+    Ok(())
 }
 
 struct Signals {
@@ -257,7 +379,7 @@ fn agent_token(dir: &Path) -> anyhow::Result<String> {
 }
 
 /// Replaces a small private file as a whole.
-fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
+pub(super) fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
     let draft = path.with_extension("new");
     let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
     std::io::Write::write_all(&mut file, text.as_bytes())?;

@@ -100,7 +100,7 @@ impl Driven {
         // Recovery in place is decided beside the engine (`ladder`): here it only ever restarts the gang.
         spec.restart = RestartPolicy { scope: RestartScope::Gang, ..policy.restart.clone() };
         spec.stop_grace = policy.stop_grace;
-        orders.extend(own.feed(Event::JobSubmitted { id: job, spec: Arc::new(spec), seed }));
+        orders.extend(own.feed(Event::JobSubmitted { id: job, spec: Arc::new(spec), seed, user: None }));
         (own, orders)
     }
 

@@ -5,6 +5,7 @@ use serde_json::json;
 use super::House;
 use super::fake::{happening, id, record};
 use crate::agent::log::Stream;
+use crate::auth::{NewToken, Role};
 use crate::client::{Client, Error, EventNews, ListRequest, LogNews, LogRequest};
 use crate::control::{EventItem, LogItem};
 use crate::ids::NodeId;
@@ -17,7 +18,7 @@ async fn served(house: &House) -> Client {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let url = format!("http://{}/", listener.local_addr().expect("an address"));
     tokio::spawn(axum::serve(listener, house.doors.clone()).into_future());
-    Client::new(&url, Some("token".into())).expect("a client")
+    Client::new(&url, Some(super::fake::full(super::fake::ADMIN)), None).expect("a client")
 }
 
 #[tokio::test]
@@ -25,7 +26,7 @@ async fn every_call_reaches_its_door_and_reads_its_answer() {
     let house = House::new();
     let client = served(&house).await;
     let job = client.submit(&json!({"world_size": 3}), None).await.expect("accepted");
-    assert_eq!((job.job_id, house.asked().as_str()), (id(), "submit world 3"));
+    assert_eq!((job.job_id, house.asked().as_str()), (id(), "submit world 3 of ada"));
     client.submit(&json!({}), Some("key")).await.expect("accepted");
     assert!(house.asked().contains("key key"));
     assert_eq!(client.plan(&json!({"world_size": 2})).await.expect("a plan").spec.world_size, 2);
@@ -41,7 +42,7 @@ async fn every_call_reaches_its_door_and_reads_its_answer() {
     assert_eq!(client.jobs(&list).await.expect("a page").data.len(), 1);
     assert_eq!(
         house.asked(),
-        r#"ListQuery { limit: 9, after: Some("x&y"), states: [Running, Failed], name: Some("n m"), labels: [("a", "b c")] }"#
+        r#"ListQuery { limit: 9, after: Some("x&y"), states: [Running, Failed], name: Some("n m"), labels: [("a", "b c")], user: None }"#
     );
     assert_eq!(client.summaries(&ListRequest::default()).await.expect("a page").data[0].step, Some(3));
     assert_eq!(client.summary(id()).await.expect("a summary").total_steps, Some(10));
@@ -69,6 +70,16 @@ async fn every_call_reaches_its_door_and_reads_its_answer() {
     assert_eq!(client.status().await.expect("a status").version, "0.1.0");
     assert!(client.prometheus().await.expect("text").contains("x 1"));
     client.health().await.expect("alive");
+    assert_eq!(client.whoami().await.expect("somebody").user.as_deref(), Some("ada"));
+    let wanted = NewToken { user: "eve".into(), role: Role::Viewer, ttl: Millis::secs(3_600) };
+    house.asked();
+    let made = client.create_token(&wanted).await.expect("made");
+    assert_eq!((made.about.role, house.asked()), (Role::Viewer, format!("{wanted:?}")));
+    let listed = client.tokens().await.expect("a page").data;
+    assert_eq!(client.revoke_token(&listed[0].id).await.expect("revoked").id, listed[0].id);
+    house.asked();
+    assert!(client.audit(7, Some("a&b")).await.expect("a page").data.is_empty());
+    assert_eq!(house.asked(), r#"audit before None of Some("a&b") limit 7"#);
     client.ready().await.expect("ready");
 }
 
@@ -86,14 +97,16 @@ async fn problems_are_decoded_with_every_fault() {
 #[tokio::test]
 async fn nobody_listening_is_told_with_the_remedy() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
-    let client = Client::new(&format!("http://{free}"), None).expect("a client");
+    let client = Client::new(&format!("http://{free}"), None, None).expect("a client");
     let error = client.status().await.expect_err("nobody");
     assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
     let text = error.to_string();
     assert!(text.contains(&format!("http://{free}")) && text.contains("everlit up") && text.contains("EVERLIT_URL"), "{text}");
-    for bad in ["", "here", "https://127.0.0.1:1", "ftp://x"] {
-        assert!(Client::new(bad, None).is_err(), "{bad}");
+    for bad in ["", "here", "ftp://x"] {
+        assert!(Client::new(bad, None, None).is_err(), "{bad}");
     }
+    let no_ca = Client::new("https://127.0.0.1:1", None, Some(b"no PEM")).expect_err("no certificate").to_string();
+    assert!(no_ca.contains("no certificate"), "{no_ca}");
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use crate::agent::log::{Header, LogPosition, Stream};
+use crate::auth::*;
 use crate::control::*;
 use crate::ids::{JobId, NodeId};
 use crate::job::{JobKind, JobSpec, Priority};
@@ -21,9 +22,37 @@ pub(super) fn id() -> JobId {
 
 pub(super) const TOKEN: &str = "agent-secret";
 
+/// Ids of tokens, and the secret of all.
+pub(super) const VIEWER: &str = "000000000001";
+pub(super) const ALICE: &str = "000000000002";
+pub(super) const BOB: &str = "000000000003";
+pub(super) const OPERATOR: &str = "000000000004";
+pub(super) const ADMIN: &str = "000000000005";
+pub(super) const EXPIRED: &str = "000000000006";
+pub(super) const REVOKED: &str = "000000000007";
+const SECRET: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+
+/// A token as it is sent.
+pub(super) fn full(id: &str) -> String {
+    format!("everlit_{id}_{SECRET}")
+}
+
+fn token() -> TokenView {
+    TokenView {
+        id: ADMIN.into(),
+        user: "ada".into(),
+        role: Role::Admin,
+        created_at: Timestamp(1_767_225_600_000),
+        created_by: None,
+        expires_at: Timestamp(1_767_225_700_000),
+        revoked_at: None,
+    }
+}
+
 #[derive(Default)]
 pub(super) struct Fake {
     pub(super) asked: Mutex<Vec<String>>,
+    pub(super) audited: Mutex<Vec<AuditEntry>>,
     pub(super) log: Mutex<Vec<LogItem>>,
     /// The log stays open after the script.
     pub(super) log_stays_open: Mutex<Vec<mpsc::Sender<LogItem>>>,
@@ -38,6 +67,7 @@ pub(super) fn view() -> JobView {
         name: Some("one".into()),
         kind: JobKind::Train,
         state: JobState::Running,
+        user: Some("alice".into()),
         priority: Priority::Normal,
         labels: BTreeMap::new(),
         world_size: 2,
@@ -151,7 +181,8 @@ impl Control for Fake {
         assert_ne!(spec.name.as_deref(), Some("panic"), "as asked");
         let job = JobView { spec: Some(spec), ..view() };
         let answer = if refused { Err(full) } else { Ok(Accepted { job, replayed }) };
-        self.answer(format!("submit world {}{seed}{}", submission.spec.world_size, key.unwrap_or_default()), answer)
+        let user = submission.user.map(|user| format!(" of {user}")).unwrap_or_default();
+        self.answer(format!("submit world {}{seed}{}{user}", submission.spec.world_size, key.unwrap_or_default()), answer)
     }
 
     fn plan(&self, spec: JobSpec) -> Answer<'_, PlacementPlan> {
@@ -294,6 +325,55 @@ impl Control for Fake {
 
     fn ready(&self) -> Result<(), String> {
         if self.keep_log_open { Err("the store is being read".into()) } else { Ok(()) }
+    }
+
+    fn caller(&self, token: &str) -> Result<Caller, BadToken> {
+        let (id, secret) = split_token(token).ok_or(BadToken::Malformed)?;
+        let user = |user: &str, role| Caller { user: Some(user.into()), token: Some(id.into()), ..Caller::anonymous(role) };
+        if secret != SECRET {
+            return Err(BadToken::Unknown);
+        }
+        match id {
+            VIEWER => Ok(user("vera", Role::Viewer)),
+            ALICE => Ok(user("alice", Role::User)),
+            BOB => Ok(user("bob", Role::User)),
+            OPERATOR => Ok(user("otto", Role::Operator)),
+            ADMIN => Ok(user("ada", Role::Admin)),
+            EXPIRED => Err(BadToken::Expired),
+            REVOKED => Err(BadToken::Revoked),
+            _ => Err(BadToken::Unknown),
+        }
+    }
+
+    fn job_user(&self, id: JobId) -> Answer<'_, Option<String>> {
+        Box::pin(async move { known(id).map(|()| Some("alice".into())) })
+    }
+
+    fn audit(&self, entry: AuditEntry) -> Answer<'_, ()> {
+        self.audited.lock().expect("lock").push(entry);
+        Box::pin(async { Ok(()) })
+    }
+
+    fn audit_log(&self, before: Option<u64>, user: Option<String>, limit: u32) -> Answer<'_, Page<AuditView>> {
+        self.answer(format!("audit before {before:?} of {user:?} limit {limit}"), Ok(one_page(Vec::new())))
+    }
+
+    fn create_token(&self, wanted: NewToken, by: Option<String>) -> Answer<'_, MadeToken> {
+        let about = TokenView { user: wanted.user.clone(), role: wanted.role, created_by: by, ..token() };
+        self.answer(format!("{wanted:?}"), Ok(MadeToken { token: full(ADMIN), about }))
+    }
+
+    fn tokens(&self) -> Vec<TokenView> {
+        vec![token()]
+    }
+
+    fn revoke_token(&self, id: String) -> Answer<'_, TokenView> {
+        let answer = if id == ADMIN || id == self::id().to_string() {
+            Ok(token())
+        } else {
+            Err(Problem::new(Code::NotFound, "there is no such token: GET /tokens lists all"))
+        };
+        self.answer(format!("revoke {id}"), answer)
     }
 
     fn agent_token_is(&self, token: &str) -> bool {

@@ -73,10 +73,10 @@ async fn list_filters_are_read() {
     let house = House::new();
     let path = "/jobs?limit=7&after=abc&state=running,queued&state=failed&name=my%20job&label=team%3Dvision&label=a=b=c";
     assert_eq!(house.get(path).await.status, StatusCode::OK);
-    expect![[r#"ListQuery { limit: 7, after: Some("abc"), states: [Running, Queued, Failed], name: Some("my job"), labels: [("team", "vision"), ("a", "b=c")] }"#]]
+    expect![[r#"ListQuery { limit: 7, after: Some("abc"), states: [Running, Queued, Failed], name: Some("my job"), labels: [("team", "vision"), ("a", "b=c")], user: None }"#]]
         .assert_eq(&house.asked());
     assert_eq!(house.get("/jobs").await.json()["data"][0]["job_id"], id().to_string());
-    expect![[r#"ListQuery { limit: 50, after: None, states: [], name: None, labels: [] }"#]].assert_eq(&house.asked());
+    expect!["ListQuery { limit: 50, after: None, states: [], name: None, labels: [], user: None }"].assert_eq(&house.asked());
     assert_eq!(house.get("/jobs/summaries?limit=500").await.json()["data"][0]["step"], 3);
     assert!(house.asked().starts_with("summaries ListQuery { limit: 500"));
 }
@@ -181,7 +181,7 @@ async fn health_is_told() {
     let metrics = house.get("/metrics").await;
     assert_eq!(metrics.header("content-type"), "application/openmetrics-text; version=1.0.0; charset=utf-8");
     let fake = std::sync::Arc::new(super::Fake { keep_log_open: true, ..Default::default() });
-    let doors = super::router(fake.clone(), super::Policy::Loopback);
+    let doors = super::router(fake.clone(), super::Policy::loopback());
     let reply = House { fake, doors }.get("/readyz").await;
     assert_eq!((reply.status, reply.code().as_str()), (StatusCode::SERVICE_UNAVAILABLE, "not_ready"));
 }

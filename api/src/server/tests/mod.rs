@@ -1,5 +1,6 @@
 //! The doors before a fake of whoever is in control: what passes, what is refused and how, and every byte of a stream.
 
+mod access;
 #[cfg(feature = "client")]
 mod client;
 mod document;
@@ -62,7 +63,13 @@ impl Reply {
 impl House {
     fn new() -> Self {
         let fake = Arc::new(Fake::default());
-        Self { doors: router(fake.clone(), Policy::Loopback), fake }
+        Self { doors: router(fake.clone(), Policy::loopback()), fake }
+    }
+
+    /// Doors that demand a token.
+    fn locked(policy: Policy) -> Self {
+        let fake = Arc::new(Fake::default());
+        Self { doors: router(fake.clone(), policy), fake }
     }
 
     async fn send(&self, request: Request<Body>) -> Reply {

@@ -210,7 +210,7 @@ async fn events_stream_under_their_names() {
     *house.fake.happenings.lock().expect("lock") = vec![happening(4), happening(5), EventItem::End(JobState::Failed)];
     let ask = request("GET", &format!("/jobs/{}/events/stream?after=1", id())).header("last-event-id", "3").body(Body::empty());
     let reply = house.send(ask.expect("request")).await;
-    assert_eq!(house.asked(), format!("follow EventQuery {{ job: Some({:?}), after: Some(3) }}", id()));
+    assert_eq!(house.asked(), format!("follow EventQuery {{ job: Some({:?}), after: Some(3), user: None }}", id()));
     check(
         &reply.text().replace(&id().to_string(), "JOB"),
         expect![[r#"
@@ -231,15 +231,15 @@ async fn events_stream_under_their_names() {
         "#]],
     );
     house.get("/events/stream").await;
-    assert_eq!(house.asked(), "follow EventQuery { job: None, after: None }");
+    assert_eq!(house.asked(), "follow EventQuery { job: None, after: None, user: None }");
     house.get(&format!("/jobs/{}/events?limit=3&after=2", id())).await;
-    assert_eq!(house.asked(), format!("EventQuery {{ job: Some({:?}), after: Some(2) }} limit 3", id()));
+    assert_eq!(house.asked(), format!("EventQuery {{ job: Some({:?}), after: Some(2), user: None }} limit 3", id()));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_quiet_stream_pings() {
     let fake = std::sync::Arc::new(Fake { keep_log_open: true, ..Default::default() });
-    let doors = router(fake.clone(), Policy::Loopback);
+    let doors = router(fake.clone(), Policy::loopback());
     let ask = request("GET", &format!("/jobs/{}/logs/stream", id())).body(Body::empty()).expect("request");
     let mut body = doors.oneshot(ask).await.expect("infallible").into_body();
     let mut next = async || body.frame().await.expect("open").expect("fine").into_data().expect("data");

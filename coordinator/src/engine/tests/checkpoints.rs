@@ -125,7 +125,7 @@ fn an_evaluation_runs_to_its_end_and_shows_what_it_measured() {
     let spec = JobSpec { kind: JobKind::Evaluate, resume_from: Some("/c/50".into()), ..worker(1) };
     let mut other = Engine::new(Config::default());
     other.handle(Timestamp(0), hello("n1", vec![]));
-    let step = other.handle(Timestamp(0), Event::JobSubmitted { id: job(1), spec: Arc::new(spec.clone()), seed: 1 });
+    let step = other.handle(Timestamp(0), Event::JobSubmitted { id: job(1), spec: Arc::new(spec.clone()), seed: 1, user: None });
     assert!(matches!(&started(step).program, Program::Worker { evaluate: true, .. }));
     scene.submit(0, 1, spec);
     let resumed = Resumed { job: job(1), attempt: 1, step: Some(50), path: None, from_memory: false, quarantined: vec![] };
@@ -145,7 +145,7 @@ fn an_evaluation_runs_to_its_end_and_shows_what_it_measured() {
 fn failures_and_calm_tell_a_gang_how_often_to_save() {
     let mut engine = Engine::new(Config::default());
     engine.handle(Timestamp(0), hello("n1", vec![]));
-    let submitted = Event::JobSubmitted { id: job(1), spec: Arc::new(command(1)), seed: 1 };
+    let submitted = Event::JobSubmitted { id: job(1), spec: Arc::new(command(1)), seed: 1, user: None };
     assert_eq!(started(engine.handle(Timestamp(0), submitted)).mean_time_between_failures, Some(Millis::secs(4 * 3_600)));
     engine.handle(Timestamp(0), Event::RankStarted(Started { incarnation: rank(1, 1, 0), pid: 7, at: Timestamp(0) }));
     let hours = 3_600_000;

@@ -135,7 +135,7 @@ impl Scene {
     }
 
     pub(super) fn submit(&mut self, ms: u64, n: u128, spec: JobSpec) -> &mut Self {
-        self.at(ms, Event::JobSubmitted { id: job(n), spec: Arc::new(spec), seed: 1 })
+        self.at(ms, Event::JobSubmitted { id: job(n), spec: Arc::new(spec), seed: 1, user: None })
     }
 
     pub(super) fn start_all(&mut self, ms: u64, n: u128, attempt: u32, world: u32) -> &mut Self {

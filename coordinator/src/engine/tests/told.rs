@@ -80,7 +80,7 @@ fn a_record_with_anything_in_it_is_not_empty() {
     let event = EventRow { job: None, time: Timestamp(0), event: "x", reason: String::new(), data: serde_json::Value::Null };
     assert!(Record::default().is_empty());
     let mut scene = Scene::with_node();
-    let step = scene.engine.handle(Timestamp(1), Event::JobSubmitted { id: job(1), spec: Arc::new(command(1)), seed: 1 });
+    let step = scene.engine.handle(Timestamp(1), Event::JobSubmitted { id: job(1), spec: Arc::new(command(1)), seed: 1, user: None });
     scene.take();
     let Record { jobs, attempts, .. } = step.record;
     let some = [
@@ -166,7 +166,7 @@ fn only_a_job_s_first_row_has_its_settings() {
         let step = scene.engine.handle(Timestamp(5), event);
         step.record.jobs.iter().map(|row| row.spec.is_some()).collect::<Vec<_>>()
     };
-    assert_eq!(with_settings(Event::JobSubmitted { id: job(1), spec: Arc::new(command(1)), seed: 1 }), [true]);
+    assert_eq!(with_settings(Event::JobSubmitted { id: job(1), spec: Arc::new(command(1)), seed: 1, user: None }), [true]);
     // In the same millisecond.
     assert_eq!(with_settings(Event::StopRequested { job: job(1), force: false, delete: false }), [false]);
 }
@@ -296,7 +296,7 @@ fn who_is_dead_or_told_to_end_is_not_judged() {
 #[test]
 fn a_new_job_is_what_was_submitted_and_waits() {
     let mut scene = Scene::new();
-    scene.at(5, Event::JobSubmitted { id: job(1), spec: Arc::new(command(3)), seed: 7 });
+    scene.at(5, Event::JobSubmitted { id: job(1), spec: Arc::new(command(3)), seed: 7, user: None });
     let own = &scene.engine.jobs[&job(1)];
     assert_eq!((own.version, own.seed, own.state), (ROW_VERSION, 7, JobState::Queued));
     assert_eq!((own.reason.as_str(), own.submitted_at, own.series_kept_at), ("waiting for a place", Timestamp(5), Timestamp(5)));

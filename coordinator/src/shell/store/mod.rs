@@ -10,9 +10,11 @@ use std::time::Duration;
 use everlit_api::ids::JobId;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 
+mod doors;
 mod read;
 mod write;
 
+pub use doors::{TOKEN_KEPT_MS, TokenRow};
 pub use read::{JobFilter, StoredEvent};
 pub use write::{Batch, Idempotency};
 

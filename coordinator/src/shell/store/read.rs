@@ -22,6 +22,8 @@ pub struct JobFilter {
     pub labels: Vec<(String, String)>,
     /// Finished before this.
     pub finished_before: Option<Timestamp>,
+    /// Only of this user.
+    pub user: Option<String>,
 }
 
 /// An event with its number.
@@ -98,6 +100,9 @@ impl Store {
         }
         if let Some(name) = &filter.name {
             query.push(" AND name = ").push_bind(name.clone());
+        }
+        if let Some(user) = &filter.user {
+            query.push(" AND user = ").push_bind(user.clone());
         }
         if let Some(time) = filter.finished_before {
             query.push(" AND finished_at < ").push_bind(time.0 as i64);

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use everlit_api::auth::AuditEntry;
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::status::AttemptView;
 use everlit_api::time::Timestamp;
 use serde_json::json;
 use sqlx::{Connection, SqliteConnection};
 
+use super::doors::{self, TokenRow};
 use super::{Store, StoreError};
 use crate::engine::{EventRow, Held, JobRow, Record};
 
@@ -40,6 +42,10 @@ pub struct Batch {
     removed: BTreeMap<JobId, Vec<NodeId>>,
     /// Files that a node says are gone.
     pub cleared: Vec<(JobId, NodeId)>,
+    /// Tokens as they are now.
+    pub tokens: Vec<TokenRow>,
+    /// New lines of the audit log.
+    pub audit: Vec<(Timestamp, AuditEntry)>,
 }
 
 impl Batch {
@@ -53,6 +59,8 @@ impl Batch {
             && self.idempotency.is_empty()
             && self.removed.is_empty()
             && self.cleared.is_empty()
+            && self.tokens.is_empty()
+            && self.audit.is_empty()
     }
 
     /// Adds the record of a step at `now`; events are numbered by the caller.
@@ -63,6 +71,7 @@ impl Batch {
             if let Some(before) = before {
                 row.spec = row.spec.or(before.spec);
                 row.series = row.series.or(before.series);
+                row.user = row.user.or(before.user);
             }
             self.jobs.insert(row.id, row);
         }
@@ -105,6 +114,7 @@ async fn write(connection: &mut SqliteConnection, batch: &Batch) -> Result<(), S
     write_jobs(&mut tx, batch).await?;
     write_history(&mut tx, batch).await?;
     write_rest(&mut tx, batch).await?;
+    doors::write(&mut tx, batch).await?;
     sqlx::query("INSERT INTO clock (id, time) VALUES (0, ?) ON CONFLICT (id) DO UPDATE SET time = max(time, excluded.time)")
         .bind(batch.at.0 as i64)
         .execute(&mut *tx)
@@ -118,8 +128,8 @@ async fn write_jobs(tx: &mut SqliteConnection, batch: &Batch) -> Result<(), Stor
     if !fresh.is_empty() {
         let rows: Vec<_> = fresh.iter().map(|row| job_json(row)).collect();
         sqlx::query(
-            "INSERT INTO jobs (job_id, state, finished_at, body, ranks, series, spec, name)
-             SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5, value->>6, value->>7 FROM json_each(?)",
+            "INSERT INTO jobs (job_id, state, finished_at, body, ranks, series, spec, name, user)
+             SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5, value->>6, value->>7, value->>8 FROM json_each(?)",
         )
         .bind(text(&rows)?)
         .execute(&mut *tx)
@@ -213,10 +223,10 @@ async fn write_rest(tx: &mut SqliteConnection, batch: &Batch) -> Result<(), Stor
 fn job_json(row: &JobRow) -> serde_json::Value {
     let spec = row.spec.as_ref().and_then(|spec| serde_json::to_string(&**spec).ok());
     let name = row.spec.as_ref().and_then(|spec| spec.name.clone());
-    json!([row.id, row.state.as_str(), row.finished_at.map(|t| t.0), row.body, row.ranks, row.series, spec, name])
+    json!([row.id, row.state.as_str(), row.finished_at.map(|t| t.0), row.body, row.ranks, row.series, spec, name, row.user])
 }
 
-fn text<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {
+pub(super) fn text<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {
     serde_json::to_string(value).map_err(|e| StoreError::Database(sqlx::Error::Encode(Box::new(e))))
 }
 
@@ -233,7 +243,7 @@ mod tests {
         let (id, state) = (JobId::from_u128(1), JobState::Running);
         let spec = fresh.then(|| Arc::new(JobSpec::default_for(1)));
         let series = series.map(Into::into);
-        let row = JobRow { id, state, finished_at: None, spec, body: "{}".into(), ranks: None, series, delete: false };
+        let row = JobRow { id, state, finished_at: None, spec, user: None, body: "{}".into(), ranks: None, series, delete: false };
         Record { jobs: vec![row], ..Record::default() }
     }
 
