@@ -21,7 +21,7 @@ use super::cli::RunArgs;
 use super::effects::{Done, Effects};
 use super::engine::{Action, Engine, Event};
 use super::heartbeat::Heard;
-use super::limits::{GPU_ERRORS_MAX, LOOK_EVERY};
+use super::limits::{GPU_ERRORS_MAX, LAST_SAVES_LOOK, LAST_SAVES_MAX, LOOK_EVERY};
 use super::link::{self, LinkEvent};
 use super::policies::{Policies, shorten};
 use super::ranks::ShimNews;
@@ -150,6 +150,11 @@ impl Driver {
         };
         self.effects.unlink();
         drop(self.link_events);
+        // What only shared memory holds of jobs that have just ended: what is not saved now waits there for the next agent.
+        let until = Instant::now() + LAST_SAVES_MAX;
+        while self.effects.node.memory.is_busy() && Instant::now() < until {
+            tokio::time::sleep(LAST_SAVES_LOOK).await;
+        }
         // The last frames; the coordinator learns the rest from the state files.
         let _ = tokio::time::timeout(FLUSH_MAX, link).await;
         Ok(reason)

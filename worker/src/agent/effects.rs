@@ -310,8 +310,11 @@ impl Effects {
 
     /// Work on snapshots, of which nobody waits for the end.
     fn in_memory(&self, work: impl FnOnce(&Node) + Send + 'static) {
-        let node = self.node.clone();
-        drop(spawn_blocking(move || work(&node)));
+        let (node, pending) = (self.node.clone(), self.node.memory.pending());
+        drop(spawn_blocking(move || {
+            work(&node);
+            drop(pending);
+        }));
     }
 
     /// Deletes what was moved away, whenever.

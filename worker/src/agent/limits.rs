@@ -4,6 +4,9 @@
 
 use std::time::Duration;
 
+/// An agent that ends waits so long for the last snapshots of jobs that have just ended to be saved, and looks so often.
+pub(super) const LAST_SAVES_MAX: Duration = Duration::from_secs(30);
+pub(super) const LAST_SAVES_LOOK: Duration = Duration::from_millis(20);
 /// Ranks of a gang whose threads are looked at when one is judged.
 pub(super) const STACKS_MAX: usize = 8;
 /// Errors of GPUs that are remembered, for ranks that end a little later, and that may wait for the loop or for a coordinator.

@@ -8,7 +8,8 @@ use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use everlit_api::agent::{GangSpec, Program};
 use everlit_api::ids::JobId;
@@ -30,6 +31,18 @@ pub(super) struct Memory {
     root: Option<PathBuf>,
     /// A job's end, its removal and a resume from it may come at once, on different threads.
     ending: Mutex<()>,
+    /// What is to be done on other threads and is not done yet.
+    pending: Arc<AtomicUsize>,
+}
+
+/// Something that is to be done, while it lives.
+#[derive(Debug)]
+pub(super) struct Pending(Arc<AtomicUsize>);
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl Memory {
@@ -43,13 +56,24 @@ impl Memory {
         match make_own(&user) {
             Ok(()) => {
                 let hash = hex_sha256(data.as_os_str().as_encoded_bytes());
-                Self { root: Some(user.join(&hash[..HASH_CHARS])), ending: Mutex::default() }
+                Self { root: Some(user.join(&hash[..HASH_CHARS])), ..Self::default() }
             }
             Err(error) => {
                 tracing::warn!(path = %user.display(), %error, "there is no shared memory: jobs resume from checkpoints on disk only");
                 Self::default()
             }
         }
+    }
+
+    /// Counts what another thread is to do, until it is dropped there.
+    pub(super) fn pending(&self) -> Pending {
+        self.pending.fetch_add(1, Ordering::AcqRel);
+        Pending(self.pending.clone())
+    }
+
+    /// Something is not done yet, like the save of a last snapshot.
+    pub(super) fn is_busy(&self) -> bool {
+        self.pending.load(Ordering::Acquire) > 0
     }
 
     fn folder(&self, job: JobId) -> Option<PathBuf> {
@@ -325,6 +349,16 @@ mod tests {
         place.own_snapshot(110);
         place.node.memory.end(&place.node.folders, place.spec.job);
         assert_eq!((place.steps(), place.folder().exists()), (vec![120, 100], false));
+    }
+
+    #[test]
+    fn work_counts_until_it_is_done_or_never_came_to_run() {
+        let place = place();
+        let (one, other) = (place.node.memory.pending(), place.node.memory.pending());
+        drop(one);
+        assert!(place.node.memory.is_busy());
+        std::thread::spawn(move || drop(other)).join().unwrap();
+        assert!(!place.node.memory.is_busy());
     }
 
     #[test]
