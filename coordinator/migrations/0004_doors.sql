@@ -27,6 +27,11 @@ CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit
 BEGIN
     SELECT raise(ABORT, 'the audit log is append-only');
 END;
+CREATE TRIGGER audit_is_not_replaced BEFORE INSERT ON audit
+WHEN EXISTS (SELECT 1 FROM audit WHERE seq = NEW.seq)
+BEGIN
+    SELECT raise(ABORT, 'the audit log is append-only');
+END;
 CREATE TRIGGER audit_is_kept BEFORE DELETE ON audit
 WHEN OLD.time > (SELECT max(time) FROM audit) - 2592000000
 BEGIN

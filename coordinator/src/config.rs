@@ -88,6 +88,8 @@ pub struct UpConfig {
     pub retain_jobs: Millis,
     /// Where the doors' certificate comes from; `None`: no TLS.
     pub tls: Option<Tls>,
+    /// Something in front of the doors ends TLS.
+    pub insecure_http: bool,
     /// What callers without a token may, where it is given.
     pub anonymous: Option<Role>,
     /// Lines of the audit log are removed after this long.
@@ -257,7 +259,9 @@ pub fn load(args: &UpArgs) -> Result<UpConfig, ConfigError> {
         insecure_http: pick(args.insecure_http, &file, "insecure-http")?.unwrap_or(false),
     };
     let listen = pick(args.listen, &file, "listen")?.unwrap_or(Listen(SocketAddr::from(([127, 0, 0, 1], 8000)))).0;
+    let insecure_http = doors.insecure_http;
     let config = UpConfig {
+        insecure_http,
         listen,
         tls: doors.check(listen)?,
         anonymous: pick(args.anonymous, &file, "anonymous")?,

@@ -53,6 +53,7 @@ fn run_up(args: UpArgs) -> ExitCode {
         rendezvous_ports: (config.rendezvous_ports.first, config.rendezvous_ports.last),
         retain_jobs: config.retain_jobs,
         tls: config.tls,
+        insecure_http: config.insecure_http,
         anonymous: config.anonymous,
         retain_audit: config.retain_audit,
         local_agent: !config.no_local_agent,

@@ -84,9 +84,14 @@ def a_team_s_coordinator_by_curl_and_by_the_command_line():
             assert stat.S_IMODE(private.stat().st_mode) == 0o600, private
         # The line that `up` prints, as it stands.
         log = (everlit.data / "up.log").read_text()
-        line = re.search(r"submit a job:  (curl .*)", log)[1]
-        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=30)
-        assert '"job_id"' in done.stdout, (line, done)
+        line = re.search(r"submit a job:  (.*)", log)[1]
+        path = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", "-c", line], env=path, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, (line, done)
+        # By curl, with the token in a file.
+        (everlit.data / "header").write_text(f"Authorization: Bearer {token_file.read_text()}")
+        curl = ["curl", "-s", "--cacert", ca, "-H", f"@{everlit.data}/header", f"https://localhost:{everlit.port}/whoami"]
+        assert '"role":"admin"' in subprocess.run(curl, capture_output=True, text=True, timeout=30).stdout
         job = everlit.get("/jobs")["data"][0]
         assert job["user"] == "admin", job
         everlit.at_step(job["job_id"], 3)
@@ -116,7 +121,7 @@ def a_team_s_coordinator_by_curl_and_by_the_command_line():
                 words = (folder / "cmdline").read_bytes()
                 assert str(everlit.data).encode() not in words or not any(s.encode() in words for s in secrets), words
         for path in everlit.data.rglob("*"):
-            if path.is_file() and path.name not in ("admin.token", "alice"):
+            if path.is_file() and path.name not in ("admin.token", "alice", "header"):
                 with contextlib.suppress(FileNotFoundError):
                     text = path.read_bytes()
                     assert not any(s.encode() in text for s in secrets), path
@@ -133,6 +138,7 @@ def roles_hold_and_users_keep_to_their_own():
             told(everlit.refused("GET", f"/jobs/{job}/summary"), 404, "not_found", "of yours")
             told(everlit.refused("POST", f"/jobs/{job}/stop"), 404, "not_found", "of yours")
             told(everlit.refused("POST", "/jobs", {"resume_from": job}), 404, "not_found", "of yours to resume from")
+            told(everlit.refused("POST", "/jobs", {"resume_from": job, "command": COMMAND}), 404, "not_found", "of yours to resume from")
             assert [j["job_id"] for j in everlit.get("/jobs?user=alice")["data"]] == [own]
             # The same key is another user's, and tells nothing of that one's job.
             key = {"Idempotency-Key": "k"}
@@ -250,6 +256,14 @@ def a_proxy_in_front_and_a_trial():
         assert everlit.get("/status")["auth"] == "anonymous viewer"
         assert "--anonymous" in (everlit.data / "up.log").read_text()
         told(everlit.refused("POST", "/jobs", {"command": ["true"]}), 403, "forbidden", "a caller without a token is a viewer")
+        # A page of a name that was turned to this address.
+        told(everlit.refused("GET", "/jobs", headers={"Host": f"evil.example:{everlit.port}"}), 401, "unauthorized", "by no name")
+        everlit.token = (everlit.data / "admin.token").read_text()
+        everlit.final(everlit.submit(command=["true"]))
+    # A proxy on this machine, too, brings others in.
+    with Everlit("--insecure-http") as everlit:
+        told(everlit.refused("GET", "/jobs"), 401, "unauthorized", "a token is needed")
+        told(everlit.refused("GET", "/agent/link", headers={"Authorization": f"Bearer {(everlit.data / 'agent.token').read_text()}"}), 403, "forbidden", "by this door")
         everlit.token = (everlit.data / "admin.token").read_text()
         everlit.final(everlit.submit(command=["true"]))
 

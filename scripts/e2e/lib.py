@@ -71,6 +71,7 @@ class Everlit:
         self.flags = list(flags)
         self.process = None
         # For doors with locks.
+        self.locked = "--insecure-http" in flags
         self.token = None
         self.tls = None
 
@@ -98,7 +99,7 @@ class Everlit:
         self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         if wait:
             until("ready", self.is_ready, 20)
-            until("a node", lambda: self.get("/status")["nodes"]["ready"], 20)
+            until("a node", lambda: "an agent is linked" in (self.data / "up.log").read_text() if self.locked else self.get("/status")["nodes"]["ready"], 20)
 
     def is_ready(self):
         if self.process.poll() is not None:

@@ -49,6 +49,8 @@ pub struct Policy {
     pub tls: bool,
     /// What a caller without a token may; `None`: nothing.
     pub anonymous: Option<Role>,
+    /// Agents come in here.
+    pub agents: bool,
     /// Requests of one token, or of one address without any.
     pub requests: Limit,
     /// Bad tokens from one address.
@@ -58,13 +60,13 @@ pub struct Policy {
 impl Policy {
     /// Programs on this machine, without a token; web pages only when the coordinator serves them itself.
     pub fn loopback() -> Self {
-        Self { loopback: true, anonymous: Some(Role::Admin), ..Self::open() }
+        Self { loopback: true, anonymous: Some(Role::Admin), agents: true, ..Self::open() }
     }
 
     /// Everybody who has a token.
     pub fn open() -> Self {
         let requests = Limit { burst: 1_000.0, per_second: 200.0 };
-        Self { loopback: false, tls: false, anonymous: None, requests, bad_tokens: Limit { burst: 20.0, per_second: 0.2 } }
+        Self { loopback: false, tls: false, anonymous: None, agents: false, requests, bad_tokens: Limit { burst: 20.0, per_second: 0.2 } }
     }
 }
 
@@ -159,18 +161,21 @@ impl Gate {
         let Some(door) = matched.and_then(|path| self.access.door(request.method(), path.as_str())) else { return Ok(()) };
         let address = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(from)| from.ip());
         if door.needs == Needs::Agent {
-            return Ok(());
+            return if self.policy.agents { Ok(()) } else { Err(forbidden("agents do not come in by this door")) };
         }
-        let known = self.caller(request.headers(), address);
+        // Where none is needed a missing token is nothing to count.
+        let known = if door.needs == Needs::Nothing { self.shown(request) } else { self.caller(request, address) };
         let decided = match (&known, door.needs) {
             // Whatever token came along.
-            (_, Needs::Nothing | Needs::Agent) => Ok(()),
+            (Ok(_), Needs::Nothing | Needs::Agent) => Ok(()),
+            (Err(_), Needs::Nothing | Needs::Agent) => self.not_too_often(None, address),
             (Err(refusal), Needs::Role(_)) => Err(refusal.clone()),
             (Ok(caller), Needs::Role(least)) => self.may(caller, least, door, request, address).await,
         };
         let caller = known.ok();
         let changes = !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
-        if changes {
+        // What is refused for coming too often is not worth a line each: a flood would fill the disk with them.
+        if changes && !decided.as_ref().is_err_and(|refusal| refusal.0.code == Code::RateLimited) {
             let entry = AuditEntry {
                 user: caller.as_ref().and_then(|caller| caller.user.clone()),
                 role: caller.as_ref().map(|caller| caller.role),
@@ -192,32 +197,47 @@ impl Gate {
     }
 
     /// Who calls, by the token that is shown.
-    fn caller(&self, headers: &HeaderMap, address: Option<IpAddr>) -> Result<Caller, Refusal> {
-        let mut shown = headers.get_all(AUTHORIZATION).iter();
+    fn caller(&self, request: &Request, address: Option<IpAddr>) -> Result<Caller, Refusal> {
+        let known = self.shown(request);
+        known.map_err(|refusal| match self.bad_tokens.take(address) {
+            Ok(()) => refusal,
+            // A good token is let in whatever else comes from its address: many may share it.
+            Err(wait) => too_often("too many requests without a good token came from this address", wait),
+        })
+    }
+
+    fn shown(&self, request: &Request) -> Result<Caller, Refusal> {
+        let mut shown = request.headers().get_all(AUTHORIZATION).iter();
         let Some(value) = shown.next() else {
             let needed = "a token is needed: send the header `authorization: Bearer <token>`, or set EVERLIT_TOKEN for `everlit`";
-            return self.policy.anonymous.map(Caller::anonymous).ok_or_else(|| unauthorized(needed));
+            let role = self.policy.anonymous.ok_or_else(|| unauthorized(needed))?;
+            // A page of any name that was turned to this address has no token, but a browser would send it here without one.
+            if !self.policy.loopback && !self.policy.tls && !host(request.headers(), request.uri()).is_ok_and(is_address) {
+                return Err(unauthorized("without a token this is called by its address, like http://10.0.0.5:8000, and by no name"));
+            }
+            return Ok(Caller::anonymous(role));
         };
         let bearer = value.to_str().ok().and_then(|text| {
             let (scheme, token) = text.split_once(' ')?;
             scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
         });
-        let known = match bearer {
+        match bearer {
             Some(token) if shown.next().is_none() => self.control.caller(token).map_err(|bad| unauthorized(bad.detail())),
             _ => Err(unauthorized("the authorization header must be given once, as `authorization: Bearer <token>`")),
-        };
-        known.map_err(|refusal| match self.bad_tokens.take(address) {
-            Ok(()) => refusal,
-            // A good token is let in whatever else comes from its address: many may share it.
-            Err(wait) => too_often("too many bad tokens came from this address", wait),
-        })
+        }
+    }
+
+    fn not_too_often(&self, caller: Option<&Caller>, address: Option<IpAddr>) -> Result<(), Refusal> {
+        let token = caller.and_then(|caller| caller.token.clone());
+        if token.is_none() && self.policy.loopback {
+            return Ok(());
+        }
+        let who = token.unwrap_or_else(|| address.map(|ip| ip.to_string()).unwrap_or_default());
+        self.requests.take(who).map_err(|wait| too_often("too many requests", wait))
     }
 
     async fn may(&self, caller: &Caller, least: Role, door: &Door, request: &mut Request, address: Option<IpAddr>) -> Result<(), Refusal> {
-        if caller.token.is_some() || !self.policy.loopback {
-            let who = caller.token.clone().unwrap_or_else(|| address.map(|ip| ip.to_string()).unwrap_or_default());
-            self.requests.take(who).map_err(|wait| too_often("too many requests", wait))?;
-        }
+        self.not_too_often(Some(caller), address)?;
         if caller.role < least {
             let who = caller.user.as_deref().map_or_else(|| "a caller without a token".to_string(), |user| format!("`{user}`"));
             return Err(forbidden(&format!(
@@ -229,12 +249,21 @@ impl Gate {
             let job = job_of(request).await;
             // As if it were not there: that it is, is none of their business.
             if let Some(job) = job
-                && self.control.job_user(job).await?.as_deref() != Some(user)
+                && !is_of(&self.control, job, user).await?
             {
                 return Err(Refusal::new(Code::NotFound, format!("there is no job {job} of yours; GET /jobs lists them")));
             }
         }
         Ok(())
+    }
+}
+
+/// Whether a job is a user's; one that is not there is nobody's.
+pub(super) async fn is_of(control: &Shared, job: JobId, user: &str) -> Result<bool, Problem> {
+    match control.job_user(job).await {
+        Ok(whose) => Ok(whose.as_deref() == Some(user)),
+        Err(problem) if problem.code == Code::NotFound => Ok(false),
+        Err(problem) => Err(problem),
     }
 }
 
@@ -312,16 +341,24 @@ fn same_authority(a: &str, b: &str) -> bool {
     plain(a) == plain(b)
 }
 
-fn is_loopback(host: &str) -> bool {
+/// The name or address of a Host, without its port.
+fn name_of(host: &str) -> Option<&str> {
     let (name, port) = match host.strip_prefix('[') {
-        Some(rest) => match rest.split_once(']') {
-            Some((name, port)) => (name, port),
-            None => return false,
-        },
+        Some(rest) => rest.split_once(']')?,
         None => host.find(':').map_or((host, ""), |colon| host.split_at(colon)),
     };
     let port_is_fine = port.is_empty() || port.strip_prefix(':').is_some_and(|digits| digits.parse::<u16>().is_ok());
-    port_is_fine && (name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback()))
+    port_is_fine.then_some(name)
+}
+
+fn is_loopback(host: &str) -> bool {
+    let is = |name: &str| name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    name_of(host).is_some_and(is)
+}
+
+/// It is an address, which no web page can be of but one that is served there; loopback's own name is as good.
+fn is_address(host: &str) -> bool {
+    is_loopback(host) || name_of(host).is_some_and(|name| name.parse::<IpAddr>().is_ok())
 }
 
 #[cfg(test)]

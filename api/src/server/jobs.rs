@@ -14,8 +14,10 @@ use super::Shared;
 use super::answer::Refusal;
 use super::docs::JobRequest;
 use super::extract::{Job, JsonBody, LIMIT_DEFAULT, LIMIT_MAX, Params};
+use super::guard::is_of;
 use crate::auth::Caller;
 use crate::control::{ListQuery, Submission};
+use crate::ids::JobId;
 use crate::job;
 use crate::problem::Code;
 use crate::status::{JobView, Page, PlacementPlan, Summary};
@@ -53,6 +55,14 @@ pub(super) async fn submit(
     params.finish()?;
     let key = idempotency_key(&headers)?;
     let spec = job::parse(&with_inherited(&control, body.value, &caller).await?)?;
+    let key = match (&caller.user, caller.only()) {
+        // Callers without a name would share their keys.
+        (None, Some(_)) if key.is_some() => {
+            return Err(Refusal::new(Code::Invalid, "an Idempotency-Key needs a token: without one it is nobody's"));
+        }
+        _ => key,
+    };
+    own_resumed(&control, spec.resume_from.as_deref(), &caller).await?;
     if dry_run {
         return Ok(Json(control.plan(spec).await?).into_response());
     }
@@ -69,16 +79,19 @@ pub(super) async fn submit(
     Ok(response)
 }
 
+/// A user resumes from its own jobs only, whatever the program: weights are another user's, and one that is not known here may be, too.
+async fn own_resumed(control: &Shared, resumed: Option<&str>, caller: &Caller) -> Result<(), Refusal> {
+    let (Some(user), Some(Ok(id))) = (caller.only(), resumed.map(str::parse::<JobId>)) else { return Ok(()) };
+    if is_of(control, id, user).await? {
+        return Ok(());
+    }
+    Err(Refusal::new(Code::NotFound, format!("there is no job {id} of yours to resume from; GET /jobs lists them")))
+}
+
 /// A job that resumes one that is known here goes on with that one's settings where it gives none.
 async fn with_inherited(control: &Shared, body: Value, caller: &Caller) -> Result<Value, Refusal> {
     let Some(id) = job::resumes(&body) else { return Ok(body) };
-    if let Some(user) = caller.only() {
-        // Its weights are another user's, and one that is not known here may be, too.
-        let whose = control.job_user(id).await;
-        if whose.ok().flatten().as_deref() != Some(user) {
-            return Err(Refusal::new(Code::NotFound, format!("there is no job {id} of yours to resume from; GET /jobs lists them")));
-        }
-    }
+    own_resumed(control, Some(&id.to_string()), caller).await?;
     match control.job(id).await {
         Ok(JobView { spec: Some(old), .. }) => Ok(job::inherit(body, &old)),
         Ok(_) => Ok(body),

@@ -1,31 +1,50 @@
 //! Nodes: what they have, what they do, and taking them out of use.
 
-use axum::Json;
 use axum::extract::State;
+use axum::{Extension, Json};
 
 use super::Shared;
 use super::answer::Refusal;
 use super::extract::{JsonBody, LIMIT_DEFAULT, LIMIT_MAX, Node, Params, page};
+use crate::auth::Caller;
 use crate::status::{NodeView, Page};
 
-/// List nodes in name order.
+/// What is held against a node names jobs, of which a user sees its own only.
+fn shown(mut node: NodeView, caller: &Caller) -> NodeView {
+    if caller.only().is_some() {
+        node.blames.clear();
+        node.gpu_blames.clear();
+    }
+    node
+}
+
+/// List nodes in name order; a user is not told of the failures that are held against them.
 #[utoipa::path(get, path = "/nodes", tag = "nodes", operation_id = "list_nodes", params(
         ("limit" = Option<u32>, Query, description = "Entries per page: 50, at most 500", minimum = 1, maximum = 500),
         ("after" = Option<String>, Query, description = "Go on after this cursor (`last_id` of the page before)"),
     ), responses((status = 200, description = "A page", body = Page<NodeView>)))]
-pub(super) async fn list(State(control): State<Shared>, mut params: Params) -> Result<Json<Page<NodeView>>, Refusal> {
+pub(super) async fn list(
+    State(control): State<Shared>,
+    Extension(caller): Extension<Caller>,
+    mut params: Params,
+) -> Result<Json<Page<NodeView>>, Refusal> {
     let (limit, after) = (params.limit(LIMIT_DEFAULT, LIMIT_MAX), params.one("after"));
     params.finish()?;
-    let all = control.nodes().await?;
+    let all = control.nodes().await?.into_iter().map(|node| shown(node, &caller)).collect();
     page(all, limit, after.as_deref(), |one| one.node.to_string()).map(Json)
 }
 
 /// One node.
 #[utoipa::path(get, path = "/nodes/{id}", tag = "nodes", operation_id = "get_node", params(("id" = String, Path, description = "Node name")),
     responses((status = 200, description = "The node", body = NodeView)))]
-pub(super) async fn one(State(control): State<Shared>, Node(id): Node, params: Params) -> Result<Json<NodeView>, Refusal> {
+pub(super) async fn one(
+    State(control): State<Shared>,
+    Extension(caller): Extension<Caller>,
+    Node(id): Node,
+    params: Params,
+) -> Result<Json<NodeView>, Refusal> {
     params.finish()?;
-    Ok(Json(control.node(id).await?))
+    Ok(Json(shown(control.node(id).await?, &caller)))
 }
 
 /// Give a node no new ranks.

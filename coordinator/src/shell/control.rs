@@ -2,7 +2,6 @@
 //!
 //! A question to the engine is answered when everything that it shows is durable, so the store that is read after it is never behind.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -18,11 +17,11 @@ use everlit_api::status::{
     PlacementPlan, ServingCounts, StatusView, Summary,
 };
 use everlit_api::time::Timestamp;
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 use super::agents::Agents;
 use super::clock::Clock;
-use super::driver::{Handle, Input, News};
+use super::driver::{Handle, Input};
 use super::logs::{ITEMS_MAX, Reader};
 use super::metrics::{Metrics, Now};
 use super::store::{JobFilter, Store, StoreError, TokenRow};
@@ -32,13 +31,9 @@ use crate::engine::{CannotSave, Engine, Event, StoredJob, read_job};
 
 /// Jobs that one purge removes at most; the rest goes with the next.
 const PURGE_MAX: u32 = 5_000;
-/// Jobs of which a follower remembers whose they are.
-const SEEN_MAX: usize = 10_000;
-/// Events read at once for a follower.
-const FOLLOW_PAGE: u32 = 500;
 
 /// Everything that an answer may need.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Coordinator {
     /// To the driver, and what it tells.
     pub handle: Handle,
@@ -58,6 +53,12 @@ pub struct Coordinator {
     pub auth: Arc<str>,
     /// Recovery is done and no end is near.
     pub ready: Arc<AtomicBool>,
+}
+
+impl std::fmt::Debug for Coordinator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Coordinator").field("auth", &self.auth).finish_non_exhaustive()
+    }
 }
 
 fn gone() -> Problem {
@@ -105,7 +106,7 @@ impl Coordinator {
     }
 
     /// From the engine when active, else from the store.
-    async fn of_job<T: Send + 'static>(
+    pub(super) async fn of_job<T: Send + 'static>(
         &self,
         id: JobId,
         make: impl Fn(&Job, Timestamp, String) -> T + Send + Clone + 'static,
@@ -217,83 +218,6 @@ impl Coordinator {
             self.remove(found.into_iter().map(|(id, _, nodes)| (id, nodes)).collect()).await?;
         }
         Ok(ids)
-    }
-
-    /// Whether an event is for who follows: of the jobs of its user, where it is kept to those.
-    async fn concerns(&self, event: &EventView, user: Option<&str>, seen: &mut BTreeMap<JobId, bool>) -> bool {
-        let Some(user) = user else { return true };
-        let Some(job) = event.job_id else { return false };
-        if let Some(known) = seen.get(&job) {
-            return *known;
-        }
-        if seen.len() >= SEEN_MAX {
-            seen.clear();
-        }
-        // One that is gone is nobody's.
-        let own = self.job_user(job).await.is_ok_and(|whose| whose.as_deref() == Some(user));
-        seen.insert(job, own);
-        own
-    }
-
-    async fn follow(self, query: EventQuery, items: mpsc::Sender<EventItem>) -> Result<(), Problem> {
-        let mut news = self.handle.news.subscribe();
-        let (user, mut seen) = (query.user.as_deref(), BTreeMap::new());
-        let mut after = match query.after {
-            Some(after) => after,
-            // Without a place to go on from: a job's events from the first, everybody's from now.
-            None if query.job.is_some() => 0,
-            None => self.store.last().await?.0,
-        };
-        loop {
-            // What there is, then what comes; after missed news once more from the store.
-            let mut ended = None;
-            if let Some(job) = query.job {
-                let state = self.of_job(job, |job, _, _| job.state).await?;
-                ended = state.is_final().then_some(state);
-            }
-            loop {
-                let page = self.store.events(query.job, after, FOLLOW_PAGE).await?;
-                let done = page.len() < FOLLOW_PAGE as usize;
-                for event in page {
-                    after = event.seq;
-                    if self.concerns(&event.view, user, &mut seen).await
-                        && items.send(EventItem::Event(Box::new(event.view))).await.is_err()
-                    {
-                        return Ok(());
-                    }
-                }
-                if done {
-                    break;
-                }
-            }
-            if let Some(state) = ended {
-                let _ = items.send(EventItem::End(state)).await;
-                return Ok(());
-            }
-            loop {
-                let heard = tokio::select! {
-                    () = items.closed() => return Ok(()),
-                    heard = news.recv() => heard,
-                };
-                match heard {
-                    Ok(News::Event(event)) => {
-                        let ours = event.seq > after && query.job.is_none_or(|job| event.view.job_id == Some(job));
-                        if ours {
-                            after = event.seq;
-                            if self.concerns(&event.view, user, &mut seen).await
-                                && items.send(EventItem::Event(Box::new(event.view.clone()))).await.is_err()
-                            {
-                                return Ok(());
-                            }
-                        }
-                    }
-                    Ok(News::Final(job, _)) if query.job == Some(job) => break,
-                    Ok(News::Final(..)) => {}
-                    Err(broadcast::error::RecvError::Lagged(_)) => break,
-                    Err(broadcast::error::RecvError::Closed) => return Ok(()),
-                }
-            }
-        }
     }
 }
 
@@ -598,7 +522,10 @@ impl Control for Coordinator {
             let mut row = found.ok_or_else(|| Problem::new(Code::NotFound, format!("there is no token {id}; GET /tokens lists them")))?;
             if row.view.revoked_at.is_none() {
                 row.view.revoked_at = Some(self.clock.now());
-                self.keep_token(row.clone()).await?;
+                // It opens nothing from here on, and who asked may be gone before it is durable.
+                self.tokens.put(row.clone());
+                let (own, kept) = (self.clone(), row.clone());
+                tokio::spawn(async move { own.keep_token(kept).await }).await.map_err(|_| gone())??;
             }
             Ok(row.view)
         })

@@ -230,6 +230,7 @@ impl Driver {
                 self.pending.steps += 1;
             }
             Input::Token { row, reply } => {
+                self.tell_of_token(&row);
                 self.pending.batch.tokens.push(row);
                 self.pending.after.push(Box::new(move || {
                     let _ = reply.send(());
@@ -350,6 +351,15 @@ impl Driver {
         self.pending.after.push(Box::new(move || {
             let _ = reply.send(());
         }));
+    }
+
+    fn tell_of_token(&mut self, TokenRow { view, .. }: &TokenRow) {
+        self.event_seq += 1;
+        let (event, done) = if view.revoked_at.is_some() { ("token_revoked", "was revoked") } else { ("token_created", "was made") };
+        let by = view.created_by.as_deref().filter(|_| view.revoked_at.is_none()).map(|by| format!(" by {by}")).unwrap_or_default();
+        let reason = format!("token {} of {}, {}, {done}{by}", view.id, view.user, view.role);
+        let data = serde_json::json!({ "token": view.id, "user": view.user, "role": view.role, "expires_at": view.expires_at });
+        self.pending.batch.events.push((self.event_seq, EventRow { job: None, time: self.clock.now(), event, reason, data }));
     }
 
     fn note_removal(&mut self, job: JobId, nodes: Vec<NodeId>) {

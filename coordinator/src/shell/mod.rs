@@ -7,6 +7,7 @@ pub mod clock;
 pub mod control;
 pub mod down;
 pub mod driver;
+mod follow;
 pub mod local;
 pub mod logs;
 pub mod metrics;

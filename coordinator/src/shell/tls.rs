@@ -171,6 +171,12 @@ impl Ca {
     /// Reads the CA of a folder, or makes it.
     pub fn open(dir: &Path, now: Timestamp) -> anyhow::Result<Self> {
         let (cert, key) = (dir.join("ca.pem"), dir.join("ca.key"));
+        if key.exists() && !cert.exists() {
+            // Its certificate was not written any more; nobody has it.
+            let text = std::fs::read_to_string(&key).with_context(|| format!("the CA's key {} can not be read", key.display()))?;
+            let pair = KeyPair::from_pem(&text).with_context(|| format!("the CA's key {} is no key", key.display()))?;
+            write_whole(&cert, &ca_params(now).self_signed(&pair)?.pem())?;
+        }
         if cert.exists() || key.exists() {
             let text = std::fs::read_to_string(&key).with_context(|| format!("the CA's key {} can not be read", key.display()))?;
             let pair = KeyPair::from_pem(&text).with_context(|| format!("the CA's key {} is no key", key.display()))?;
@@ -428,6 +434,10 @@ mod tests {
         let first = std::fs::read(&cert).unwrap();
         Ca::open(dir.path(), Timestamp::now()).unwrap();
         assert_eq!(std::fs::read(&cert).unwrap(), first);
+        // A start that ended between the two.
+        std::fs::remove_file(&cert).unwrap();
+        Ca::open(dir.path(), Timestamp::now()).unwrap();
+        assert!(CertificateDer::from_pem_file(&cert).is_ok());
         std::fs::write(&key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
         let told = Ca::open(dir.path(), Timestamp::now()).err().unwrap().to_string();
         assert!(told.contains("is not the certificate of"), "{told}");

@@ -14,7 +14,6 @@ use anyhow::{Context, bail};
 use axum::serve::ListenerExt;
 use everlit_api::agent::ToAgent;
 use everlit_api::auth::{NewToken, Role, TOKEN_TTL};
-use everlit_api::control::Control;
 use everlit_api::ids::NodeId;
 use everlit_api::server::Policy;
 use everlit_api::time::{Millis, Timestamp};
@@ -29,7 +28,7 @@ use super::local::{LocalAgent, beside, try_lock};
 use super::metrics::Metrics;
 use super::store::{Store, TOKEN_KEPT_MS};
 use super::tls::{Certificates, Source, TlsListener, own_names};
-use super::tokens::Tokens;
+use super::tokens::{self, Tokens};
 use crate::config::Tls;
 use crate::engine::{self, Event};
 
@@ -59,6 +58,8 @@ pub struct Settings {
     pub local_agent: bool,
     /// Where the doors' certificate comes from; `None`: no TLS.
     pub tls: Option<Tls>,
+    /// Something in front of the doors ends TLS.
+    pub insecure_http: bool,
     /// What callers without a token may, where it is given.
     pub anonymous: Option<Role>,
     /// Lines of the audit log go after this.
@@ -97,7 +98,7 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
         format!("{} can not be listened on: is another everlit or another program there? --listen takes another address", settings.listen)
     })?;
     let address = listener.local_addr()?;
-    let own = OwnDoor::open(&settings, address).await?;
+    let own = OwnDoor::open(&settings).await?;
     let url = format!("{}://{address}", if certificates.is_some() { "https" } else { "http" });
     let token = agent_token(&dir)?;
     let coordinator_file = dir.join("coordinator.json");
@@ -267,8 +268,8 @@ enum OwnDoor {
 }
 
 impl OwnDoor {
-    async fn open(settings: &Settings, address: SocketAddr) -> anyhow::Result<Self> {
-        if address.ip().is_loopback() && settings.tls.is_none() {
+    async fn open(settings: &Settings) -> anyhow::Result<Self> {
+        if !is_open(settings) {
             return Ok(Self::Main);
         }
         let beside = TcpListener::bind("127.0.0.1:0").await.context("no port of loopback for this machine's agent")?;
@@ -300,8 +301,13 @@ fn open_tls(tls: Tls, dir: &Path, listen: SocketAddr) -> anyhow::Result<Arc<Cert
     Certificates::open(source, Timestamp::now())
 }
 
+/// Others than programs of this machine come in: by another address, by TLS, or through a proxy in front.
+fn is_open(settings: &Settings) -> bool {
+    !settings.listen.ip().is_loopback() || settings.tls.is_some() || settings.insecure_http
+}
+
 fn policy(settings: &Settings) -> Policy {
-    let all = if settings.listen.ip().is_loopback() { Policy::loopback() } else { Policy::open() };
+    let all = if is_open(settings) { Policy::open() } else { Policy::loopback() };
     Policy { tls: settings.tls.is_some(), anonymous: settings.anonymous.or(all.anonymous), ..all }
 }
 
@@ -309,22 +315,22 @@ fn policy(settings: &Settings) -> Policy {
 fn auth(settings: &Settings) -> String {
     match settings.anonymous {
         Some(role) => format!("anonymous {role}"),
-        None if settings.listen.ip().is_loopback() => "loopback".into(),
-        None => "tokens".into(),
+        None if is_open(settings) => "tokens".into(),
+        None => "loopback".into(),
     }
 }
 
 fn how_to_begin(settings: &Settings, url: &str, dir: &Path) -> String {
-    let submit = format!("{url}/jobs -H 'Content-Type: application/json' -d '{{\"world_size\": 2}}'");
+    if !is_open(settings) {
+        return format!("submit a job:  curl -s -X POST {url}/jobs -H 'Content-Type: application/json' -d '{{\"world_size\": 2}}'");
+    }
+    // Not by curl: its arguments can be read by every user of the machine.
     let ca = match settings.tls {
-        Some(Tls::OwnCa(_)) => format!(" --cacert {}", dir.join("ca/ca.pem").display()),
+        Some(Tls::OwnCa(_)) => format!(" EVERLIT_CA_FILE={}", dir.join("ca/ca.pem").display()),
         Some(Tls::Files(..)) | None => String::new(),
     };
-    let token = match policy(settings).anonymous {
-        Some(_) => String::new(),
-        None => format!(" -H \"Authorization: Bearer $(cat {})\"", dir.join(ADMIN_TOKEN).display()),
-    };
-    format!("submit a job:  curl -s{ca}{token} -X POST {submit}")
+    let token = dir.join(ADMIN_TOKEN);
+    format!("submit a job:  EVERLIT_URL={url}{ca} EVERLIT_TOKEN_FILE={} everlit submit --world-size 2", token.display())
 }
 
 /// Where nobody can make tokens, one is made who can, and written to the data folder: who can read that is an admin anyway.
@@ -333,9 +339,11 @@ async fn first_token(coordinator: &Coordinator, dir: &Path) -> anyhow::Result<()
         return Ok(());
     }
     let wanted = NewToken { user: "admin".into(), role: Role::Admin, ttl: TOKEN_TTL.1 };
-    let made = coordinator.create_token(wanted, None).await?;
+    let (token, row) = tokens::make(wanted, None, coordinator.clock.now())?;
     let path = dir.join(ADMIN_TOKEN);
-    write_whole(&path, &made.token)?;
+    // The file first: a token that counts and that nobody has would be the last.
+    write_whole(&path, &token)?;
+    coordinator.keep_token(row).await?;
     tracing::info!(path = %path.display(), "the first admin token was made");
     Ok(())
 }

@@ -159,6 +159,17 @@ async fn a_user_sees_and_makes_only_what_is_its_own() {
     let resume = format!(r#"{{"resume_from": "{}"}}"#, id());
     let reply = house.call_as(Some(&full(BOB)), "POST", "/jobs", &resume).await;
     assert_eq!((reply.status, house.asked().as_str()), (StatusCode::NOT_FOUND, ""));
+    let resume = format!(r#"{{"resume_from": "{}", "command": ["x"]}}"#, id());
+    assert_eq!(house.call_as(Some(&full(BOB)), "POST", "/jobs", &resume).await.status, StatusCode::NOT_FOUND, "nor for a program of his");
+    let (hers, nobodys) = (id().to_string(), crate::ids::JobId::from_parts(1, 1).to_string());
+    let told = |reply: Reply, id: &str| reply.json()["detail"].as_str().expect("text").replace(id, "ID");
+    let seen = told(house.call_as(Some(&full(BOB)), "GET", &format!("/jobs/{hers}"), "").await, &hers);
+    assert_eq!(
+        seen,
+        told(house.call_as(Some(&full(BOB)), "GET", &format!("/jobs/{nobodys}"), "").await, &nobodys),
+        "what is not his is not there"
+    );
+    house.asked();
     let unknown = format!(r#"{{"resume_from": "{}"}}"#, crate::ids::JobId::from_parts(1, 1));
     assert_eq!(house.call_as(Some(&full(BOB)), "POST", "/jobs", &unknown).await.status, StatusCode::NOT_FOUND);
     assert_eq!(house.call_as(Some(&alice), "POST", "/jobs", &resume).await.status, StatusCode::CREATED);
@@ -218,13 +229,27 @@ async fn a_token_counts_on_loopback_too() {
     assert_eq!(house.send(at(Some(EXPIRED), "POST", &stop)).await.status, StatusCode::UNAUTHORIZED);
     assert_eq!(house.send(at(None, "GET", "/whoami")).await.json()["role"], "admin");
     // Doors with a role for whoever has no token.
-    let house = House::locked(Policy { anonymous: Some(Role::Viewer), ..policy() });
+    let house = House::locked(Policy { anonymous: Some(Role::Viewer), tls: true, ..policy() });
     assert_eq!(house.call_as(None, "GET", "/jobs", "").await.status, StatusCode::OK);
     let reply = house.call_as(None, "POST", &stop, "").await;
     assert_eq!((reply.status, reply.code().as_str()), (StatusCode::FORBIDDEN, "forbidden"));
     assert_eq!(house.audited(), [format!("- (viewer) stop_job {stop} refused")]);
+    // A page of any name that was turned to this address is no caller; one with a token is.
+    let house = House::locked(Policy { anonymous: Some(Role::Operator), ..policy() });
+    let named = |host: &str, token: Option<&str>| {
+        let asked = axum::http::Request::builder().uri("/jobs").header("host", host);
+        let asked = token.into_iter().fold(asked, |asked, token| asked.header("authorization", format!("Bearer {}", full(token))));
+        asked.body(Body::empty()).expect("request")
+    };
+    assert_eq!(house.send(named("evil.example:8000", None)).await.status, StatusCode::UNAUTHORIZED);
+    assert_eq!(house.send(named("evil.example:8000", Some(VIEWER))).await.status, StatusCode::OK);
+    for address in ["10.0.0.5:8000", "[fd00::1]:8000", "localhost"] {
+        assert_eq!(house.send(named(address, None)).await.status, StatusCode::OK, "{address}");
+    }
+    let house = House::locked(Policy { anonymous: Some(Role::Viewer), tls: true, ..policy() });
+    assert_eq!(house.send(named("a.example", None)).await.status, StatusCode::OK, "a certificate names it");
     // And a user without a name has no jobs.
-    let house = House::locked(Policy { anonymous: Some(Role::User), ..policy() });
+    let house = House::locked(Policy { anonymous: Some(Role::User), tls: true, ..policy() });
     assert_eq!(house.call_as(None, "GET", &format!("/jobs/{}", id()), "").await.status, StatusCode::NOT_FOUND);
 }
 
@@ -254,6 +279,11 @@ async fn who_asks_too_often_waits() {
         assert_eq!(house.call_as(Some(&guess), "GET", "/jobs", "").await.status, StatusCode::UNAUTHORIZED);
     }
     assert_eq!(house.call_as(Some(&guess), "GET", "/jobs", "").await.status, StatusCode::TOO_MANY_REQUESTS);
+    house.audited();
+    for _ in 0..9 {
+        assert_eq!(house.call_as(None, "POST", "/jobs", "{}").await.status, StatusCode::TOO_MANY_REQUESTS);
+    }
+    assert_eq!(house.audited().len(), 0, "a flood fills no disk");
     assert_eq!(house.call_as(None, "GET", "/health", "").await.status, StatusCode::OK);
     assert_eq!(
         house.call_as(Some(&full(ALICE)), "GET", "/jobs", "").await.status,

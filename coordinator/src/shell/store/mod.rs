@@ -56,6 +56,7 @@ impl Store {
     pub async fn open(dir: &Path) -> Result<Self, StoreError> {
         check_version(dir)?;
         let file = dir.join("everlit.db");
+        make_private(&file)?;
         let options = SqliteConnectOptions::new()
             .filename(&file)
             .create_if_missing(true)
@@ -128,6 +129,18 @@ impl Store {
     pub async fn close(&self) {
         self.readers.close().await;
         self.writer.close().await;
+    }
+}
+
+/// The database holds secrets of jobs: nobody else reads it, whatever the folder allows. What SQLite puts beside it is as private.
+fn make_private(file: &Path) -> Result<(), StoreError> {
+    use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+    let made = std::fs::OpenOptions::new().append(true).create(true).mode(0o600).open(file);
+    let private = made.and_then(|made| made.set_permissions(std::fs::Permissions::from_mode(0o600)));
+    match private {
+        // A folder that can not be written is told by the database itself, with the way back.
+        Err(error) if matches!(error.kind(), std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem) => Ok(()),
+        other => other.map_err(|error| StoreError::File(file.into(), error)),
     }
 }
 
