@@ -69,10 +69,10 @@ impl FromStr for Role {
     }
 }
 
-/// Who calls.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Who calls; also the answer of `GET /whoami`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Caller {
-    /// Whose token it was; `None`: no token was shown, and none was needed.
+    /// Whose token it was; null: no token was shown, and none was needed.
     pub user: Option<String>,
     /// What they may.
     pub role: Role,
@@ -181,25 +181,6 @@ pub struct MadeToken {
 impl fmt::Debug for MadeToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MadeToken").field("about", &self.about).finish_non_exhaustive()
-    }
-}
-
-/// `GET /whoami`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct WhoAmI {
-    /// Whose token it was; null without one.
-    pub user: Option<String>,
-    /// What this caller may.
-    pub role: Role,
-    /// The token's id.
-    pub token: Option<String>,
-    /// When the token expires.
-    pub expires_at: Option<Timestamp>,
-}
-
-impl From<Caller> for WhoAmI {
-    fn from(caller: Caller) -> Self {
-        Self { user: caller.user, role: caller.role, token: caller.token, expires_at: caller.expires_at }
     }
 }
 

@@ -191,6 +191,8 @@ impl fmt::Display for PortRange {
     }
 }
 
+/// The audit log keeps so much whatever it is told; migration 0004 holds the same.
+pub const AUDIT_KEPT: Millis = Millis::secs(30 * 86_400);
 /// Names in a certificate at most.
 const NAMES_MAX: usize = 100;
 
@@ -327,7 +329,7 @@ impl Doors {
 
 fn check(config: UpConfig) -> Result<UpConfig, ConfigError> {
     let bad = |name, detail: String| Err(ConfigError::Bad { name, detail });
-    if config.retain_audit < Millis::secs(30 * 86_400) {
+    if config.retain_audit < AUDIT_KEPT {
         return bad("retain-audit", "must be at least 30d".into());
     }
     if !(100..=3_600_000).contains(&config.report_interval.0) {

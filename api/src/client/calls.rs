@@ -5,7 +5,7 @@ use reqwest::{Method, Response};
 use serde_json::{Value, json};
 
 use super::{Client, Error, PATIENT_MAX, segment};
-use crate::auth::{AuditView, MadeToken, NewToken, TokenView, WhoAmI};
+use crate::auth::{AuditView, Caller, MadeToken, NewToken, TokenView};
 use crate::ids::{JobId, NodeId};
 use crate::request::{PurgeRequest, Purged, StopRequest};
 use crate::status::{
@@ -198,6 +198,13 @@ impl Client {
         self.json_within(self.post(&format!("/nodes/{}/{act}", segment(&id.0)), &json!({})), PATIENT_MAX).await
     }
 
+    /// The version of the coordinator, which anybody may know.
+    pub async fn version(&self) -> Result<String, Error> {
+        let told: Value = self.json(self.get("/status")).await?;
+        let version = told["version"].as_str().map(Into::into);
+        version.ok_or_else(|| Error::Broken(format!("{} answers, but is no coordinator", self.url())))
+    }
+
     /// What the coordinator does. Doors with locks tell that only to who has a token.
     pub async fn status(&self) -> Result<StatusView, Error> {
         let told: Value = self.json(self.get("/status")).await?;
@@ -220,7 +227,7 @@ impl Client {
     }
 
     /// Who this client is.
-    pub async fn whoami(&self) -> Result<WhoAmI, Error> {
+    pub async fn whoami(&self) -> Result<Caller, Error> {
         self.json(self.get("/whoami")).await
     }
 

@@ -8,19 +8,17 @@ use serde_json::Value;
 use super::Shared;
 use super::answer::Refusal;
 use super::extract::{JsonBody, LIMIT_DEFAULT, LIMIT_MAX, Params, page};
-use crate::auth::{
-    AuditView, Caller, MadeToken, NewToken, Role, TOKEN_TTL, TOKEN_TTL_DEFAULT, TokenView, USER_CHARS_MAX, WhoAmI, is_user_name,
-};
+use crate::auth::{AuditView, Caller, MadeToken, NewToken, Role, TOKEN_TTL, TOKEN_TTL_DEFAULT, TokenView, USER_CHARS_MAX, is_user_name};
 use crate::job::{Fault, FaultKind};
 use crate::problem::Code;
 use crate::status::Page;
 use crate::time::Millis;
 
 /// Who this caller is, and what it may.
-#[utoipa::path(get, path = "/whoami", tag = "auth", operation_id = "whoami", responses((status = 200, description = "The caller", body = WhoAmI)))]
-pub(super) async fn whoami(Extension(caller): Extension<Caller>, params: Params) -> Result<Json<WhoAmI>, Refusal> {
+#[utoipa::path(get, path = "/whoami", tag = "auth", operation_id = "whoami", responses((status = 200, description = "The caller", body = Caller)))]
+pub(super) async fn whoami(Extension(caller): Extension<Caller>, params: Params) -> Result<Json<Caller>, Refusal> {
     params.finish()?;
-    Ok(Json(caller.into()))
+    Ok(Json(caller))
 }
 
 /// Make a token. The answer is the only time that its secret is shown.

@@ -120,13 +120,17 @@ async fn listen_port(address: SocketAddr) -> Finding {
     match TcpListener::bind(address) {
         Ok(_) => Finding::ok(check, format!("{address} is free")),
         Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-            let status = match Client::new(&format!("http://{address}"), None, None) {
-                Ok(client) => tokio::time::timeout(Duration::from_secs(5), client.status()).await.ok().and_then(Result::ok),
+            let version = match Client::new(&format!("http://{address}"), None, None) {
+                Ok(client) => tokio::time::timeout(Duration::from_secs(5), client.version()).await.ok().and_then(Result::ok),
                 Err(_) => None,
             };
-            match status {
-                Some(status) => Finding::ok(check, format!("a coordinator {} answers at {address}", status.version)),
-                None => Finding::fail(check, format!("{address} is taken by another program"), "end it, or give `up` another --listen"),
+            match version {
+                Some(version) => Finding::ok(check, format!("a coordinator {version} answers at {address}")),
+                None => {
+                    let remedy =
+                        "end it, or give `up` another --listen; a coordinator with TLS is asked by `everlit --url https://… status`";
+                    Finding::fail(check, format!("{address} is taken by another program, or by a coordinator with TLS"), remedy)
+                }
             }
         }
         Err(error) => Finding::fail(check, format!("{address}: {error}"), "give `up` another --listen"),

@@ -24,8 +24,8 @@ use super::clock::Clock;
 use super::driver::{Handle, Input};
 use super::logs::{ITEMS_MAX, Reader};
 use super::metrics::{Metrics, Now};
-use super::store::{JobFilter, Store, StoreError, TokenRow};
-use super::tokens::{self, TOKENS_MAX, Tokens};
+use super::store::{JobFilter, Store, StoreError};
+use super::tokens::Tokens;
 use crate::engine::state::Job;
 use crate::engine::{CannotSave, Engine, Event, StoredJob, read_job};
 
@@ -61,7 +61,7 @@ impl std::fmt::Debug for Coordinator {
     }
 }
 
-fn gone() -> Problem {
+pub(super) fn gone() -> Problem {
     Problem::new(Code::NotReady, "the coordinator is ending: ask again in a moment").retry_after(2)
 }
 
@@ -85,7 +85,7 @@ fn read_row(row: &StoredJob) -> Result<Job, Problem> {
 }
 
 impl Coordinator {
-    async fn send(&self, input: Input) -> Result<(), Problem> {
+    pub(super) async fn send(&self, input: Input) -> Result<(), Problem> {
         self.handle.inputs.send(input).await.map_err(|_| gone())
     }
 
@@ -187,15 +187,6 @@ impl Coordinator {
         let (reply, done) = oneshot::channel();
         self.send(Input::Remove { jobs, reply }).await?;
         done.await.map_err(|_| gone())
-    }
-
-    /// Makes a token durable as it is now; then it counts.
-    pub async fn keep_token(&self, row: TokenRow) -> Result<(), Problem> {
-        let (reply, done) = oneshot::channel();
-        self.send(Input::Token { row: row.clone(), reply }).await?;
-        done.await.map_err(|_| gone())?;
-        self.tokens.put(row);
-        Ok(())
     }
 
     async fn node_view(&self, id: NodeId) -> Result<NodeView, Problem> {
@@ -485,31 +476,11 @@ impl Control for Coordinator {
     }
 
     fn audit_log(&self, before: Option<u64>, user: Option<String>, limit: u32) -> Answer<'_, Page<AuditView>> {
-        Box::pin(async move {
-            // What was let in before is durable after this.
-            self.look(|_, _| ()).await?;
-            let mut data = self.store.audit(before, user.as_deref(), limit + 1).await?;
-            let has_more = data.len() > limit as usize;
-            data.truncate(limit as usize);
-            let (first_id, last_id) = (data.first().map(|line| line.seq.to_string()), data.last().map(|line| line.seq.to_string()));
-            Ok(Page { data, first_id, last_id, has_more })
-        })
+        Box::pin(self.audit_page(before, user, limit))
     }
 
     fn create_token(&self, wanted: NewToken, by: Option<String>) -> Answer<'_, MadeToken> {
-        Box::pin(async move {
-            if self.tokens.is_full() {
-                return Err(Problem::new(
-                    Code::Conflict,
-                    format!("there are {TOKENS_MAX} tokens already: those that are over go after 90 days"),
-                ));
-            }
-            let made = tokens::make(wanted, by, self.clock.now());
-            let (token, row) = made.map_err(|e| Problem::new(Code::Internal, format!("no random bytes: {e}")))?;
-            let about = row.view.clone();
-            self.keep_token(row).await?;
-            Ok(MadeToken { token, about })
-        })
+        Box::pin(self.make_token(wanted, by))
     }
 
     fn tokens(&self) -> Vec<TokenView> {
@@ -517,18 +488,7 @@ impl Control for Coordinator {
     }
 
     fn revoke_token(&self, id: String) -> Answer<'_, TokenView> {
-        Box::pin(async move {
-            let found = self.tokens.get(&id);
-            let mut row = found.ok_or_else(|| Problem::new(Code::NotFound, format!("there is no token {id}; GET /tokens lists them")))?;
-            if row.view.revoked_at.is_none() {
-                row.view.revoked_at = Some(self.clock.now());
-                // It opens nothing from here on, and who asked may be gone before it is durable.
-                self.tokens.put(row.clone());
-                let (own, kept) = (self.clone(), row.clone());
-                tokio::spawn(async move { own.keep_token(kept).await }).await.map_err(|_| gone())??;
-            }
-            Ok(row.view)
-        })
+        Box::pin(self.end_token(id))
     }
 
     fn agent_token_is(&self, token: &str) -> bool {

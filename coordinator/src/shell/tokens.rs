@@ -7,10 +7,17 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::sync::{PoisonError, RwLock};
 
-use everlit_api::auth::{BadToken, Caller, NewToken, Role, TOKEN_ID_CHARS, TOKEN_PREFIX, TOKEN_SECRET_CHARS, TokenView, split_token};
+use everlit_api::auth::{
+    AuditView, BadToken, Caller, MadeToken, NewToken, Role, TOKEN_ID_CHARS, TOKEN_PREFIX, TOKEN_SECRET_CHARS, TokenView, split_token,
+};
+use everlit_api::problem::{Code, Problem};
+use everlit_api::status::Page;
 use everlit_api::time::Timestamp;
 use sha2::{Digest, Sha256};
+use tokio::sync::oneshot;
 
+use super::control::{Coordinator, gone};
+use super::driver::Input;
 use super::store::TokenRow;
 
 /// Tokens that may be known at once.
@@ -80,6 +87,58 @@ impl Tokens {
     pub fn forget_before(&self, time: Timestamp) {
         let over = |row: &TokenRow| row.view.revoked_at.map_or(row.view.expires_at, |at| at.min(row.view.expires_at));
         self.known.write().unwrap_or_else(PoisonError::into_inner).retain(|_, row| over(row) >= time);
+    }
+}
+
+impl Coordinator {
+    /// Makes a token in the name of who asks; it counts once it is durable.
+    pub(super) async fn make_token(&self, wanted: NewToken, by: Option<String>) -> Result<MadeToken, Problem> {
+        if self.tokens.is_full() {
+            return Err(Problem::new(
+                Code::Conflict,
+                format!("there are {TOKENS_MAX} tokens already: those that are over go after 90 days"),
+            ));
+        }
+        let made = make(wanted, by, self.clock.now());
+        let (token, row) = made.map_err(|e| Problem::new(Code::Internal, format!("no random bytes: {e}")))?;
+        let about = row.view.clone();
+        self.keep_token(row).await?;
+        Ok(MadeToken { token, about })
+    }
+
+    /// Has a token open nothing from here on, whatever becomes of who asked; answers when that is durable.
+    pub(super) async fn end_token(&self, id: String) -> Result<TokenView, Problem> {
+        let found = self.tokens.get(&id);
+        let mut row = found.ok_or_else(|| Problem::new(Code::NotFound, format!("there is no token {id}; GET /tokens lists them")))?;
+        if row.view.revoked_at.is_none() {
+            row.view.revoked_at = Some(self.clock.now());
+            self.tokens.put(row.clone());
+            self.keep_token(row.clone()).await?;
+        }
+        Ok(row.view)
+    }
+
+    /// Makes a token durable as it is now; then it counts. Goes on to its end when nobody waits for it any more.
+    pub(super) async fn keep_token(&self, row: TokenRow) -> Result<(), Problem> {
+        let own = self.clone();
+        let kept = tokio::spawn(async move {
+            let (reply, done) = oneshot::channel();
+            own.send(Input::Token { row: row.clone(), reply }).await?;
+            done.await.map_err(|_| gone())?;
+            own.tokens.put(row);
+            Ok(())
+        });
+        kept.await.map_err(|_| gone())?
+    }
+
+    /// A page of the audit log, newest first; what was let in before is in it.
+    pub(super) async fn audit_page(&self, before: Option<u64>, user: Option<String>, limit: u32) -> Result<Page<AuditView>, Problem> {
+        self.look(|_, _| ()).await?;
+        let mut data = self.store.audit(before, user.as_deref(), limit + 1).await?;
+        let has_more = data.len() > limit as usize;
+        data.truncate(limit as usize);
+        let (first_id, last_id) = (data.first().map(|line| line.seq.to_string()), data.last().map(|line| line.seq.to_string()));
+        Ok(Page { data, first_id, last_id, has_more })
     }
 }
 

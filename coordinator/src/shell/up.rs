@@ -32,6 +32,8 @@ use super::tokens::{self, Tokens};
 use crate::config::Tls;
 use crate::engine::{self, Event};
 
+/// Time for the first token to be durable.
+const FIRST_TOKEN_MAX: Duration = Duration::from_secs(5);
 /// The first admin token, in the data folder.
 const ADMIN_TOKEN: &str = "admin.token";
 /// Between two looks at what is old.
@@ -119,7 +121,13 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
         auth: auth(&settings).into(),
         ready: ready.clone(),
     };
-    first_token(&coordinator, &dir).await?;
+    if let Err(error) = first_token(&coordinator, &dir).await {
+        // Behind locks nobody could come in. Elsewhere nobody needs it, and a full disk keeps no coordinator from its start.
+        if is_open(&settings) {
+            return Err(error);
+        }
+        tracing::warn!("no admin token was made: {error:#}");
+    }
     let local = LocalAgent { dir: dir.join("agent"), coordinator_file, program: beside("everlit-agent")? };
     let keeper = settings.local_agent.then(|| {
         let local = local.clone();
@@ -343,7 +351,8 @@ async fn first_token(coordinator: &Coordinator, dir: &Path) -> anyhow::Result<()
     let path = dir.join(ADMIN_TOKEN);
     // The file first: a token that counts and that nobody has would be the last.
     write_whole(&path, &token)?;
-    coordinator.keep_token(row).await?;
+    let kept = tokio::time::timeout(FIRST_TOKEN_MAX, coordinator.keep_token(row)).await;
+    kept.with_context(|| format!("the store does not take the token of {}: is its disk full?", path.display()))??;
     tracing::info!(path = %path.display(), "the first admin token was made");
     Ok(())
 }

@@ -68,6 +68,7 @@ async fn every_call_reaches_its_door_and_reads_its_answer() {
     client.drain(&odd).await.expect("done");
     assert_eq!(house.asked(), "cordon my/node true\ncordon my/node false\ndrain my/node");
     assert_eq!(client.status().await.expect("a status").version, "0.1.0");
+    assert_eq!(client.version().await.expect("a version"), "0.1.0");
     assert!(client.prometheus().await.expect("text").contains("x 1"));
     client.health().await.expect("alive");
     assert_eq!(client.whoami().await.expect("somebody").user.as_deref(), Some("ada"));

@@ -8,6 +8,7 @@ use sqlx::{Row, SqliteConnection};
 
 use super::write::text;
 use super::{Batch, Store, StoreError};
+use crate::config::AUDIT_KEPT;
 
 /// A token as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,8 +71,9 @@ impl Store {
 
     /// Forgets lines of the audit log from before a time, and tokens that were over long before `now`.
     pub async fn forget_doors(&self, audit_before: Timestamp, now: Timestamp) -> Result<(), StoreError> {
-        sqlx::query("DELETE FROM audit WHERE time < min(?, (SELECT max(time) FROM audit) - 2592000000)")
+        sqlx::query("DELETE FROM audit WHERE time < min(?, (SELECT max(time) FROM audit) - ?)")
             .bind(audit_before.0 as i64)
+            .bind(AUDIT_KEPT.0 as i64)
             .execute(&self.writer)
             .await?;
         let old = now.0.saturating_sub(TOKEN_KEPT_MS) as i64;

@@ -21,6 +21,7 @@ pub use write::{Batch, Idempotency};
 /// What is in the data folder; another number is refused.
 const DATA_VERSION: &str = "everlit-data 1";
 /// Given up when the disk is full.
+const BALLAST_NAME: &str = "ballast";
 const BALLAST_BYTES: u64 = 32 * 1024 * 1024;
 /// Free space at which new jobs are taken again.
 const ROOM_BYTES: u64 = 3 * BALLAST_BYTES;
@@ -73,8 +74,15 @@ impl Store {
             ))
         };
         let writer = writer.connect_with(options.clone()).await.map_err(damaged)?;
-        sqlx::migrate!("./migrations").run(&writer).await.map_err(|e| {
-            StoreError::Refused(format!("{} can not be brought up to date: {e}. Was it written by a later everlit?", file.display()))
+        let migrations = sqlx::migrate!("./migrations");
+        let mut brought = migrations.run(&writer).await;
+        // A later everlit may need a little room for what the one before did not have.
+        if brought.as_ref().is_err_and(wants_room) && std::fs::remove_file(dir.join(BALLAST_NAME)).is_ok() {
+            brought = migrations.run(&writer).await;
+        }
+        brought.map_err(|e| {
+            let remedy = if wants_room(&e) { "Free some space, and start it again" } else { "Was it written by a later everlit?" };
+            StoreError::Refused(format!("{} can not be brought up to date: {e}. {remedy}", file.display()))
         })?;
         let readers = SqlitePoolOptions::new().max_connections(2).idle_timeout(Some(Duration::from_secs(30)));
         let readers = readers.connect_with(options.read_only(true)).await?;
@@ -122,7 +130,7 @@ impl Store {
     }
 
     fn ballast(&self) -> PathBuf {
-        self.dir.join("ballast")
+        self.dir.join(BALLAST_NAME)
     }
 
     /// The last words reach the disk and the log is folded in.
@@ -148,6 +156,11 @@ fn write_ballast(path: &Path) -> std::io::Result<()> {
     let file = std::fs::File::create(path)?;
     nix::fcntl::posix_fallocate(&file, 0, BALLAST_BYTES as i64)?;
     file.sync_all()
+}
+
+fn wants_room(error: &sqlx::migrate::MigrateError) -> bool {
+    use sqlx::migrate::MigrateError::{Execute, ExecuteMigration};
+    matches!(error, Execute(inner) | ExecuteMigration(inner, _) if is_full(inner))
 }
 
 fn is_full(error: &sqlx::Error) -> bool {
