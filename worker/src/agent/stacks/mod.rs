@@ -32,6 +32,8 @@ const TEXT_BYTES_MAX: usize = 16 * 1024;
 const TOLD_BYTES_MAX: usize = 1 << 20;
 /// Whoever waits for a verdict waits for this.
 const FRAMES_WITHIN: Duration = Duration::from_millis(500);
+/// Ends the text of a process whose frames were not told in that time: on a busy machine, or a slow disk.
+const NO_FRAMES: &str = "the frames of its threads were not told within 500 ms\n";
 
 /// A line of the process that tells frames.
 #[derive(Debug, Serialize, Deserialize)]
@@ -43,7 +45,8 @@ struct Told {
 /// What these ranks' processes are doing; those that are gone are left out.
 pub(super) fn of(ranks: &[(u32, u32)]) -> Vec<Stacks> {
     let mut told = with_frames(ranks.iter().map(|(_, pid)| *pid));
-    let mut text = |pid: u32| told.remove(&pid).or_else(|| text_of(pid, false));
+    let without = |pid: u32| text_of(pid, false).map(|text| text + NO_FRAMES);
+    let mut text = |pid: u32| told.remove(&pid).or_else(|| without(pid));
     ranks.iter().filter_map(|&(rank, pid)| Some(Stacks { rank, pid, text: text(pid)? })).collect()
 }
 
