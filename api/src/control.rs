@@ -12,6 +12,7 @@ use crate::agent::log::{Header, LogPosition};
 use crate::auth::{AuditEntry, AuditView, BadToken, Caller, MadeToken, NewToken, TokenView};
 use crate::ids::{JobId, NodeId};
 use crate::job::JobSpec;
+use crate::join::{BadCertificate, BadJoin, JoinRequest, MadeNodeToken, NewNodeToken, NodeCertificate, NodeTokenView};
 use crate::problem::Problem;
 use crate::status::{
     AttemptView, CheckpointView, EventView, Explanation, JobState, JobView, MetricPoint, NodeView, Page, PlacementPlan, StatusView, Summary,
@@ -133,6 +134,20 @@ pub struct AgentLink {
     pub to: mpsc::Sender<String>,
 }
 
+/// Which agent calls.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Agent {
+    /// This machine's own; it has yet to show its secret.
+    Local,
+    /// A node that joined.
+    Node {
+        /// Its name.
+        node: NodeId,
+        /// By which certificate.
+        certificate: [u8; 32],
+    },
+}
+
 /// A frame from an agent.
 #[derive(Debug, Clone)]
 pub enum AgentFrame {
@@ -220,5 +235,21 @@ pub trait Control: Send + Sync + 'static {
     /// Whether this is the token of an agent.
     fn agent_token_is(&self, token: &str) -> bool;
     /// Takes an agent's link over; ends when the link does.
-    fn agent_linked(&self, link: AgentLink) -> Answer<'_, ()>;
+    fn agent_linked(&self, agent: Agent, link: AgentLink) -> Answer<'_, ()>;
+    /// Whose certificate this is, by its sha256.
+    fn node_of(&self, certificate: &[u8; 32]) -> Result<NodeId, BadCertificate>;
+    /// The id of a join token that opens something, by its `id:secret`. Whether it is used up, [`Control::join`] says.
+    fn join_token(&self, shown: &str) -> Result<String, BadJoin>;
+    /// Makes a join token in the name of who asks; durable when answered. 409 where agents can not come in.
+    fn create_join_token(&self, wanted: NewNodeToken, by: Option<String>) -> Answer<'_, MadeNodeToken>;
+    /// Newest first.
+    fn join_tokens(&self) -> Vec<NodeTokenView>;
+    /// Nobody joins with it from now on; durable when answered. 404 for an unknown one.
+    fn revoke_join_token(&self, id: String) -> Answer<'_, NodeTokenView>;
+    /// Makes a node of who shows this join token; durable when answered.
+    fn join(&self, request: JoinRequest, shown: String) -> Answer<'_, NodeCertificate>;
+    /// Another certificate for a node, which showed this one; durable when answered.
+    fn renew(&self, node: NodeId, certificate: [u8; 32], request: String) -> Answer<'_, NodeCertificate>;
+    /// Forgets a node: its certificate opens nothing from now on. 409 while ranks are placed there and it is not forced.
+    fn expel(&self, node: NodeId, force: bool) -> Answer<'_, NodeView>;
 }

@@ -11,6 +11,7 @@ pub mod environment;
 pub mod gpu;
 pub mod ids;
 pub mod job;
+pub mod join;
 pub mod manifest;
 pub mod model;
 pub mod problem;

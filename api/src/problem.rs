@@ -30,6 +30,7 @@ codes! {
     InvalidJson = "invalid_json", 400, "the body is not JSON";
     Unauthorized = "unauthorized", 401, "a token is needed";
     Forbidden = "forbidden", 403, "this caller may not do this";
+    Expelled = "expelled", 403, "this node was expelled";
     NotFound = "not_found", 404, "there is no such thing here";
     MethodNotAllowed = "method_not_allowed", 405, "this path does not take this method";
     Conflict = "conflict", 409, "the job's state does not allow this";

@@ -62,6 +62,9 @@ pub struct UpArgs {
     /// Lines of the audit log are removed after this long, at least 30d [default: 365d]
     #[arg(long, env = "EVERLIT_RETAIN_AUDIT", value_name = "TIME")]
     pub retain_audit: Option<Millis>,
+    /// Certificates of nodes live this long, from 10s to 365d, and are renewed at two thirds of it [default: 7d]
+    #[arg(long, env = "EVERLIT_NODE_CERTIFICATE_TTL", value_name = "TIME")]
+    pub node_certificate_ttl: Option<Millis>,
     /// A TOML file of settings, named like the flags
     #[arg(long, env = "EVERLIT_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -94,6 +97,8 @@ pub struct UpConfig {
     pub anonymous: Option<Role>,
     /// Lines of the audit log are removed after this long.
     pub retain_audit: Millis,
+    /// Life of a node's certificate.
+    pub node_certificate_ttl: Millis,
 }
 
 /// Where the doors' certificate comes from.
@@ -196,7 +201,7 @@ pub const AUDIT_KEPT: Millis = Millis::secs(30 * 86_400);
 /// Names in a certificate at most.
 const NAMES_MAX: usize = 100;
 
-const KEYS: [&str; 15] = [
+const KEYS: [&str; 16] = [
     "listen",
     "data-dir",
     "report-interval",
@@ -212,6 +217,7 @@ const KEYS: [&str; 15] = [
     "insecure-http",
     "anonymous",
     "retain-audit",
+    "node-certificate-ttl",
 ];
 
 /// The settings of a TOML file, by flag name.
@@ -268,6 +274,7 @@ pub fn load(args: &UpArgs) -> Result<UpConfig, ConfigError> {
         tls: doors.check(listen)?,
         anonymous: pick(args.anonymous, &file, "anonymous")?,
         retain_audit: pick(args.retain_audit, &file, "retain-audit")?.unwrap_or(Millis::secs(365 * 86_400)),
+        node_certificate_ttl: pick(args.node_certificate_ttl, &file, "node-certificate-ttl")?.unwrap_or(Millis::secs(7 * 86_400)),
         data_dir: absolute(data_dir.unwrap_or_else(default_data_dir))?,
         report_interval: pick(args.report_interval, &file, "report-interval")?.unwrap_or(Millis::secs(1)),
         node_timeout: pick(args.node_timeout, &file, "node-timeout")?.unwrap_or(Millis::secs(10)),
@@ -338,6 +345,9 @@ fn check(config: UpConfig) -> Result<UpConfig, ConfigError> {
     if config.node_timeout.0 < 2 * config.report_interval.0 || config.node_timeout.0 > 86_400_000 {
         return bad("node-timeout", format!("must be from twice the report interval ({}) to 1d", config.report_interval));
     }
+    if !(Millis::secs(10)..=Millis::secs(365 * 86_400)).contains(&config.node_certificate_ttl) {
+        return bad("node-certificate-ttl", "must be from 10s to 365d".into());
+    }
     if config.retain_jobs < Millis::secs(60) {
         return bad("retain-jobs", "must be at least 1m".into());
     }
@@ -395,6 +405,7 @@ mod tests {
             ("own-ca = true\ntls-names = \"a b\"", "names or addresses of hosts"),
             ("anonymous = \"root\"", "must be one of viewer, user"),
             ("retain-audit = \"1d\"", "at least 30d"),
+            ("node-certificate-ttl = \"1s\"", "from 10s to 365d"),
             ("listen = \"[::]:8000\"", "listen on [::1]"),
             ("report-interval = 5", "report-interval is not a duration"),
             ("report-interval = \"1ms\"", "from 100ms to 1h"),

@@ -56,6 +56,7 @@ fn run_up(args: UpArgs) -> ExitCode {
         insecure_http: config.insecure_http,
         anonymous: config.anonymous,
         retain_audit: config.retain_audit,
+        node_certificate_ttl: config.node_certificate_ttl,
         local_agent: !config.no_local_agent,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();

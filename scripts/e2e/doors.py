@@ -261,7 +261,7 @@ def a_proxy_in_front_and_a_trial():
     # A proxy on this machine, too, brings others in.
     with Everlit("--insecure-http") as everlit:
         told(everlit.refused("GET", "/jobs"), 401, "unauthorized", "a token is needed")
-        told(everlit.refused("GET", "/agent/link", headers={"Authorization": f"Bearer {(everlit.data / 'agent.token').read_text()}"}), 403, "forbidden", "by this door")
+        told(everlit.refused("GET", "/agent/link", headers={"Authorization": f"Bearer {(everlit.data / 'agent.token').read_text()}"}), 403, "forbidden", "everlit-agent join")
         everlit.token = (everlit.data / "admin.token").read_text()
         everlit.final(everlit.submit(command=["true"]))
 
@@ -277,4 +277,5 @@ CHECKS = [
     a_proxy_in_front_and_a_trial,
 ]
 
-run(CHECKS, "e2e-doors")
+if __name__ == "__main__":
+    run(CHECKS, "e2e-doors")

@@ -276,6 +276,13 @@ pub enum ToAgent {
         /// Time between reports.
         report_interval: Millis,
     },
+    /// This link is not taken, or not any more; it ends.
+    Refused {
+        /// Why, and what to do.
+        reason: String,
+        /// Nothing that runs there is wanted any more, and dialling again is of no use.
+        expelled: bool,
+    },
     /// Run these ranks; refused when a later attempt is known. Of an attempt that is known only news count: with a later generation, ranks
     /// that are not members any more are killed, new ones are started, and the others are told who is with them; seats of spares that were
     /// never started are started.

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::{Client, Error, PATIENT_MAX, segment};
 use crate::auth::{AuditView, Caller, MadeToken, NewToken, TokenView};
 use crate::ids::{JobId, NodeId};
+use crate::join::{MadeNodeToken, NewNodeToken, NodeTokenView};
 use crate::request::{PurgeRequest, Purged, StopRequest};
 use crate::status::{
     AttemptView, CheckpointView, EventView, Explanation, JobState, JobView, MetricPoint, NodeView, Page, PlacementPlan, StatusView, Summary,
@@ -244,6 +245,26 @@ impl Client {
     /// Has a token open nothing any more.
     pub async fn revoke_token(&self, id: &str) -> Result<TokenView, Error> {
         self.json(self.request(Method::DELETE, &format!("/tokens/{}", segment(id)))).await
+    }
+
+    /// Makes a token that servers join with: the answer has its secret, this once.
+    pub async fn create_join_token(&self, wanted: &NewNodeToken) -> Result<MadeNodeToken, Error> {
+        self.json(self.post("/join-tokens", wanted)).await
+    }
+
+    /// Join tokens, newest first.
+    pub async fn join_tokens(&self) -> Result<Page<NodeTokenView>, Error> {
+        self.json(self.get("/join-tokens").query(&[("limit", 500)])).await
+    }
+
+    /// Has nobody join with a token any more.
+    pub async fn revoke_join_token(&self, id: &str) -> Result<NodeTokenView, Error> {
+        self.json(self.request(Method::DELETE, &format!("/join-tokens/{}", segment(id)))).await
+    }
+
+    /// Expels a node; `force`: also while ranks are placed there.
+    pub async fn expel(&self, id: &NodeId, force: bool) -> Result<NodeView, Error> {
+        self.json(self.request(Method::DELETE, &format!("/nodes/{}", segment(&id.0))).query(&[("force", force)])).await
     }
 
     /// Who asked for what, newest first.

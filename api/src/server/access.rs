@@ -15,8 +15,10 @@ use crate::auth::Role;
 pub(super) enum Needs {
     /// Anybody, without a token.
     Nothing,
-    /// An agent, which is known by a secret of its own at its door.
+    /// An agent: a node by its certificate, this machine's own by a secret at its door.
     Agent,
+    /// A server that has a join token.
+    JoinToken,
     /// This role at least.
     Role(Role),
 }
@@ -26,6 +28,7 @@ impl Needs {
         match self {
             Self::Nothing => "none",
             Self::Agent => "agent",
+            Self::JoinToken => "join token",
             Self::Role(role) => role.as_str(),
         }
     }
@@ -38,13 +41,15 @@ const OPERATOR: Needs = Needs::Role(Role::Operator);
 const ADMIN: Needs = Needs::Role(Role::Admin);
 
 /// By operation id.
-const TABLE: [(&str, Needs); 39] = [
+const TABLE: [(&str, Needs); 45] = [
     ("health", ANYBODY),
     ("livez", ANYBODY),
     ("readyz", ANYBODY),
     // In short without a token.
     ("status", ANYBODY),
     ("agent_link", Needs::Agent),
+    ("renew_certificate", Needs::Agent),
+    ("join_node", Needs::JoinToken),
     ("list_jobs", VIEWER),
     ("list_summaries", VIEWER),
     ("get_job", VIEWER),
@@ -75,6 +80,10 @@ const TABLE: [(&str, Needs); 39] = [
     ("cordon_node", OPERATOR),
     ("uncordon_node", OPERATOR),
     ("drain_node", OPERATOR),
+    ("expel_node", ADMIN),
+    ("list_join_tokens", ADMIN),
+    ("create_join_token", ADMIN),
+    ("revoke_join_token", ADMIN),
     ("list_tokens", ADMIN),
     ("create_token", ADMIN),
     ("revoke_token", ADMIN),
@@ -112,7 +121,7 @@ impl Access {
                 described["x-role"] = needs.as_str().into();
                 described["security"] = match needs {
                     Needs::Nothing => serde_json::json!([{}, { "token": [] }]),
-                    Needs::Agent | Needs::Role(_) => serde_json::json!([{ "token": [] }]),
+                    Needs::Agent | Needs::JoinToken | Needs::Role(_) => serde_json::json!([{ "token": [] }]),
                 };
                 let of_job = path.starts_with("/jobs/{id}");
                 doors.insert((method.to_uppercase(), path.clone()), Door { operation, needs, of_job });

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use axum::Extension;
 use axum::extract::State;
 use axum::extract::ws::{Message, Utf8Bytes, WebSocket, WebSocketUpgrade};
 use axum::http::HeaderMap;
@@ -18,7 +19,7 @@ use tokio::time::{MissedTickBehavior, timeout};
 use super::Shared;
 use super::answer::Refusal;
 use crate::agent::FRAME_BYTES_MAX;
-use crate::control::{AgentFrame, AgentLink};
+use crate::control::{Agent, AgentFrame, AgentLink};
 use crate::problem::Code;
 
 /// Frames that may wait each way.
@@ -31,31 +32,33 @@ const WRITE_MAX: Duration = Duration::from_secs(20);
 
 /// Where agents connect (WebSocket).
 #[utoipa::path(get, path = "/agent/link", tag = "agents", operation_id = "agent_link",
-    params(("Authorization" = String, Header, description = "`Bearer` and the agent's token")),
+    params(("Authorization" = Option<String>, Header, description = "`Bearer` and the secret of this machine's own agent; a node that joined shows its certificate instead")),
     responses((status = 101, description = "The WebSocket of the agent protocol")))]
 pub(super) async fn link(
     State(control): State<Shared>,
+    Extension(agent): Extension<Agent>,
     headers: HeaderMap,
     upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>,
 ) -> Result<Response, Refusal> {
     if headers.contains_key(ORIGIN) {
         return Err(Refusal::new(Code::Forbidden, "web pages may not connect here: only agents may"));
     }
+    let is_local = agent == Agent::Local;
     let token = headers.get(AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(|v| v.strip_prefix("Bearer "));
-    if !token.is_some_and(|token| control.agent_token_is(token.trim())) {
+    if is_local && !token.is_some_and(|token| control.agent_token_is(token.trim())) {
         return Err(Refusal::new(Code::Forbidden, "this is not the token of an agent: give it as `authorization: Bearer <token>`"));
     }
     let upgrade = upgrade.map_err(|_| Refusal::new(Code::BadRequest, "this is the agents' WebSocket: connect with an upgrade"))?;
     let upgrade = upgrade.max_message_size(FRAME_BYTES_MAX).max_frame_size(FRAME_BYTES_MAX);
-    Ok(upgrade.on_upgrade(move |socket| bridge(control, socket)).into_response())
+    Ok(upgrade.on_upgrade(move |socket| bridge(control, agent, socket)).into_response())
 }
 
-async fn bridge(control: Shared, socket: WebSocket) {
+async fn bridge(control: Shared, agent: Agent, socket: WebSocket) {
     let (sink, source) = socket.split();
     let (from_agent, from) = mpsc::channel(FRAMES_MAX);
     let (to, to_agent) = mpsc::channel(FRAMES_MAX);
     let linked = async {
-        if let Err(problem) = control.agent_linked(AgentLink { from, to }).await {
+        if let Err(problem) = control.agent_linked(agent, AgentLink { from, to }).await {
             tracing::warn!(%problem, "agent link refused");
         }
     };

@@ -105,6 +105,9 @@ fn add_problems(document: &mut Value) {
             if path.starts_with("/jobs/{id}") && method != "get" {
                 add("409", "The job's state does not allow it; the detail says what to do");
             }
+            if path.starts_with("/join") || (path == "/nodes/{id}" && method == "delete") {
+                add("409", "The token is used up or for another node, the name is taken, or the node is in use");
+            }
             if path == "/jobs" && method == "post" {
                 add("409", "A request with this Idempotency-Key is still running");
             }

@@ -6,7 +6,7 @@
 //! guarded here and by the table in `access`: a handler can not forget to.
 
 use std::hash::{BuildHasher, Hasher};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,9 +24,12 @@ use tracing::Instrument;
 use super::Shared;
 use super::access::{Access, Door, Needs};
 use super::answer::{Attached, Refusal, for_status};
+use super::peer::Peer;
 use super::rate::{Limit, Rates};
 use crate::auth::{AuditEntry, Caller, Role};
+use crate::control::Agent;
 use crate::ids::JobId;
+use crate::join::{BadCertificate, BadJoin};
 use crate::problem::{Code, Problem};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -49,7 +52,7 @@ pub struct Policy {
     pub tls: bool,
     /// What a caller without a token may; `None`: nothing.
     pub anonymous: Option<Role>,
-    /// Agents come in here.
+    /// This machine's own agent comes in here, with its secret.
     pub agents: bool,
     /// Requests of one token, or of one address without any.
     pub requests: Limit,
@@ -159,26 +162,40 @@ impl Gate {
         // A path that is not there, and a method that it does not take, are answered to anybody.
         let matched = request.extensions().get::<MatchedPath>();
         let Some(door) = matched.and_then(|path| self.access.door(request.method(), path.as_str())) else { return Ok(()) };
-        let address = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(from)| from.ip());
-        if door.needs == Needs::Agent {
-            return if self.policy.agents { Ok(()) } else { Err(forbidden("agents do not come in by this door")) };
-        }
-        // Where none is needed a missing token is nothing to count.
-        let known = if door.needs == Needs::Nothing { self.shown(request) } else { self.caller(request, address) };
-        let decided = match (&known, door.needs) {
-            // Whatever token came along.
-            (Ok(_), Needs::Nothing | Needs::Agent) => Ok(()),
-            (Err(_), Needs::Nothing | Needs::Agent) => self.not_too_often(None, address),
-            (Err(refusal), Needs::Role(_)) => Err(refusal.clone()),
-            (Ok(caller), Needs::Role(least)) => self.may(caller, least, door, request, address).await,
+        let peer = request.extensions().get::<ConnectInfo<Peer>>().map(|ConnectInfo(peer)| *peer);
+        let address = peer.map(|peer| peer.address.ip());
+        let (caller, decided) = match door.needs {
+            Needs::Agent => match self.agent(peer) {
+                Ok(agent) => {
+                    let caller = node_caller(&agent);
+                    request.extensions_mut().insert(agent);
+                    (caller, Ok(()))
+                }
+                Err(refusal) => (None, Err(refusal)),
+            },
+            Needs::JoinToken => match self.join_token(request, address) {
+                Ok(id) => (Some(Caller { token: Some(id), ..Caller::anonymous(Role::Viewer) }), Ok(())),
+                Err(refusal) => (None, Err(refusal)),
+            },
+            // Where none is needed a missing token is nothing to count, and whatever came along is good.
+            Needs::Nothing => match self.shown(request) {
+                Ok(caller) => (Some(caller), Ok(())),
+                Err(_) => (None, self.not_too_often(None, address)),
+            },
+            Needs::Role(least) => match self.caller(request, address) {
+                Ok(caller) => {
+                    let decided = self.may(&caller, least, door, request, address).await;
+                    (Some(caller), decided)
+                }
+                Err(refusal) => (None, Err(refusal)),
+            },
         };
-        let caller = known.ok();
         let changes = !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
         // What is refused for coming too often is not worth a line each: a flood would fill the disk with them.
         if changes && !decided.as_ref().is_err_and(|refusal| refusal.0.code == Code::RateLimited) {
             let entry = AuditEntry {
                 user: caller.as_ref().and_then(|caller| caller.user.clone()),
-                role: caller.as_ref().map(|caller| caller.role),
+                role: caller.as_ref().filter(|_| matches!(door.needs, Needs::Nothing | Needs::Role(_))).map(|caller| caller.role),
                 token: caller.as_ref().and_then(|caller| caller.token.clone()),
                 address: address.map(|ip| ip.to_string()),
                 operation: door.operation.clone(),
@@ -207,8 +224,7 @@ impl Gate {
     }
 
     fn shown(&self, request: &Request) -> Result<Caller, Refusal> {
-        let mut shown = request.headers().get_all(AUTHORIZATION).iter();
-        let Some(value) = shown.next() else {
+        let Some(shown) = bearer(request.headers()) else {
             let needed = "a token is needed: send the header `authorization: Bearer <token>`, or set EVERLIT_TOKEN for `everlit`";
             let role = self.policy.anonymous.ok_or_else(|| unauthorized(needed))?;
             // A page of any name that was turned to this address has no token, but a browser would send it here without one.
@@ -217,14 +233,32 @@ impl Gate {
             }
             return Ok(Caller::anonymous(role));
         };
-        let bearer = value.to_str().ok().and_then(|text| {
-            let (scheme, token) = text.split_once(' ')?;
-            scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
-        });
-        match bearer {
-            Some(token) if shown.next().is_none() => self.control.caller(token).map_err(|bad| unauthorized(bad.detail())),
-            _ => Err(unauthorized("the authorization header must be given once, as `authorization: Bearer <token>`")),
+        let token = shown.ok_or_else(|| unauthorized(ONE_BEARER))?;
+        self.control.caller(token).map_err(|bad| unauthorized(bad.detail()))
+    }
+
+    /// Which agent calls: a node by the certificate of its connection, this machine's own by where it comes in.
+    fn agent(&self, peer: Option<Peer>) -> Result<Agent, Refusal> {
+        match peer.and_then(|peer| peer.certificate) {
+            Some(certificate) => match self.control.node_of(&certificate) {
+                Ok(node) => Ok(Agent::Node { node, certificate }),
+                Err(bad) => Err(Refusal::new(if bad == BadCertificate::Expelled { Code::Expelled } else { Code::Forbidden }, bad.detail())),
+            },
+            None if self.policy.agents => Ok(Agent::Local),
+            None => Err(forbidden("agents come in here with the certificate that they got when they joined: `everlit-agent join`")),
         }
+    }
+
+    fn join_token(&self, request: &Request, address: Option<IpAddr>) -> Result<String, Refusal> {
+        let known = match bearer(request.headers()) {
+            Some(Some(shown)) => self.control.join_token(shown).map_err(BadJoin::detail),
+            Some(None) => Err(ONE_BEARER),
+            None => Err("a join token is needed: `everlit node token create` makes one"),
+        };
+        known.map_err(|detail| match self.bad_tokens.take(address) {
+            Ok(()) => unauthorized(detail),
+            Err(wait) => too_often("too many requests without a good token came from this address", wait),
+        })
     }
 
     fn not_too_often(&self, caller: Option<&Caller>, address: Option<IpAddr>) -> Result<(), Refusal> {
@@ -264,6 +298,27 @@ pub(super) async fn is_of(control: &Shared, job: JobId, user: &str) -> Result<bo
         Ok(whose) => Ok(whose.as_deref() == Some(user)),
         Err(problem) if problem.code == Code::NotFound => Ok(false),
         Err(problem) => Err(problem),
+    }
+}
+
+const ONE_BEARER: &str = "the authorization header must be given once, as `authorization: Bearer <token>`";
+
+/// What the one authorization header shows; `Some(None)`: it is another, or there are several; `None`: there is none.
+pub(super) fn bearer(headers: &HeaderMap) -> Option<Option<&str>> {
+    let mut all = headers.get_all(AUTHORIZATION).iter();
+    let value = all.next()?;
+    let shown = value.to_str().ok().and_then(|text| {
+        let (scheme, token) = text.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+    });
+    Some(shown.filter(|_| all.next().is_none()))
+}
+
+/// A node in the audit log: no user has such a name.
+fn node_caller(agent: &Agent) -> Option<Caller> {
+    match agent {
+        Agent::Local => None,
+        Agent::Node { node, .. } => Some(Caller { user: Some(format!("node/{node}")), ..Caller::anonymous(Role::Viewer) }),
     }
 }
 

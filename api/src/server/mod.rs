@@ -22,8 +22,10 @@ mod guard;
 mod health;
 mod history;
 mod jobs;
+mod join;
 mod logs;
 mod nodes;
+mod peer;
 mod postmortem;
 mod rate;
 mod sse;
@@ -32,6 +34,7 @@ mod tests;
 mod tokens;
 
 pub use guard::Policy;
+pub use peer::Peer;
 pub use rate::Limit;
 
 /// Whoever is in control, as every door has it.
@@ -78,7 +81,7 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(history::metrics))
         .routes(routes!(history::explain))
         .routes(routes!(nodes::list))
-        .routes(routes!(nodes::one))
+        .routes(routes!(nodes::one, nodes::expel))
         .routes(routes!(nodes::cordon))
         .routes(routes!(nodes::uncordon))
         .routes(routes!(nodes::drain))
@@ -95,4 +98,8 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(tokens::revoke))
         .routes(routes!(tokens::audit))
         .routes(routes!(agents::link))
+        .routes(routes!(join::tokens, join::create))
+        .routes(routes!(join::revoke))
+        .routes(routes!(join::join))
+        .routes(routes!(join::renew))
 }

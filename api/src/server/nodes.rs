@@ -47,6 +47,17 @@ pub(super) async fn one(
     Ok(Json(shown(control.node(id).await?, &caller)))
 }
 
+/// Expel a node: its certificate opens nothing from now on, and it is forgotten. 409 while ranks are placed there, unless `force`: then
+/// they count as lost, and their jobs go on elsewhere.
+#[utoipa::path(delete, path = "/nodes/{id}", tag = "nodes", operation_id = "expel_node", params(("id" = String, Path, description = "Node name"),
+        ("force" = Option<bool>, Query, description = "Also while ranks are placed there")),
+    responses((status = 200, description = "The node as it was", body = NodeView)))]
+pub(super) async fn expel(State(control): State<Shared>, Node(id): Node, mut params: Params) -> Result<Json<NodeView>, Refusal> {
+    let force = params.flag("force");
+    params.finish()?;
+    Ok(Json(control.expel(id, force).await?))
+}
+
 /// Give a node no new ranks.
 #[utoipa::path(post, path = "/nodes/{id}/cordon", tag = "nodes", operation_id = "cordon_node", params(("id" = String, Path, description = "Node name")),
     responses((status = 200, description = "The node", body = NodeView)))]

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use clap::{Args, Subcommand};
+use clap::Args;
 use everlit_api::client::{Client, Error, ListRequest};
-use everlit_api::ids::{JobId, NodeId};
+use everlit_api::ids::JobId;
 use everlit_api::problem::Code;
 use everlit_api::request::PurgeRequest;
 use everlit_api::status::{JobState, JobView};
@@ -69,32 +69,6 @@ pub struct PurgeArgs {
     dry_run: bool,
 }
 
-/// `everlit nodes`.
-#[derive(Debug, Args)]
-pub struct NodesArgs {
-    #[command(subcommand)]
-    act: Option<NodeAct>,
-}
-
-#[derive(Debug, Subcommand)]
-enum NodeAct {
-    /// Give it no new ranks
-    Cordon {
-        /// The node's name
-        name: String,
-    },
-    /// Give it new ranks again
-    Uncordon {
-        /// The node's name
-        name: String,
-    },
-    /// Cordon it, stop its ranks with their grace, put their jobs back in the queue
-    Drain {
-        /// The node's name
-        name: String,
-    },
-}
-
 fn told(job: &JobView, output: Output, what: &str) -> Result<(), Fail> {
     if output == Output::Json { out::json(job) } else { out::line(&format!("{} {what}", job.job_id)) }
 }
@@ -142,20 +116,6 @@ pub(super) async fn purge(client: &Client, args: PurgeArgs, output: Output) -> R
     }
     eprintln!("{} {}", purged.removed.len(), if purged.dry_run { "would be removed" } else { "removed" });
     Ok(())
-}
-
-/// Lists nodes or acts on one.
-pub(super) async fn nodes(client: &Client, args: NodesArgs, output: Output) -> Result<(), Fail> {
-    let node = match args.act {
-        None => {
-            let page = client.nodes().await?;
-            return if output == Output::Json { out::json(&page) } else { show::nodes(&page.data) };
-        }
-        Some(NodeAct::Cordon { name }) => client.cordon(&NodeId(name)).await?,
-        Some(NodeAct::Uncordon { name }) => client.uncordon(&NodeId(name)).await?,
-        Some(NodeAct::Drain { name }) => client.drain(&NodeId(name)).await?,
-    };
-    if output == Output::Json { out::json(&node) } else { show::nodes(&[node]) }
 }
 
 /// The calls of `down`.

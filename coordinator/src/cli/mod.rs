@@ -15,6 +15,7 @@ mod doctor;
 mod find;
 mod follow;
 mod logs;
+mod nodes;
 mod out;
 mod show;
 mod simulate;
@@ -24,9 +25,10 @@ mod tests;
 mod tokens;
 
 pub use act::{DownArgs, stop_all_jobs};
-use act::{NodesArgs, PurgeArgs, RmArgs, StopArgs};
+use act::{PurgeArgs, RmArgs, StopArgs};
 use doctor::DoctorArgs;
 use logs::LogsArgs;
+use nodes::NodesArgs;
 use show::{LsArgs, MetricsArgs};
 use simulate::SimulateArgs;
 use submit::{ResumeArgs, SubmitArgs};
@@ -89,7 +91,8 @@ pub enum Verb {
     Rm(RmArgs),
     /// Remove final jobs that finished long ago
     Purge(PurgeArgs),
-    /// List nodes, or take one out of use
+    /// List nodes, have servers join, or take a node out of use
+    #[command(visible_alias = "node")]
     Nodes(NodesArgs),
     /// Show what the coordinator does
     Status,
@@ -200,7 +203,7 @@ async fn run(cli: Cli) -> Result<(), Fail> {
         Verb::Resume(args) => submit::resume(&client, *args, output).await,
         Verb::Rm(args) => act::rm(&client, &args, output).await,
         Verb::Purge(args) => act::purge(&client, args, output).await,
-        Verb::Nodes(args) => act::nodes(&client, args, output).await,
+        Verb::Nodes(args) => nodes::nodes(&client, args, &cli.url, output).await,
         Verb::Status => show::status(&client, output).await,
         Verb::Token(args) => tokens::token(&client, args, output).await,
         Verb::Audit(args) => tokens::audit(&client, args, output).await,
@@ -247,6 +250,9 @@ mod usage {
             "everlit checkpoint last",
             "everlit metrics last --since-step 100",
             "everlit nodes drain here",
+            "everlit node token create --ttl 2h --uses 8",
+            "everlit node token ls",
+            "everlit nodes expel gpu-1 --force",
             "everlit purge --older-than 7d --state failed --dry-run",
             "everlit completions bash",
             "everlit token create --user alice --role user --ttl 30d",
@@ -265,6 +271,7 @@ mod usage {
             "everlit up --listen x",
             "everlit submit python x.py",
             "everlit nodes melt x",
+            "everlit node token create --uses many",
             "everlit token create --user alice",
             "everlit token create --user alice --role root",
             "everlit audit --limit 0",

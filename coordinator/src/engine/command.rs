@@ -34,12 +34,15 @@ pub struct Record {
     pub cordons: Vec<(NodeId, bool)>,
     /// Nodes of which something else is held against them or their GPUs now, with all of it.
     pub blames: Vec<(NodeId, Held)>,
+    /// Nodes that were expelled.
+    pub forgotten: Vec<NodeId>,
 }
 
 impl Record {
     /// Nothing to write.
     pub fn is_empty(&self) -> bool {
-        self.jobs.is_empty() && self.events.is_empty() && self.attempts.is_empty() && self.cordons.is_empty() && self.blames.is_empty()
+        let Self { jobs, events, attempts, cordons, blames, forgotten } = self;
+        jobs.is_empty() && events.is_empty() && attempts.is_empty() && cordons.is_empty() && blames.is_empty() && forgotten.is_empty()
     }
 }
 

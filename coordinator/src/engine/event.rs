@@ -74,6 +74,13 @@ pub enum Event {
         /// It stays cordoned afterwards (a user's wish, not an agent that ends).
         cordon: bool,
     },
+    /// A node is to be forgotten; while it holds places only when it is `force`d, and what ran there is lost then.
+    NodeExpelled {
+        /// Which.
+        node: NodeId,
+        /// Also while ranks are placed there.
+        force: bool,
+    },
     /// A rank's process lives.
     RankStarted(Started),
     /// A rank ended.

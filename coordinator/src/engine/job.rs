@@ -266,6 +266,9 @@ impl Engine {
         for share in &gang.placement {
             if let Some(node) = self.nodes.get_mut(&share.node) {
                 node.give_back(&need.taken(share.count, &share.gpus));
+                if node.expelled && node.taken.ranks == 0 {
+                    self.nodes.remove(&share.node);
+                }
             }
         }
     }

@@ -142,6 +142,7 @@ impl Engine {
             Event::NodeReported { node, load } => self.on_node_reported(turn, &node, load),
             Event::CordonRequested { node, cordoned } => self.on_cordon_requested(turn, &node, cordoned),
             Event::NodeDraining { node, cordon } => self.on_node_draining(turn, &node, cordon),
+            Event::NodeExpelled { node, force } => self.on_node_expelled(turn, &node, force),
             Event::RankStarted(started) => self.on_rank_started(turn, &started),
             Event::RankExited(exited) => self.on_rank_exited(turn, exited),
             Event::RanksBeat(beats) => self.on_ranks_beat(turn, beats),

@@ -28,6 +28,7 @@ impl Engine {
         node.boot_id = hello.boot_id.clone();
         node.linked = true;
         node.lost = false;
+        node.expelled = false;
         node.draining = hello.draining;
         node.seen_at = Some(turn.now);
         self.timers.clear(&Timer::NodeLost(id.clone()));
@@ -245,6 +246,41 @@ impl Engine {
         }
         self.queue.unpark();
         self.schedule(turn);
+    }
+
+    /// A user has it forgotten. What its agent says after this is not let in.
+    pub(super) fn on_node_expelled(&mut self, turn: &mut Turn, id: &NodeId, force: bool) {
+        if !force && !self.node_is_empty(id) {
+            return;
+        }
+        let Some(node) = self.nodes.get_mut(id) else { return };
+        (node.linked, node.lost, node.expelled) = (false, true, true);
+        self.timers.clear(&Timer::NodeLost(id.clone()));
+        self.timers.clear(&Timer::Blames(id.clone()));
+        turn.step.record.forgotten.push(id.clone());
+        turn.event(None, "node_expelled", format!("{id} was expelled: a user asked for it"), Facts::from([("node", id.0.clone().into())]));
+        let held: Vec<JobId> = self.jobs.values().filter(|job| holds(job, id)).map(|job| job.id).collect();
+        for job_id in held {
+            let Some(job) = self.jobs.get_mut(&job_id) else { continue };
+            let reason = format!("{id} was expelled");
+            if job.retry_at.is_some() {
+                self.requeue(turn, job_id, &reason);
+                continue;
+            }
+            if let Some(gang) = job.gang.as_mut().filter(|gang| gang.ending.as_ref().is_none_or(|ending| ending.then < Then::Requeue)) {
+                gang.ending =
+                    Some(Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::NodeLost), reason: reason.clone() });
+                job.budget.restarts += 1;
+                turn.event(Some(job_id), "gang_failed", reason, Facts::from([("cause", serde_json::json!(Cause::NodeLost))]));
+            }
+            self.lose_ranks(turn, job_id);
+        }
+        self.forget_expelled();
+    }
+
+    /// Expelled nodes go when nothing holds places there.
+    pub(super) fn forget_expelled(&mut self) {
+        self.nodes.retain(|_, node| !node.expelled || node.taken.ranks > 0);
     }
 
     /// Nobody can tell any more how the ranks of a gang end: they count as lost.

@@ -35,6 +35,8 @@ pub struct Node {
     pub cordoned: bool,
     /// Its agent ends: no new ranks.
     pub draining: bool,
+    /// To be forgotten once nothing holds places there.
+    pub expelled: bool,
     /// When it was last heard of.
     pub seen_at: Option<Timestamp>,
     /// What gangs hold there.
@@ -153,7 +155,7 @@ pub enum Placement {
 impl Node {
     /// It may take new ranks.
     pub fn is_open(&self) -> bool {
-        self.linked && !self.cordoned && !self.draining
+        self.linked && !self.cordoned && !self.draining && !self.expelled
     }
 
     /// Reserves.

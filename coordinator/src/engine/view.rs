@@ -130,6 +130,7 @@ impl Node {
             node: id.clone(),
             state,
             cordoned: self.cordoned,
+            joined: None,
             capacity: self.capacity.clone(),
             load: self.load.clone(),
             ranks: self.taken.ranks,

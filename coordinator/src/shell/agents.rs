@@ -6,13 +6,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use everlit_api::agent::{FromAgent, LogFrame, PROTOCOL, ToAgent};
-use everlit_api::control::{AgentFrame, AgentLink};
+use everlit_api::control::{Agent, AgentFrame, AgentLink};
 use everlit_api::ids::NodeId;
+use everlit_api::join::BadCertificate;
 use everlit_api::time::Millis;
 use tokio::sync::{mpsc, watch};
 
 use super::driver::Input;
 use super::logs::{LogMessage, Streams};
+use super::members::Members;
 
 /// Time for the first frame of a link.
 const HELLO_WAIT: Duration = Duration::from_secs(10);
@@ -20,6 +22,7 @@ const HELLO_WAIT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 struct Link {
     session: u64,
+    is_local: bool,
     to: mpsc::Sender<String>,
 }
 
@@ -66,9 +69,17 @@ impl Agents {
         self.links().contains_key(node)
     }
 
-    /// Every node that is connected.
-    pub fn linked(&self) -> Vec<NodeId> {
-        self.links().keys().cloned().collect()
+    /// The nodes of this machine's own agents that are connected.
+    pub fn local(&self) -> Vec<NodeId> {
+        self.links().iter().filter(|(_, link)| link.is_local).map(|(node, _)| node.clone()).collect()
+    }
+
+    /// Tells a node's agent that it is no more wanted, and ends its link.
+    pub fn expel(&self, node: &NodeId, reason: &str) {
+        if let Some(link) = self.links().remove(node) {
+            // Ended by dropping it, after what was said before.
+            let _ = link.to.try_send(refused(reason, true));
+        }
     }
 
     /// Changes whenever a link comes or goes.
@@ -77,7 +88,7 @@ impl Agents {
     }
 
     /// Serves a link until it ends.
-    pub async fn serve(&self, mut link: AgentLink, inputs: &mpsc::Sender<Input>) {
+    pub async fn serve(&self, agent: &Agent, mut link: AgentLink, members: &Members, inputs: &mpsc::Sender<Input>) {
         let first = tokio::time::timeout(HELLO_WAIT, link.from.recv()).await;
         let hello = match first {
             Ok(Some(AgentFrame::Text(text))) => serde_json::from_str(&text),
@@ -86,8 +97,9 @@ impl Agents {
         let hello = match hello {
             Ok(FromAgent::Hello(hello)) if hello.protocol == PROTOCOL => hello,
             Ok(FromAgent::Hello(hello)) => {
-                tracing::error!(node = %hello.node, "an agent speaks protocol {}, this coordinator {PROTOCOL}: use the same version", hello.protocol);
-                return;
+                let why =
+                    format!("this agent speaks protocol {}, and the coordinator {PROTOCOL}: install the same version", hello.protocol);
+                return turn_away(&link, &hello.node, &why).await;
             }
             other => {
                 tracing::warn!("a link that does not begin with hello: {:?}", other.err());
@@ -95,14 +107,30 @@ impl Agents {
             }
         };
         let node = hello.node.clone();
+        let is_local = *agent == Agent::Local;
+        match agent {
+            Agent::Node { node: own, .. } if *own != node => {
+                let why = format!("this agent says that it is {node}, and its certificate is that of {own}");
+                return turn_away(&link, &node, &why).await;
+            }
+            Agent::Local if members.is_member(&node) => {
+                let why = format!("{node} is the name of a node that joined: start one of them with another --node");
+                return turn_away(&link, &node, &why).await;
+            }
+            Agent::Local | Agent::Node { .. } => {}
+        }
         let session = self.sessions.fetch_add(1, Ordering::Relaxed);
         let welcome = ToAgent::Welcome { protocol: PROTOCOL, report_interval: self.report_interval };
         let text = serde_json::to_string(&welcome).expect("frames are plain data");
         if link.to.send(text).await.is_err() {
             return;
         }
-        let before = self.links().insert(node.clone(), Link { session, to: link.to });
+        let before = self.links().insert(node.clone(), Link { session, is_local, to: link.to });
         drop(before);
+        if !is_local && !members.is_member(&node) {
+            // It was expelled while it connected.
+            return self.expel(&node, BadCertificate::Expelled.detail());
+        }
         if inputs.send(Input::Linked(session, Box::new(hello))).await.is_err() {
             return;
         }
@@ -146,6 +174,10 @@ impl Agents {
                     self.streams.deliver(stream, LogMessage::Closed(error));
                     true
                 }
+                Ok(FromAgent::Hello(_)) => {
+                    tracing::warn!(%node, "a second hello on one link: it is ended");
+                    false
+                }
                 Ok(frame) => inputs.send(Input::Agent(node.clone(), frame)).await.is_ok(),
                 Err(e) => {
                     // A newer agent may say more than this coordinator knows.
@@ -155,4 +187,14 @@ impl Agents {
             },
         }
     }
+}
+
+fn refused(reason: &str, expelled: bool) -> String {
+    serde_json::to_string(&ToAgent::Refused { reason: reason.into(), expelled }).expect("frames are plain data")
+}
+
+/// Says why a link is not taken; it ends with that.
+async fn turn_away(link: &AgentLink, node: &NodeId, why: &str) {
+    tracing::error!(%node, "an agent is turned away: {why}");
+    let _ = link.to.send(refused(why, false)).await;
 }

@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use everlit_api::auth::{AuditEntry, AuditView, BadToken, Caller, MadeToken, NewToken, TokenView};
 use everlit_api::control::{
-    Accepted, AgentLink, Answer, Control, EventItem, EventQuery, ListQuery, LogItem, LogQuery, PurgeQuery, Submission,
+    Accepted, Agent, AgentLink, Answer, Control, EventItem, EventQuery, ListQuery, LogItem, LogQuery, PurgeQuery, Submission,
 };
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::job::JobSpec;
+use everlit_api::join::{BadCertificate, BadJoin, JoinRequest, MadeNodeToken, NewNodeToken, NodeCertificate, NodeTokenView};
 use everlit_api::problem::{Code, Problem};
 use everlit_api::status::{
     AttemptView, CheckpointView, EventView, Explanation, GpuCounts, JobState, JobView, MetricPoint, NodeCounts, NodeView, Page,
@@ -23,6 +24,7 @@ use super::agents::Agents;
 use super::clock::Clock;
 use super::driver::{Handle, Input};
 use super::logs::{ITEMS_MAX, Reader};
+use super::members::{Joining, Members};
 use super::metrics::{Metrics, Now};
 use super::store::{JobFilter, Store, StoreError};
 use super::tokens::Tokens;
@@ -49,6 +51,10 @@ pub struct Coordinator {
     pub agent_token: Arc<str>,
     /// Who shows which token.
     pub tokens: Arc<Tokens>,
+    /// Nodes that joined, and what servers join with.
+    pub members: Arc<Members>,
+    /// What signs for them; `None` where agents of other machines can not come in.
+    pub joining: Option<Arc<Joining>>,
     /// How callers are known, in a word or two.
     pub auth: Arc<str>,
     /// Recovery is done and no end is near.
@@ -69,7 +75,7 @@ fn no_job(id: JobId) -> Problem {
     Problem::new(Code::NotFound, format!("there is no job {id}; GET /jobs lists them"))
 }
 
-fn no_node(id: &NodeId) -> Problem {
+pub(super) fn no_node(id: &NodeId) -> Problem {
     Problem::new(Code::NotFound, format!("there is no node {id}; GET /nodes lists them"))
 }
 
@@ -192,7 +198,9 @@ impl Coordinator {
     async fn node_view(&self, id: NodeId) -> Result<NodeView, Problem> {
         let name = id.clone();
         let found = self.look(move |engine, now| engine.nodes().get(&name).map(|node| node.view(&name, now))).await?;
-        found.ok_or_else(|| no_node(&id))
+        let mut all = Vec::from_iter(found);
+        self.members.complete(&mut all);
+        all.into_iter().find(|view| view.node == id).ok_or_else(|| no_node(&id))
     }
 
     /// Removes final jobs that ended before a time; answers what went (or would go).
@@ -403,7 +411,11 @@ impl Control for Coordinator {
     }
 
     fn nodes(&self) -> Answer<'_, Vec<NodeView>> {
-        Box::pin(self.look(|engine, now| engine.nodes().iter().map(|(id, node)| node.view(id, now)).collect()))
+        Box::pin(async move {
+            let mut all = self.look(|engine, now| engine.nodes().iter().map(|(id, node)| node.view(id, now)).collect()).await?;
+            self.members.complete(&mut all);
+            Ok(all)
+        })
     }
 
     fn node(&self, id: NodeId) -> Answer<'_, NodeView> {
@@ -497,11 +509,46 @@ impl Control for Coordinator {
         given.len() == own.len() && given.iter().zip(own).fold(0, |differences, (a, b)| differences | (a ^ b)) == 0
     }
 
-    fn agent_linked(&self, link: AgentLink) -> Answer<'_, ()> {
+    fn agent_linked(&self, agent: Agent, link: AgentLink) -> Answer<'_, ()> {
         Box::pin(async move {
-            self.agents.serve(link, &self.handle.inputs).await;
+            if let Agent::Node { node, certificate } = &agent {
+                self.note_member_linked(node, certificate);
+            }
+            self.agents.serve(&agent, link, &self.members, &self.handle.inputs).await;
             Ok(())
         })
+    }
+
+    fn node_of(&self, certificate: &[u8; 32]) -> Result<NodeId, BadCertificate> {
+        self.members.node_of(certificate)
+    }
+
+    fn join_token(&self, shown: &str) -> Result<String, BadJoin> {
+        self.members.token(shown, self.clock.now())
+    }
+
+    fn create_join_token(&self, wanted: NewNodeToken, by: Option<String>) -> Answer<'_, MadeNodeToken> {
+        Box::pin(self.make_join_token(wanted, by))
+    }
+
+    fn join_tokens(&self) -> Vec<NodeTokenView> {
+        self.members.tokens()
+    }
+
+    fn revoke_join_token(&self, id: String) -> Answer<'_, NodeTokenView> {
+        Box::pin(self.end_join_token(id))
+    }
+
+    fn join(&self, request: JoinRequest, shown: String) -> Answer<'_, NodeCertificate> {
+        Box::pin(self.admit(request, shown))
+    }
+
+    fn renew(&self, node: NodeId, certificate: [u8; 32], request: String) -> Answer<'_, NodeCertificate> {
+        Box::pin(self.renew_certificate(node, certificate, request))
+    }
+
+    fn expel(&self, node: NodeId, force: bool) -> Answer<'_, NodeView> {
+        Box::pin(self.expel_node(node, force))
     }
 }
 

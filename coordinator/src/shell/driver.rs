@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 use super::agents::Agents;
 use super::clock::Clock;
 use super::metrics::Metrics;
-use super::store::{Batch, Idempotency, Store, StoreError, StoredEvent, TokenRow};
+use super::store::{Batch, Idempotency, JoinTokenRow, MemberRow, Store, StoreError, StoredEvent, TokenRow};
 use crate::engine::limits::QUEUED_JOBS_MAX;
 use crate::engine::{Command, Engine, Event, EventRow, Step};
 
@@ -72,6 +72,15 @@ pub enum Input {
     Token {
         /// New, or with its end.
         row: TokenRow,
+        /// Once durable.
+        reply: oneshot::Sender<()>,
+    },
+    /// A join token and a node that joined, as they are from now on.
+    Members {
+        /// New, used once more, or with its end.
+        token: Option<Box<JoinTokenRow>>,
+        /// New, with another certificate, or expelled.
+        member: Option<Box<MemberRow>>,
         /// Once durable.
         reply: oneshot::Sender<()>,
     },
@@ -237,6 +246,15 @@ impl Driver {
                 }));
                 self.pending.steps += 1;
             }
+            Input::Members { token, member, reply } => {
+                self.tell_of_members(token.as_deref(), member.as_deref());
+                self.pending.batch.join_tokens.extend(token.map(|row| *row));
+                self.pending.batch.members.extend(member.map(|row| *row));
+                self.pending.after.push(Box::new(move || {
+                    let _ = reply.send(());
+                }));
+                self.pending.steps += 1;
+            }
             Input::Linked(session, hello) => {
                 let node = hello.node.clone();
                 self.sessions.insert(node.clone(), session);
@@ -360,6 +378,28 @@ impl Driver {
         let reason = format!("token {} of {}, {}, {done}{by}", view.id, view.user, view.role);
         let data = serde_json::json!({ "token": view.id, "user": view.user, "role": view.role, "expires_at": view.expires_at });
         self.pending.batch.events.push((self.event_seq, EventRow { job: None, time: self.clock.now(), event, reason, data }));
+    }
+
+    fn tell_of_members(&mut self, token: Option<&JoinTokenRow>, member: Option<&MemberRow>) {
+        let now = self.clock.now();
+        let told = match (token.map(|row| &row.view), member) {
+            (Some(view), None) => {
+                let (event, done) =
+                    if view.revoked_at.is_some() { ("join_token_revoked", "was revoked") } else { ("join_token_created", "was made") };
+                let data = serde_json::json!({ "token": view.id, "uses": view.uses, "node": view.node, "expires_at": view.expires_at });
+                Some((event, format!("join token {} {done}", view.id), data))
+            }
+            (Some(view), Some(row)) => {
+                let data = serde_json::json!({ "node": row.node, "token": view.id, "certificate_expires_at": row.expires_at });
+                Some(("node_joined", format!("{} joined with token {}", row.node, view.id), data))
+            }
+            // That it was expelled is the engine's to say; a renewal is in the audit log.
+            (None, _) => None,
+        };
+        if let Some((event, reason, data)) = told {
+            self.event_seq += 1;
+            self.pending.batch.events.push((self.event_seq, EventRow { job: None, time: now, event, reason, data }));
+        }
     }
 
     fn note_removal(&mut self, job: JobId, nodes: Vec<NodeId>) {

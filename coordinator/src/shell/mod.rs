@@ -3,6 +3,7 @@
 use std::path::Path;
 
 pub mod agents;
+pub mod ca;
 pub mod clock;
 pub mod control;
 pub mod down;
@@ -10,6 +11,7 @@ pub mod driver;
 mod follow;
 pub mod local;
 pub mod logs;
+pub mod members;
 pub mod metrics;
 pub mod store;
 pub mod tls;

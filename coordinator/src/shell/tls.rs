@@ -1,7 +1,9 @@
-//! The doors' own TLS: a certificate from files, or one of a CA that is made here once and signs for this coordinator alone.
+//! The doors' own TLS: a certificate from files, or one of a CA of our own; and for agents always one of our own.
 //!
-//! Certificates are renewed while the coordinator runs: files that changed are read again, and one of our own is made anew at two thirds of
-//! its life. What can not be renewed stays in use, and is told of. The CA's key never leaves the data folder.
+//! Agents call the coordinator by a name of its own, whatever its address, and are shown a certificate of our CA then: so they know it by
+//! that CA alone, which the join token told them of. They, and nobody else, are asked for a certificate. Certificates are renewed while the
+//! coordinator runs: files that changed are read again, and one of our own is made anew at two thirds of its life. What can not be renewed
+//! stays in use, and is told of.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -12,18 +14,21 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail};
 use axum::serve::Listener;
+use everlit_api::join::AGENTS_NAME;
+use everlit_api::server::Peer;
 use everlit_api::time::Timestamp;
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
+use rustls::{RootCertStore, ServerConfig};
+use sha2::{Digest, Sha256};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use super::up::write_whole;
+use super::ca::{Ca, Chain, DOOR_DAYS};
 
 /// Handshakes under way at once; more wait to be accepted.
 const HANDSHAKES_MAX: usize = 1_024;
@@ -34,10 +39,6 @@ const HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(10);
 /// Between two looks at whether the certificate is still the right one.
 const RENEW_EVERY: Duration = Duration::from_secs(60);
 const DAY_MS: u64 = 24 * 3_600 * 1_000;
-/// Life of a certificate that our CA signs for the doors.
-const DOOR_DAYS: u64 = 90;
-/// Life of our CA.
-const CA_DAYS: u64 = 10 * 365;
 
 /// Where the certificate comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,6 +65,13 @@ pub struct Certificates {
     current: RwLock<Arc<CertifiedKey>>,
 }
 
+/// What TLS needs of the server: for everybody, and for agents.
+#[derive(Clone)]
+pub struct Acceptor {
+    everybody: Arc<ServerConfig>,
+    agents: Arc<ServerConfig>,
+}
+
 impl fmt::Debug for Certificates {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Certificates").field("source", &self.source).finish_non_exhaustive()
@@ -81,15 +89,6 @@ impl Certificates {
     pub fn open(source: Source, now: Timestamp) -> anyhow::Result<Arc<Self>> {
         let first = source.make(now)?;
         Ok(Arc::new(Self { source, current: RwLock::new(first) }))
-    }
-
-    /// What TLS needs of the server.
-    pub fn acceptor(self: &Arc<Self>) -> anyhow::Result<TlsAcceptor> {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-        let mut config = config.with_no_client_auth().with_cert_resolver(self.clone());
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(TlsAcceptor::from(Arc::new(config)))
     }
 
     /// Renews for ever.
@@ -113,6 +112,36 @@ impl Certificates {
             }
         }
     }
+}
+
+impl Acceptor {
+    /// Shows everybody one certificate and agents another, of this CA; who is an agent may show one of the same CA.
+    pub fn new(everybody: &Arc<Certificates>, agents: &Arc<Certificates>, ca: &CertificateDer<'static>) -> anyhow::Result<Self> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = || ServerConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions();
+        let mut roots = RootCertStore::empty();
+        roots.add(ca.clone()).context("our own CA")?;
+        // Who joins has none yet.
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).allow_unauthenticated().build()?;
+        let mut all = builder()?.with_no_client_auth().with_cert_resolver(everybody.clone());
+        let mut own = builder()?.with_client_cert_verifier(verifier).with_cert_resolver(agents.clone());
+        for config in [&mut all, &mut own] {
+            config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        }
+        Ok(Self { everybody: Arc::new(all), agents: Arc::new(own) })
+    }
+
+    async fn accept(&self, stream: TcpStream) -> std::io::Result<TlsStream<TcpStream>> {
+        let begun = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
+        let is_agent = begun.client_hello().server_name() == Some(AGENTS_NAME);
+        begun.into_stream(if is_agent { self.agents.clone() } else { self.everybody.clone() }).await
+    }
+}
+
+/// sha256 of the certificate that the other end proved to have the key of.
+fn shown(stream: &TlsStream<TcpStream>) -> Option<[u8; 32]> {
+    let chain = stream.get_ref().1.peer_certificates()?;
+    chain.first().map(|leaf| Sha256::digest(leaf).into())
 }
 
 impl Source {
@@ -149,8 +178,6 @@ impl Source {
     }
 }
 
-type Chain = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
-
 fn read_files(cert: &Path, key: &Path) -> anyhow::Result<Chain> {
     let chain = CertificateDer::pem_file_iter(cert).and_then(Iterator::collect::<Result<Vec<_>, _>>);
     let chain = chain.map_err(|error| anyhow::anyhow!("--tls-cert {} can not be read as PEM: {error}", cert.display()))?;
@@ -162,97 +189,15 @@ fn read_files(cert: &Path, key: &Path) -> anyhow::Result<Chain> {
     Ok((chain, key))
 }
 
-/// A CA of our own.
-pub struct Ca {
-    key: KeyPair,
-}
-
-impl Ca {
-    /// Reads the CA of a folder, or makes it.
-    pub fn open(dir: &Path, now: Timestamp) -> anyhow::Result<Self> {
-        let (cert, key) = (dir.join("ca.pem"), dir.join("ca.key"));
-        if key.exists() && !cert.exists() {
-            // Its certificate was not written any more; nobody has it.
-            let text = std::fs::read_to_string(&key).with_context(|| format!("the CA's key {} can not be read", key.display()))?;
-            let pair = KeyPair::from_pem(&text).with_context(|| format!("the CA's key {} is no key", key.display()))?;
-            write_whole(&cert, &ca_params(now).self_signed(&pair)?.pem())?;
-        }
-        if cert.exists() || key.exists() {
-            let text = std::fs::read_to_string(&key).with_context(|| format!("the CA's key {} can not be read", key.display()))?;
-            let pair = KeyPair::from_pem(&text).with_context(|| format!("the CA's key {} is no key", key.display()))?;
-            let named = CertificateDer::from_pem_file(&cert)
-                .map_err(|error| anyhow::anyhow!("the CA {} can not be read: {error}", cert.display()))?;
-            let end = named.as_ref().windows(pair.public_key_raw().len()).any(|part| part == pair.public_key_raw());
-            if !end {
-                bail!(
-                    "{} is not the certificate of {}: restore both from one backup, or remove both to begin a new CA",
-                    cert.display(),
-                    key.display()
-                );
-            }
-            return Ok(Self { key: pair });
-        }
-        std::fs::create_dir_all(dir).with_context(|| format!("{}", dir.display()))?;
-        let pair = KeyPair::generate()?;
-        let made = ca_params(now).self_signed(&pair)?;
-        // The key first: a certificate without one would be of no use to anybody.
-        write_whole(&key, &pair.serialize_pem())?;
-        write_whole(&cert, &made.pem())?;
-        tracing::info!(path = %cert.display(), "a CA was made: clients need this file to know the coordinator");
-        Ok(Self { key: pair })
-    }
-
-    fn sign_door(&self, names: &[String], now: Timestamp) -> anyhow::Result<Chain> {
-        let key = KeyPair::generate()?;
-        let mut params = CertificateParams::default();
-        params.distinguished_name = named("everlit coordinator");
-        for name in names {
-            let name = match name.parse::<IpAddr>() {
-                Ok(ip) => SanType::IpAddress(ip),
-                Err(_) => SanType::DnsName(name.as_str().try_into().with_context(|| format!("`{name}` is no name of a host"))?),
-            };
-            params.subject_alt_names.push(name);
-        }
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.use_authority_key_identifier_extension = true;
-        (params.not_before, params.not_after) = (day(now.0.saturating_sub(DAY_MS)), day(now.0 + DOOR_DAYS * DAY_MS));
-        let signed = params.signed_by(&key, &Issuer::from_params(&ca_params(now), &self.key))?;
-        let secret = PrivateKeyDer::try_from(key.serialize_der()).map_err(|error| anyhow::anyhow!("a key of our own: {error}"))?;
-        Ok((vec![signed.der().clone()], secret))
-    }
-}
-
-fn named(name: &str) -> rcgen::DistinguishedName {
-    let mut own = rcgen::DistinguishedName::new();
-    own.push(DnType::CommonName, name);
-    own
-}
-
-fn ca_params(now: Timestamp) -> CertificateParams {
-    let mut params = CertificateParams::default();
-    params.distinguished_name = named("everlit CA");
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    (params.not_before, params.not_after) = (day(now.0.saturating_sub(DAY_MS)), day(now.0 + CA_DAYS * DAY_MS));
-    params
-}
-
-/// Midnight of the day of a time, as certificates write it.
-fn day(ms: u64) -> time::OffsetDateTime {
-    let seconds = i64::try_from(ms / DAY_MS * (DAY_MS / 1_000)).unwrap_or(0);
-    time::OffsetDateTime::from_unix_timestamp(seconds).unwrap_or(time::OffsetDateTime::UNIX_EPOCH)
-}
-
 /// Connections after their handshake. One that is slow, or wrong, holds up no other.
 pub struct TlsListener {
     address: SocketAddr,
-    ready: mpsc::Receiver<(TlsStream<TcpStream>, SocketAddr)>,
+    ready: mpsc::Receiver<(TlsStream<TcpStream>, Peer)>,
 }
 
 impl TlsListener {
     /// Shakes hands with whoever comes.
-    pub fn new(listener: TcpListener, acceptor: TlsAcceptor) -> std::io::Result<Self> {
+    pub fn new(listener: TcpListener, acceptor: Acceptor) -> std::io::Result<Self> {
         let address = listener.local_addr()?;
         let (to, ready) = mpsc::channel(HANDSHAKES_MAX);
         tokio::spawn(shake_hands(listener, acceptor, to));
@@ -260,7 +205,7 @@ impl TlsListener {
     }
 }
 
-async fn shake_hands(mut listener: TcpListener, acceptor: TlsAcceptor, to: mpsc::Sender<(TlsStream<TcpStream>, SocketAddr)>) {
+async fn shake_hands(mut listener: TcpListener, acceptor: Acceptor, to: mpsc::Sender<(TlsStream<TcpStream>, Peer)>) {
     let room = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     let under_way = Arc::new(Mutex::new(HashMap::new()));
     loop {
@@ -274,7 +219,10 @@ async fn shake_hands(mut listener: TcpListener, acceptor: TlsAcceptor, to: mpsc:
         let (acceptor, to) = (acceptor.clone(), to.clone());
         tokio::spawn(async move {
             match tokio::time::timeout(HANDSHAKE_TIME_MAX, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => drop(to.send((stream, from)).await),
+                Ok(Ok(stream)) => {
+                    let peer = Peer { address: from, certificate: shown(&stream) };
+                    drop(to.send((stream, peer)).await);
+                }
                 Ok(Err(error)) => tracing::debug!(%from, %error, "a TLS handshake failed"),
                 Err(_) => tracing::debug!(%from, "a TLS handshake took too long"),
             }
@@ -312,7 +260,7 @@ impl Drop for UnderWay {
 
 impl Listener for TlsListener {
     type Io = TlsStream<TcpStream>;
-    type Addr = SocketAddr;
+    type Addr = Peer;
 
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
         match self.ready.recv().await {
@@ -322,8 +270,27 @@ impl Listener for TlsListener {
         }
     }
 
-    fn local_addr(&self) -> std::io::Result<SocketAddr> {
-        Ok(self.address)
+    fn local_addr(&self) -> std::io::Result<Peer> {
+        Ok(Peer { address: self.address, certificate: None })
+    }
+}
+
+/// Connections in the clear.
+pub struct PlainListener(pub TcpListener);
+
+impl Listener for PlainListener {
+    type Io = TcpStream;
+    type Addr = Peer;
+
+    async fn accept(&mut self) -> (TcpStream, Peer) {
+        let (stream, address) = Listener::accept(&mut self.0).await;
+        // Small answers and events must not wait for the reader's acknowledgement.
+        let _ = stream.set_nodelay(true);
+        (stream, Peer { address, certificate: None })
+    }
+
+    fn local_addr(&self) -> std::io::Result<Peer> {
+        Ok(Peer { address: self.0.local_addr()?, certificate: None })
     }
 }
 
@@ -349,7 +316,7 @@ pub fn own_names(ip: IpAddr) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use rustls::RootCertStore;
+    use rcgen::KeyPair;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio_rustls::TlsConnector;
 
@@ -377,7 +344,8 @@ mod tests {
             Ok(text)
         };
         let answer = async {
-            let (mut tls, _) = listener.accept().await;
+            let (mut tls, peer) = listener.accept().await;
+            assert_eq!(peer.certificate, None);
             tls.write_all(b"hello").await.unwrap();
             tls.shutdown().await.unwrap();
             std::future::pending::<()>().await
@@ -390,10 +358,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let now = Timestamp::now();
         let certificates = Certificates::open(source(dir.path()), now).unwrap();
+        let own = Source::OwnCa { dir: dir.path().join("ca"), names: vec![AGENTS_NAME.into()] };
+        let own = Certificates::open(own, now).unwrap();
+        let root = Ca::open(&dir.path().join("ca"), now).unwrap();
         let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut listener = TlsListener::new(tcp, certificates.acceptor().unwrap()).unwrap();
+        let mut listener = TlsListener::new(tcp, Acceptor::new(&certificates, &own, root.certificate()).unwrap()).unwrap();
         let ca = dir.path().join("ca/ca.pem");
-        for name in ["coordinator.example", "127.0.0.1"] {
+        for name in ["coordinator.example", "127.0.0.1", AGENTS_NAME] {
             assert_eq!(says(&mut listener, &connector(&ca), name).await, Ok("hello".into()), "{name}");
         }
         // One that never says a word holds up nobody.
@@ -425,27 +396,6 @@ mod tests {
     }
 
     #[test]
-    fn a_ca_is_private_and_is_never_made_over_another() {
-        use std::os::unix::fs::PermissionsExt;
-        let dir = tempfile::tempdir().unwrap();
-        let (cert, key) = (dir.path().join("ca.pem"), dir.path().join("ca.key"));
-        Ca::open(dir.path(), Timestamp::now()).unwrap();
-        assert_eq!(std::fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
-        let first = std::fs::read(&cert).unwrap();
-        Ca::open(dir.path(), Timestamp::now()).unwrap();
-        assert_eq!(std::fs::read(&cert).unwrap(), first);
-        // A start that ended between the two.
-        std::fs::remove_file(&cert).unwrap();
-        Ca::open(dir.path(), Timestamp::now()).unwrap();
-        assert!(CertificateDer::from_pem_file(&cert).is_ok());
-        std::fs::write(&key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
-        let told = Ca::open(dir.path(), Timestamp::now()).err().unwrap().to_string();
-        assert!(told.contains("is not the certificate of"), "{told}");
-        std::fs::remove_file(&key).unwrap();
-        assert!(Ca::open(dir.path(), Timestamp::now()).is_err(), "a certificate without its key is not replaced in silence");
-    }
-
-    #[test]
     fn files_that_can_not_be_used_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let (cert, key) = (dir.path().join("c.pem"), dir.path().join("k.pem"));
@@ -455,7 +405,7 @@ mod tests {
         std::fs::write(&cert, "no PEM").unwrap();
         assert!(told(&files).contains("no certificate"), "{}", told(&files));
         let pair = KeyPair::generate().unwrap();
-        std::fs::write(&cert, ca_params(Timestamp::now()).self_signed(&pair).unwrap().pem()).unwrap();
+        std::fs::write(&cert, super::super::ca::ca_params(Timestamp::now()).self_signed(&pair).unwrap().pem()).unwrap();
         assert!(told(&files).contains("--tls-key"), "{}", told(&files));
         std::fs::write(&key, KeyPair::generate().unwrap().serialize_pem()).unwrap();
         assert!(told(&files).contains("together"), "{}", told(&files));

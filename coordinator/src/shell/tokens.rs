@@ -165,7 +165,7 @@ fn hash(secret: &str) -> [u8; 32] {
 }
 
 /// In the same time whatever they are.
-fn is_same(a: &[u8; 32], b: &[u8; 32]) -> bool {
+pub(super) fn is_same(a: &[u8; 32], b: &[u8; 32]) -> bool {
     a.iter().zip(b).fold(0, |differ, (a, b)| differ | (a ^ b)) == 0
 }
 

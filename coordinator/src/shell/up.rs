@@ -15,6 +15,8 @@ use axum::serve::ListenerExt;
 use everlit_api::agent::ToAgent;
 use everlit_api::auth::{NewToken, Role, TOKEN_TTL};
 use everlit_api::ids::NodeId;
+use everlit_api::join::AGENTS_NAME;
+use everlit_api::server::Peer;
 use everlit_api::server::Policy;
 use everlit_api::time::{Millis, Timestamp};
 use tokio::net::TcpListener;
@@ -22,12 +24,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::agents::Agents;
+use super::ca::Ca;
 use super::control::Coordinator;
 use super::driver::{Driver, Handle, INPUTS_MAX, Input};
 use super::local::{LocalAgent, beside, try_lock};
+use super::members::{Joining, Members};
 use super::metrics::Metrics;
 use super::store::{Store, TOKEN_KEPT_MS};
-use super::tls::{Certificates, Source, TlsListener, own_names};
+use super::tls::{Acceptor, Certificates, PlainListener, Source, TlsListener, own_names};
 use super::tokens::{self, Tokens};
 use crate::config::Tls;
 use crate::engine::{self, Event};
@@ -66,6 +70,8 @@ pub struct Settings {
     pub anonymous: Option<Role>,
     /// Lines of the audit log go after this.
     pub retain_audit: Millis,
+    /// Life of a node's certificate.
+    pub node_certificate_ttl: Millis,
 }
 
 /// How it was asked to end.
@@ -95,13 +101,13 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
     let config = engine::Config { node_timeout_ms: settings.node_timeout.0, ports: settings.rendezvous_ports, ..engine::Config::default() };
     let (driver, clock, news) = Driver::load(config, store.clone(), agents.clone(), metrics.clone()).await?;
 
-    let certificates = settings.tls.clone().map(|tls| open_tls(tls, &dir, settings.listen)).transpose()?;
+    let tls = settings.tls.clone().map(|tls| Doors::open(tls, &dir, &settings)).transpose()?;
     let listener = TcpListener::bind(settings.listen).await.with_context(|| {
         format!("{} can not be listened on: is another everlit or another program there? --listen takes another address", settings.listen)
     })?;
     let address = listener.local_addr()?;
     let own = OwnDoor::open(&settings).await?;
-    let url = format!("{}://{address}", if certificates.is_some() { "https" } else { "http" });
+    let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
     let token = agent_token(&dir)?;
     let coordinator_file = dir.join("coordinator.json");
     write_whole(&coordinator_file, &serde_json::json!({ "url": own.url(&url), "token": token, "pid": std::process::id() }).to_string())?;
@@ -118,6 +124,8 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
         clock,
         agent_token: token.into(),
         tokens: Arc::new(Tokens::new(store.tokens().await?)),
+        members: Arc::new(Members::new(store.join_tokens().await?, store.members().await?)),
+        joining: tls.as_ref().map(|doors| doors.joining.clone()),
         auth: auth(&settings).into(),
         ready: ready.clone(),
     };
@@ -147,19 +155,15 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
     let router = everlit_api::server::router(Arc::new(coordinator.clone()), policy);
     own.serve(&coordinator);
     let (close, closing) = tokio::sync::watch::channel(false);
-    let acceptor = certificates.as_ref().map(Certificates::acceptor).transpose()?;
-    let renewing = certificates.map(|own| tokio::spawn(own.keep()));
+    let acceptor = tls.as_ref().map(|doors| doors.acceptor.clone());
+    let renewing = tls.map(|doors| doors.certificates.map(|own| tokio::spawn(own.keep())));
     let mut serving = tokio::spawn(async move {
         let mut closing = closing;
         let asked = async move { drop(closing.wait_for(|asked| *asked).await) };
-        let service = router.into_make_service_with_connect_info::<SocketAddr>();
+        let service = router.into_make_service_with_connect_info::<Peer>();
         match acceptor {
-            // Small answers and events must not wait for the reader's acknowledgement.
-            None => {
-                let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
-                axum::serve(listener, service).with_graceful_shutdown(asked).await
-            }
             // Tapped for nothing but its address.
+            None => axum::serve(PlainListener(listener).tap_io(|_| ()), service).with_graceful_shutdown(asked).await,
             Some(acceptor) => {
                 let listener = TlsListener::new(listener, acceptor)?.tap_io(|_| ());
                 axum::serve(listener, service).with_graceful_shutdown(asked).await
@@ -182,9 +186,7 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
         End::Leave => false,
     };
     housekeeper.abort();
-    if let Some(renewing) = renewing {
-        renewing.abort();
-    }
+    renewing.iter().flatten().for_each(tokio::task::JoinHandle::abort);
     if let Some(keeper) = keeper {
         keeper.abort();
     }
@@ -210,9 +212,9 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Puts every job of the linked nodes back in the queue. True once nothing runs any more.
+/// Puts every job of this machine's own agents back in the queue; other nodes do not notice. True once nothing runs here any more.
 async fn drain(coordinator: &Coordinator) -> bool {
-    let nodes = coordinator.agents.linked();
+    let nodes = coordinator.agents.local();
     println!("saving jobs and ending (Ctrl-C again leaves them running) …");
     for node in &nodes {
         if coordinator.handle.inputs.send(Input::Wish(Event::NodeDraining { node: node.clone(), cordon: false })).await.is_err() {
@@ -259,6 +261,10 @@ async fn keep_house(coordinator: Coordinator, retain: Millis, retain_audit: Mill
         if let Err(e) = coordinator.store.forget_doors(Timestamp(now.0.saturating_sub(retain_audit.0)), now).await {
             tracing::warn!("old tokens and lines of the audit log stay: {e}");
         }
+        if let Err(e) = coordinator.store.forget_join_tokens(now).await {
+            tracing::warn!("old join tokens stay: {e}");
+        }
+        coordinator.members.forget_before(Timestamp(now.0.saturating_sub(TOKEN_KEPT_MS)));
         coordinator.tokens.forget_before(Timestamp(now.0.saturating_sub(TOKEN_KEPT_MS)));
         match coordinator.purge_before(Timestamp(now.0.saturating_sub(retain.0)), Vec::new(), false).await {
             Ok(ids) if !ids.is_empty() => tracing::info!(count = ids.len(), "final jobs older than --retain-jobs were removed"),
@@ -301,12 +307,29 @@ impl OwnDoor {
     }
 }
 
-fn open_tls(tls: Tls, dir: &Path, listen: SocketAddr) -> anyhow::Result<Arc<Certificates>> {
-    let source = match tls {
-        Tls::Files(cert, key) => Source::Files { cert, key },
-        Tls::OwnCa(more) => Source::OwnCa { dir: dir.join("ca"), names: own_names(listen.ip()).into_iter().chain(more).collect() },
-    };
-    Certificates::open(source, Timestamp::now())
+/// Doors that end TLS themselves, for callers and for the agents of other machines.
+struct Doors {
+    /// For everybody, and for agents.
+    certificates: [Arc<Certificates>; 2],
+    acceptor: Acceptor,
+    joining: Arc<Joining>,
+}
+
+impl Doors {
+    fn open(tls: Tls, dir: &Path, settings: &Settings) -> anyhow::Result<Self> {
+        let (ca_dir, now) = (dir.join("ca"), Timestamp::now());
+        let ca = Ca::open(&ca_dir, now)?;
+        let source = match tls {
+            Tls::Files(cert, key) => Source::Files { cert, key },
+            Tls::OwnCa(more) => {
+                Source::OwnCa { dir: ca_dir.clone(), names: own_names(settings.listen.ip()).into_iter().chain(more).collect() }
+            }
+        };
+        let for_agents = Source::OwnCa { dir: ca_dir, names: vec![AGENTS_NAME.into()] };
+        let certificates = [Certificates::open(source, now)?, Certificates::open(for_agents, now)?];
+        let acceptor = Acceptor::new(&certificates[0], &certificates[1], ca.certificate())?;
+        Ok(Self { certificates, acceptor, joining: Arc::new(Joining { ca, life: settings.node_certificate_ttl }) })
+    }
 }
 
 /// Others than programs of this machine come in: by another address, by TLS, or through a proxy in front.

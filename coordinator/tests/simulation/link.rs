@@ -155,7 +155,11 @@ impl World {
             ToAgent::RemoveJob { job } => AgentEvent::RemoveOrdered(job),
             ToAgent::JobEnded { job } => AgentEvent::JobEnded(job),
             ToAgent::Shutdown => AgentEvent::ShutdownOrdered,
-            ToAgent::Welcome { .. } | ToAgent::OpenLog { .. } | ToAgent::LogCredit { .. } | ToAgent::CloseLog { .. } => return,
+            ToAgent::Welcome { .. }
+            | ToAgent::Refused { .. }
+            | ToAgent::OpenLog { .. }
+            | ToAgent::LogCredit { .. }
+            | ToAgent::CloseLog { .. } => return,
         };
         self.tell_agent(node, event);
     }

@@ -3,27 +3,29 @@
 //! Everything that needs no loop is here. The trap: ranks are started by posix_spawn from threads, so dispositions and limits must be set
 //! before the runtime exists.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 
 use super::cli::RunArgs;
-use super::driver::{Driver, FLUSH_MAX};
+use super::driver::{Driver, End, FLUSH_MAX};
 use super::folders::Folders;
+use super::identity::Identity;
 use super::limits::BLOCKING_THREADS;
 use super::memory::Memory;
 use super::start::Node;
 use super::{environment, gpu, load, status};
 
 /// Runs the agent to its end.
-pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
-    let folders = Folders::new(std::path::absolute(&args.data_dir)?);
+pub(super) fn run(args: &RunArgs, dir: &Path) -> anyhow::Result<End> {
+    let folders = Folders::new(std::path::absolute(dir)?);
     for folder in [folders.jobs(), folders.trash()] {
         std::fs::create_dir_all(&folder).with_context(|| format!("could not make `{}`", folder.display()))?;
     }
     let lock = status::lock(&folders)?;
+    let identity = if args.coordinator_file.is_some() { None } else { Identity::load(folders.root())? };
     // SAFETY: sets a disposition to a constant. Shims are never waited for, and the kernel reaps them then.
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn)? };
     let gpus = gpu::Gpus::find();
@@ -33,10 +35,10 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
         .max_blocking_threads(BLOCKING_THREADS)
         .thread_stack_size(512 * 1024)
         .build()?;
-    let reason = runtime.block_on(async { Driver::new(args, node, gpus, lock)?.run().await })?;
-    tracing::info!(reason, "ended");
+    let end = runtime.block_on(async { Driver::new(args, identity, node, gpus, lock)?.run().await })?;
+    tracing::info!(reason = end.reason, "ended");
     runtime.shutdown_timeout(FLUSH_MAX);
-    Ok(())
+    Ok(end)
 }
 
 fn node(folders: Folders, has_gpus: bool) -> anyhow::Result<Node> {

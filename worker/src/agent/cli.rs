@@ -1,4 +1,4 @@
-//! The command line of `everlit-agent`: `run`, the probe `health`, and `checkpoint` for programs that are not ours.
+//! The command line of `everlit-agent`: `run`, `join`, the probe `health`, and `checkpoint` for programs that are not ours.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -9,7 +9,7 @@ use everlit_api::manifest::{MANIFEST_FORMAT, Manifest};
 use everlit_api::time::{Millis, Timestamp};
 use tracing_subscriber::EnvFilter;
 
-use super::{begin, status};
+use super::{begin, identity, status};
 use crate::checkpoint;
 
 /// Supervises training processes on one node.
@@ -22,13 +22,15 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Run ranks for a coordinator; `everlit up` starts this on its own machine.
+    /// Make this machine a node of a coordinator, with a token of `everlit node token create`, and run ranks for it.
+    Join(JoinArgs),
+    /// Run ranks for the coordinator that was joined; `everlit up` starts this on its own machine.
     Run(RunArgs),
     /// Exit 0 when the agent of this folder is alive and linked to its coordinator.
     Health {
-        /// The agent's data folder.
+        /// The agent's data folder [default: everlit-agent in the XDG data folder].
         #[arg(long, env = "EVERLIT_DATA_DIR")]
-        data_dir: PathBuf,
+        data_dir: Option<PathBuf>,
     },
     /// Print what the threads of processes are doing, without stopping them.
     Stacks {
@@ -47,24 +49,40 @@ enum Verb {
 /// Settings of `run`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct RunArgs {
-    /// Folder for everything that this agent keeps; made if missing.
+    /// Folder for everything that this agent keeps; made if missing [default: everlit-agent in the XDG data folder].
     #[arg(long, env = "EVERLIT_DATA_DIR")]
-    pub data_dir: PathBuf,
-    /// File that says where the coordinator is (JSON: `url`, `token`); read before each try to connect.
+    pub data_dir: Option<PathBuf>,
+    /// File that says where the coordinator of this machine is (JSON: `url`, `token`); read before each try to connect.
     #[arg(long, env = "EVERLIT_COORDINATOR_FILE")]
-    pub coordinator_file: PathBuf,
-    /// The node's name [default: the host's name].
+    pub coordinator_file: Option<PathBuf>,
+    /// The node's name [default: the host's name]; several agents on one machine take several.
     #[arg(long, env = "EVERLIT_NODE")]
     pub node: Option<String>,
     /// Ranks that this node takes at most [default: 16 per CPU, at least 64].
     #[arg(long, env = "EVERLIT_SLOTS")]
     pub slots: Option<u32>,
-    /// End after so long with neither a coordinator nor living ranks.
-    #[arg(long, env = "EVERLIT_LINGER", default_value = "60s")]
-    pub linger: Millis,
+    /// End after so long with neither a coordinator nor living ranks [default: 60s; a node that joined does not end].
+    #[arg(long, env = "EVERLIT_LINGER")]
+    pub linger: Option<Millis>,
     /// What to log (`warn`, `info`, `debug`, or a filter).
     #[arg(long, env = "EVERLIT_LOG", default_value = "info")]
     pub log: String,
+}
+
+/// Settings of `join`.
+#[derive(Debug, Clone, clap::Args)]
+struct JoinArgs {
+    /// Where the coordinator is, like https://coordinator.example:8000.
+    #[arg(env = "EVERLIT_URL")]
+    url: String,
+    /// File with the join token [default: the environment's EVERLIT_JOIN_TOKEN; never an argument, which every user could read].
+    #[arg(long, env = "EVERLIT_JOIN_TOKEN_FILE")]
+    token_file: Option<PathBuf>,
+    /// Join, and end; `run` goes on from there.
+    #[arg(long)]
+    only: bool,
+    #[command(flatten)]
+    run: RunArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -87,14 +105,16 @@ enum CheckpointVerb {
 /// The whole program.
 pub fn main() -> ExitCode {
     let done = match Cli::parse().verb {
+        Verb::Join(args) => join(&args),
         Verb::Run(args) => run(&args),
-        Verb::Health { data_dir } => health(&data_dir),
+        Verb::Health { data_dir } => health(data_dir.as_ref()),
         Verb::Stacks { pids, json } => stacks(&pids, json),
         Verb::Checkpoint(CheckpointVerb::Commit { dir, step }) => commit(&dir, step),
         Verb::Checkpoint(CheckpointVerb::Verify { dir }) => verify(&dir),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Expelled>() => ExitCode::from(EXPELLED),
         Err(error) => {
             eprintln!("everlit-agent: {error:#}");
             ExitCode::FAILURE
@@ -102,16 +122,46 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Exit code of an agent whose node was expelled: starting it again is of no use.
+const EXPELLED: u8 = 3;
+
+/// The node was expelled; its agent has said so.
+#[derive(Debug, thiserror::Error)]
+#[error("this node was expelled")]
+struct Expelled;
+
+fn data_dir(given: Option<&PathBuf>) -> anyhow::Result<PathBuf> {
+    given.cloned().map_or_else(identity::default_dir, Ok)
+}
+
+fn join(args: &JoinArgs) -> anyhow::Result<()> {
+    let dir = data_dir(args.run.data_dir.as_ref())?;
+    let token = match (&args.token_file, std::env::var("EVERLIT_JOIN_TOKEN")) {
+        (Some(file), _) => Some(std::fs::read_to_string(file).with_context(|| format!("could not read `{}`", file.display()))?),
+        (None, found) => found.ok(),
+    };
+    // Nothing that is started from here on has it.
+    // SAFETY: there is no other thread yet.
+    unsafe { std::env::remove_var("EVERLIT_JOIN_TOKEN") };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let own = runtime.block_on(super::join::join(&dir, &args.url, args.run.node.as_deref(), token.as_deref()))?;
+    drop(runtime);
+    println!("node {} of {} (data in {})", own.node, own.coordinator, dir.display());
+    if args.only { Ok(()) } else { run(&RunArgs { coordinator_file: None, ..args.run.clone() }) }
+}
+
 fn run(args: &RunArgs) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&args.log).context("--log")?;
     // A log that can not be written (its disk is full) is no reason to end.
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false);
     log.with_ansi(false).with_target(false).init();
-    begin::run(args)
+    let end = begin::run(args, &data_dir(args.data_dir.as_ref())?)?;
+    if end.expelled { Err(Expelled.into()) } else { Ok(()) }
 }
 
-fn health(data_dir: &Path) -> anyhow::Result<()> {
-    let status = status::ask(data_dir).with_context(|| format!("no agent answers in `{}`", data_dir.display()))?;
+fn health(given: Option<&PathBuf>) -> anyhow::Result<()> {
+    let dir = data_dir(given)?;
+    let status = status::ask(&dir).with_context(|| format!("no agent answers in `{}`", dir.display()))?;
     println!("{}", serde_json::to_string(&status)?);
     if status.linked { Ok(()) } else { bail!("the agent is not linked to a coordinator") }
 }

@@ -4,14 +4,14 @@
 
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use everlit_api::agent::{FromAgent, Hello, PROTOCOL, ToAgent};
 use everlit_api::gpu::GpuError;
 use everlit_api::ids::{Incarnation, NodeId};
-use everlit_api::time::Timestamp;
+use everlit_api::time::{Millis, Timestamp};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal as signals};
 use tokio::sync::{Notify, mpsc};
@@ -21,14 +21,15 @@ use super::cli::RunArgs;
 use super::effects::{Done, Effects};
 use super::engine::{Action, Engine, Event};
 use super::heartbeat::Heard;
+use super::identity::Identity;
 use super::limits::{GPU_ERRORS_MAX, LAST_SAVES_LOOK, LAST_SAVES_MAX, LOOK_EVERY};
-use super::link::{self, LinkEvent};
+use super::link::{self, Coordinator, LinkEvent};
 use super::policies::{Policies, shorten};
 use super::ranks::ShimNews;
 use super::shim::{Settled, Told};
 use super::start::Node;
 use super::watch::{Noticed, Watched, Watcher};
-use super::{adopt, gpu, load, shim, status};
+use super::{adopt, gpu, join, load, shim, status};
 use crate::checkpoint::Quarantined;
 
 /// Events that may wait for the loop.
@@ -38,6 +39,18 @@ const ADOPTION_MAX: Duration = Duration::from_secs(2);
 /// Longest time in which the last frames leave.
 pub(super) const FLUSH_MAX: Duration = Duration::from_millis(500);
 
+/// So long this machine's own agent stays with neither a coordinator nor living ranks; a node that joined stays for ever.
+const LINGER: Millis = Millis::secs(60);
+const FOR_EVER: Millis = Millis(u64::MAX / 4);
+
+/// How it ended.
+pub(super) struct End {
+    /// Why, for its log.
+    pub reason: &'static str,
+    /// Its node is wanted no more.
+    pub expelled: bool,
+}
+
 /// The agent's loop and everything that it holds.
 pub(super) struct Driver {
     started: Instant,
@@ -45,7 +58,9 @@ pub(super) struct Driver {
     effects: Effects,
     policies: Policies,
     hello: Hello,
-    coordinator_file: PathBuf,
+    coordinator: Coordinator,
+    data_dir: PathBuf,
+    expelled: bool,
     health: UnixListener,
     link_events: mpsc::Receiver<LinkEvent>,
     link_events_tx: mpsc::Sender<LinkEvent>,
@@ -58,11 +73,15 @@ pub(super) struct Driver {
 
 impl Driver {
     /// Everything in place, nothing done yet.
-    pub(super) fn new(args: &RunArgs, node: Node, gpus: gpu::Gpus, lock: File) -> anyhow::Result<Self> {
-        let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_string();
+    pub(super) fn new(args: &RunArgs, identity: Option<Identity>, node: Node, gpus: gpu::Gpus, lock: File) -> anyhow::Result<Self> {
+        let name = match (&identity, &args.node) {
+            (Some(own), _) => own.node.clone(),
+            (None, Some(name)) => NodeId(name.clone()),
+            (None, None) => join::host_name(),
+        };
         let hello = Hello {
             protocol: PROTOCOL,
-            node: NodeId(args.node.clone().unwrap_or(name)),
+            node: name,
             boot_id: node.boot_id.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
@@ -72,7 +91,17 @@ impl Driver {
             draining: false,
         };
         let health = status::listen(node.folders.root()).context("could not open the health socket")?;
-        let coordinator_file = std::path::absolute(&args.coordinator_file)?;
+        let data_dir = node.folders.root().to_path_buf();
+        let (coordinator, coordinator_file, linger) = match (identity, &args.coordinator_file) {
+            (Some(own), _) => {
+                (Coordinator::Joined(Arc::new(RwLock::new(own))), data_dir.join("node.json"), args.linger.unwrap_or(FOR_EVER))
+            }
+            (None, Some(file)) => {
+                let file = std::path::absolute(file)?;
+                (Coordinator::Local(file.clone()), file, args.linger.unwrap_or(LINGER))
+            }
+            (None, None) => bail!("`{}` is the folder of no node: `everlit-agent join` makes it one", data_dir.display()),
+        };
         let watcher = Watcher::new(&coordinator_file).context("could not use inotify")?;
         let (link_events_tx, link_events) = mpsc::channel(QUEUE);
         let (shims_tx, shims) = mpsc::channel(QUEUE);
@@ -81,11 +110,13 @@ impl Driver {
         gpus.watch(gpu_errors_tx);
         Ok(Self {
             started: Instant::now(),
-            engine: Engine::new(0, args.linger.0),
+            engine: Engine::new(0, linger.0),
             effects: Effects::new(node, gpus, watcher, shims_tx, done_tx),
             policies: Policies::default(),
             hello,
-            coordinator_file,
+            coordinator,
+            data_dir,
+            expelled: false,
             health,
             link_events,
             link_events_tx,
@@ -117,11 +148,14 @@ impl Driver {
     }
 
     /// Turns until the agent ends; answers why it does.
-    pub(super) async fn run(mut self) -> anyhow::Result<&'static str> {
+    pub(super) async fn run(mut self) -> anyhow::Result<End> {
         self.adopt().await;
         self.effects.empty_trash();
         self.effects.free_unwanted_memory();
-        let link = tokio::spawn(link::run(self.coordinator_file.clone(), self.file_changed.clone(), self.link_events_tx.clone()));
+        let link = tokio::spawn(link::run(self.coordinator.clone(), self.file_changed.clone(), self.link_events_tx.clone()));
+        if let Coordinator::Joined(own) = &self.coordinator {
+            tokio::spawn(join::keep(own.clone(), self.data_dir.clone()));
+        }
         let mut terminate = signals(SignalKind::terminate())?;
         let mut interrupt = signals(SignalKind::interrupt())?;
         let mut look = interval(LOOK_EVERY);
@@ -157,7 +191,7 @@ impl Driver {
         }
         // The last frames; the coordinator learns the rest from the state files.
         let _ = tokio::time::timeout(FLUSH_MAX, link).await;
-        Ok(reason)
+        Ok(End { reason, expelled: self.expelled })
     }
 
     /// Takes over what an earlier agent left.
@@ -201,6 +235,12 @@ impl Driver {
                 self.effects.unlink();
                 self.handle(Event::Unlinked)
             }
+            LinkEvent::Expelled(reason) if !self.expelled => {
+                self.expelled = true;
+                tracing::error!(reason, "nothing that runs here is wanted any more: ranks are stopped, and this agent ends");
+                self.handle(Event::EndAsked)
+            }
+            LinkEvent::Expelled(_) => None,
             LinkEvent::Frame(id, frame) if self.effects.is_linked_as(id) => self.on_frame(*frame),
             LinkEvent::Down(_) | LinkEvent::Frame(..) => None,
         }
@@ -221,6 +261,8 @@ impl Driver {
             ToAgent::Forget { incarnations } => self.handle(Event::ForgetOrdered(incarnations)),
             ToAgent::RemoveJob { job } => self.handle(Event::RemoveOrdered(job)),
             ToAgent::JobEnded { job } => self.handle(Event::JobEnded(job)),
+            // The link has said it already.
+            ToAgent::Refused { .. } => None,
             ToAgent::Shutdown => self.handle(Event::ShutdownOrdered),
             ToAgent::OpenLog { stream, job, from, follow } => self.effects.open_log(stream, job, from, follow),
             ToAgent::LogCredit { stream, bytes } => self.effects.credit_log(stream, bytes),

@@ -91,7 +91,14 @@ pub(super) const FORGET_PATIENCE_MS: u64 = 1_000;
 /// First wait before another try to reach the coordinator.
 pub(super) const RECONNECT_MIN: Duration = Duration::from_millis(50);
 /// Longest wait before another try to reach the coordinator.
-pub(super) const RECONNECT_MAX: Duration = Duration::from_secs(2);
+pub(super) const RECONNECT_MAX: Duration = Duration::from_millis(600);
+/// The same when the coordinator was there and would not have it: nothing but a person changes that.
+pub(super) const REFUSED_WAIT: Duration = Duration::from_secs(10);
+/// Longest wait for an answer to a join or a renewal.
+pub(super) const ASK_MAX: Duration = Duration::from_secs(20);
+/// Longest sleep before the certificate's age is looked at again, and the wait after a renewal that failed.
+pub(super) const RENEW_LOOK_MAX: Duration = Duration::from_secs(60);
+pub(super) const RENEW_RETRY: Duration = Duration::from_secs(5);
 /// Longest time for one try to connect.
 pub(super) const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// The link is probed this often when nothing else was heard.

@@ -1,4 +1,4 @@
-//! The WebSocket to the coordinator: dial, keep, dial again.
+//! The WebSocket to the coordinator: dial, keep, dial again. In the clear on this machine, over TLS and with a certificate from others.
 //!
 //! Knows frames as text and bytes and nothing of what they mean. A connection that is silent or does not take frames is given up: everything
 //! is said again after the next one. Frames of the engine go before log bytes. This is the one place that uses `backoff`, which is no longer
@@ -12,20 +12,48 @@ use anyhow::{Context, bail};
 use backoff::ExponentialBackoff;
 use backoff::backoff::Backoff;
 use everlit_api::agent::{FRAME_BYTES_MAX, ToAgent};
+use everlit_api::join::AGENTS_NAME;
+use everlit_api::problem::{Code, Problem};
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use serde::Deserialize;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{interval, sleep, timeout};
 use tokio_tungstenite::tungstenite::client::ClientRequestBuilder;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
-use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async_with_config};
+use tokio_tungstenite::{WebSocketStream, client_async_with_config};
 
-use super::limits::{CONNECT_MAX, LINK_FRAMES_MAX, LINK_LOG_FRAMES_MAX, LINK_SILENCE_MAX, PING_EVERY, RECONNECT_MAX, RECONNECT_MIN};
+use super::dial::{Dialer, in_words};
+use super::join::{Shared, current};
+use super::limits::{
+    CONNECT_MAX, LINK_FRAMES_MAX, LINK_LOG_FRAMES_MAX, LINK_SILENCE_MAX, PING_EVERY, RECONNECT_MAX, RECONNECT_MIN, REFUSED_WAIT,
+};
 
-type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+/// A connection, with TLS or without.
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+type Socket = WebSocketStream<Box<dyn Stream>>;
+
+/// Where the coordinator is.
+#[derive(Clone)]
+pub(super) enum Coordinator {
+    /// On this machine: a file says where, and is read before each try.
+    Local(PathBuf),
+    /// The one that this node joined.
+    Joined(Shared),
+}
+
+/// The coordinator was there and said why it would not have this agent.
+#[derive(Debug, thiserror::Error)]
+#[error("{reason}")]
+struct Refused {
+    reason: String,
+    expelled: bool,
+}
 
 /// Where the coordinator is, as `everlit up` writes it down.
 #[derive(Debug, Deserialize)]
@@ -44,6 +72,8 @@ pub(super) enum LinkEvent {
     Frame(u64, Box<ToAgent>),
     /// This connection has ended.
     Down(u64),
+    /// This node is wanted no more.
+    Expelled(String),
 }
 
 /// The sending side of one connection.
@@ -67,7 +97,7 @@ pub(super) enum FromLogs {
 }
 
 /// Dials for ever.
-pub(super) async fn run(file: PathBuf, file_changed: Arc<Notify>, events: mpsc::Sender<LinkEvent>) {
+pub(super) async fn run(coordinator: Coordinator, file_changed: Arc<Notify>, events: mpsc::Sender<LinkEvent>) {
     let fresh = || ExponentialBackoff {
         current_interval: RECONNECT_MIN,
         initial_interval: RECONNECT_MIN,
@@ -78,24 +108,30 @@ pub(super) async fn run(file: PathBuf, file_changed: Arc<Notify>, events: mpsc::
     let mut backoff = fresh();
     let mut last_failure = String::new();
     for id in 1.. {
-        match timeout(CONNECT_MAX, connect(&file)).await.context("no answer in time").and_then(|answer| answer) {
+        let mut refused = None;
+        match timeout(CONNECT_MAX, connect(&coordinator)).await.context("no answer in time").and_then(|answer| answer) {
             Ok(socket) => {
-                backoff = fresh();
-                last_failure.clear();
-                serve(id, socket, &events).await;
+                refused = serve(id, socket, &events).await;
                 if events.send(LinkEvent::Down(id)).await.is_err() {
                     return;
                 }
-            }
-            Err(error) => {
-                let failure = format!("{error:#}");
-                if failure != last_failure {
-                    tracing::info!(reason = failure, "no coordinator; dialling on");
-                    last_failure = failure;
+                if refused.is_none() {
+                    backoff = fresh();
+                    last_failure.clear();
                 }
             }
+            Err(error) => match error.downcast::<Refused>() {
+                Ok(why) => refused = Some(why),
+                Err(error) => note(&mut last_failure, &format!("{error:#}"), "no coordinator; dialling on"),
+            },
         }
-        let wait = backoff.next_backoff().unwrap_or(RECONNECT_MAX);
+        if let Some(why) = &refused {
+            note(&mut last_failure, &why.reason, "the coordinator does not take this agent; dialling on");
+            if why.expelled && events.send(LinkEvent::Expelled(why.reason.clone())).await.is_err() {
+                return;
+            }
+        }
+        let wait = if refused.is_some() { REFUSED_WAIT } else { backoff.next_backoff().unwrap_or(RECONNECT_MAX) };
         tokio::select! {
             () = sleep(wait) => {}
             () = file_changed.notified() => backoff = fresh(),
@@ -103,45 +139,95 @@ pub(super) async fn run(file: PathBuf, file_changed: Arc<Notify>, events: mpsc::
     }
 }
 
-async fn connect(file: &Path) -> anyhow::Result<Socket> {
+/// Says a failure once.
+fn note(last: &mut String, failure: &str, what: &str) {
+    if failure != last {
+        tracing::info!(reason = failure, "{what}");
+        *last = failure.into();
+    }
+}
+
+async fn connect(coordinator: &Coordinator) -> anyhow::Result<Socket> {
+    match coordinator {
+        Coordinator::Local(file) => connect_local(file).await,
+        Coordinator::Joined(shared) => {
+            let own = current(shared);
+            let stream = Dialer::of(&own)?.connect(&own.coordinator).await?;
+            let uri = format!("wss://{AGENTS_NAME}/agent/link").parse().context("not an address")?;
+            open(ClientRequestBuilder::new(uri), Box::new(stream)).await.map_err(|error| in_words_of(error, &own.coordinator))
+        }
+    }
+}
+
+/// The coordinator's own words, where it has answered.
+fn in_words_of(error: Error, url: &str) -> anyhow::Error {
+    let Error::Http(answer) = error else { return in_words(&error, url) };
+    match answer.body().as_ref().and_then(|body| serde_json::from_slice::<Problem>(body).ok()) {
+        Some(problem) if problem.status == 403 => Refused { expelled: problem.code == Code::Expelled, reason: problem.detail }.into(),
+        Some(problem) => anyhow::anyhow!(problem.detail),
+        None => anyhow::anyhow!("{url} answered {}: is it an everlit coordinator?", answer.status()),
+    }
+}
+
+async fn connect_local(file: &Path) -> anyhow::Result<Socket> {
     let text = std::fs::read(file).with_context(|| format!("could not read `{}`", file.display()))?;
     let coordinator: CoordinatorFile = serde_json::from_slice(&text).with_context(|| format!("could not read `{}`", file.display()))?;
     let Some(address) = coordinator.url.strip_prefix("http://") else { bail!("`{}` is not an http:// address", coordinator.url) };
-    let uri = format!("ws://{}/agent/link", address.trim_end_matches('/')).parse().context("not an address")?;
+    let address = address.trim_end_matches('/');
+    let uri = format!("ws://{address}/agent/link").parse().context("not an address")?;
     let request = ClientRequestBuilder::new(uri).with_header("Authorization", format!("Bearer {}", coordinator.token));
-    let config = WebSocketConfig::default().max_message_size(Some(FRAME_BYTES_MAX)).max_frame_size(Some(FRAME_BYTES_MAX));
-    let (socket, _) = connect_async_with_config(request, Some(config), true).await.context("could not connect")?;
-    Ok(socket)
+    let stream = TcpStream::connect(address).await.context("could not connect")?;
+    stream.set_nodelay(true)?;
+    open(request, Box::new(stream)).await.map_err(|error| in_words_of(error, &coordinator.url))
 }
 
-/// Serves one connection to its end.
-async fn serve(id: u64, socket: Socket, events: &mpsc::Sender<LinkEvent>) {
+async fn open(request: ClientRequestBuilder, stream: Box<dyn Stream>) -> Result<Socket, Error> {
+    let config = WebSocketConfig::default().max_message_size(Some(FRAME_BYTES_MAX)).max_frame_size(Some(FRAME_BYTES_MAX));
+    Ok(client_async_with_config(request, stream, Some(config)).await?.0)
+}
+
+/// Serves one connection to its end; answers why the coordinator would not have it, where it said so.
+async fn serve(id: u64, socket: Socket, events: &mpsc::Sender<LinkEvent>) -> Option<Refused> {
     let (frames, frames_rx) = mpsc::channel(LINK_FRAMES_MAX);
     let (logs, logs_rx) = mpsc::channel(LINK_LOG_FRAMES_MAX);
     if events.send(LinkEvent::Up(Link { id, frames, logs })).await.is_err() {
-        return;
+        return None;
     }
     let (sink, stream) = socket.split();
     let ended = tokio::select! {
         ended = read(id, stream, events) => ended,
-        ended = write(sink, frames_rx, logs_rx) => ended,
+        ended = write(sink, frames_rx, logs_rx) => Ended::Because(ended),
     };
-    tracing::info!(reason = ended, "the link has ended");
+    match ended {
+        Ended::Refused(refused) => Some(refused),
+        Ended::Because(reason) => {
+            tracing::info!(reason, "the link has ended");
+            None
+        }
+    }
 }
 
-async fn read(id: u64, mut stream: SplitStream<Socket>, events: &mpsc::Sender<LinkEvent>) -> String {
+/// Why a connection ended.
+enum Ended {
+    Because(String),
+    Refused(Refused),
+}
+
+async fn read(id: u64, mut stream: SplitStream<Socket>, events: &mpsc::Sender<LinkEvent>) -> Ended {
+    let because = |reason: &str| Ended::Because(reason.into());
     loop {
         let text = match timeout(LINK_SILENCE_MAX, stream.next()).await {
-            Err(_) => return "the coordinator is silent".into(),
-            Ok(None | Some(Ok(Message::Close(_)))) => return "the coordinator closed it".into(),
-            Ok(Some(Err(error))) => return error.to_string(),
+            Err(_) => return because("the coordinator is silent"),
+            Ok(None | Some(Ok(Message::Close(_)))) => return because("the coordinator closed it"),
+            Ok(Some(Err(error))) => return because(&error.to_string()),
             Ok(Some(Ok(Message::Text(text)))) => text,
             Ok(Some(Ok(_))) => continue,
         };
         match serde_json::from_str(&text) {
+            Ok(ToAgent::Refused { reason, expelled }) => return Ended::Refused(Refused { reason, expelled }),
             Ok(frame) => {
                 if events.send(LinkEvent::Frame(id, Box::new(frame))).await.is_err() {
-                    return "this agent ends".into();
+                    return because("this agent ends");
                 }
             }
             Err(error) => tracing::warn!(%error, "a frame that can not be read is ignored"),

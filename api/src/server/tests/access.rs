@@ -50,7 +50,7 @@ async fn operations(house: &House) -> BTreeMap<String, (String, String, String, 
         for (method, operation) in item.as_object().expect("an item") {
             let name = match path.split('/').nth(1) {
                 Some("nodes") => "a".into(),
-                Some("tokens") => ADMIN.into(),
+                Some("tokens" | "join-tokens") => ADMIN.into(),
                 _ => id().to_string(),
             };
             let concrete = path.replace("{n}", "1").replace("{id}", &name).replace("{file}", "index.html");
@@ -76,8 +76,9 @@ async fn the_table_says_who_may_what() {
     }
     let text: String = rows.iter().map(|(role, operations)| format!("{role}: {}\n", operations.join(" "))).collect();
     expect![[r#"
-        admin: create_token list_audit list_tokens revoke_token
-        agent: agent_link
+        admin: create_join_token create_token expel_node list_audit list_join_tokens list_tokens revoke_join_token revoke_token
+        agent: agent_link renew_certificate
+        join token: join_node
         none: health livez readyz status
         operator: cordon_node drain_node purge_jobs uncordon_node
         user: checkpoint_job delete_job restart_job stop_job submit_job
@@ -112,6 +113,8 @@ async fn every_role_at_every_door() {
                     ("none", ..) => None,
                     // It is known by a secret of its own.
                     ("agent", ..) => Some(StatusCode::FORBIDDEN),
+                    // Nobody's token is one that servers join with.
+                    ("join token", ..) => Some(StatusCode::UNAUTHORIZED),
                     (_, None, _) => Some(StatusCode::UNAUTHORIZED),
                     (_, Some(role), Some(least)) if role < least => Some(StatusCode::FORBIDDEN),
                     // Alice's job is not there for Bob.
@@ -140,7 +143,7 @@ async fn every_role_at_every_door() {
             }
         }
     }
-    assert_eq!(cells, 39 * 8 * 2);
+    assert_eq!(cells, 45 * 8 * 2);
 }
 
 #[tokio::test]

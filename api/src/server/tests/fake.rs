@@ -11,9 +11,10 @@ use crate::auth::*;
 use crate::control::*;
 use crate::ids::{JobId, NodeId};
 use crate::job::{JobKind, JobSpec, Priority};
+use crate::join::*;
 use crate::problem::{Code, Problem};
 use crate::status::*;
-use crate::time::Timestamp;
+use crate::time::{Millis, Timestamp};
 
 /// The one job that there is.
 pub(super) fn id() -> JobId {
@@ -119,6 +120,7 @@ fn node(name: &str) -> NodeView {
         node: NodeId(name.into()),
         state: NodeState::Ready,
         cordoned: false,
+        joined: None,
         capacity: Capacity::default(),
         load: NodeLoad::default(),
         ranks: 0,
@@ -132,6 +134,28 @@ fn node(name: &str) -> NodeView {
         gpus_avoided: Vec::new(),
         gpu_blames: Vec::new(),
     }
+}
+
+fn join_token() -> NodeTokenView {
+    NodeTokenView {
+        id: ADMIN.into(),
+        created_at: Timestamp(1_767_225_600_000),
+        created_by: None,
+        expires_at: Timestamp(1_767_225_700_000),
+        uses: 1,
+        used: 0,
+        node: None,
+        revoked_at: None,
+    }
+}
+
+fn certificate(node: NodeId) -> NodeCertificate {
+    NodeCertificate { node, certificate: "PEM".into(), lives: Millis::secs(60) }
+}
+
+/// A join token as it is shown.
+pub(super) fn join_token_of(id: &str) -> String {
+    format!("{id}:{SECRET}")
 }
 
 pub(super) fn happening(id: u64) -> EventItem {
@@ -380,7 +404,7 @@ impl Control for Fake {
         token == TOKEN
     }
 
-    fn agent_linked(&self, mut link: AgentLink) -> Answer<'_, ()> {
+    fn agent_linked(&self, _: Agent, mut link: AgentLink) -> Answer<'_, ()> {
         Box::pin(async move {
             link.to.send("welcome".into()).await.expect("open");
             while let Some(frame) = link.from.recv().await {
@@ -392,5 +416,44 @@ impl Control for Fake {
             }
             Ok(())
         })
+    }
+
+    fn node_of(&self, certificate: &[u8; 32]) -> Result<NodeId, BadCertificate> {
+        match certificate[0] {
+            1 => Ok(NodeId("a".into())),
+            2 => Err(BadCertificate::Expelled),
+            _ => Err(BadCertificate::Unknown),
+        }
+    }
+
+    fn join_token(&self, shown: &str) -> Result<String, BadJoin> {
+        let (id, _) = crate::join::split_shown(shown).ok_or(BadJoin::Malformed)?;
+        if id == ADMIN { Ok(id.into()) } else { Err(BadJoin::Unknown) }
+    }
+
+    fn create_join_token(&self, wanted: NewNodeToken, by: Option<String>) -> Answer<'_, MadeNodeToken> {
+        let made = MadeNodeToken { token: "K1…".into(), about: NodeTokenView { created_by: by, ..join_token() } };
+        self.answer(format!("{wanted:?}"), Ok(made))
+    }
+
+    fn join_tokens(&self) -> Vec<NodeTokenView> {
+        vec![join_token()]
+    }
+
+    fn revoke_join_token(&self, id: String) -> Answer<'_, NodeTokenView> {
+        self.answer(format!("revoke join token {id}"), Ok(join_token()))
+    }
+
+    fn join(&self, request: JoinRequest, shown: String) -> Answer<'_, NodeCertificate> {
+        let id = shown.split(':').next().unwrap_or_default().to_string();
+        self.answer(format!("join {} with {id}", request.node), Ok(certificate(request.node)))
+    }
+
+    fn renew(&self, node: NodeId, _: [u8; 32], _: String) -> Answer<'_, NodeCertificate> {
+        self.answer(format!("renew {node}"), Ok(certificate(node)))
+    }
+
+    fn expel(&self, node: NodeId, force: bool) -> Answer<'_, NodeView> {
+        self.answer(format!("expel {node} force {force}"), Ok(self::node(&node.0)))
     }
 }

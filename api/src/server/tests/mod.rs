@@ -6,6 +6,7 @@ mod client;
 mod document;
 mod fake;
 mod jobs;
+mod join;
 mod link;
 mod refusals;
 mod streams;

@@ -307,3 +307,43 @@ fn a_gang_on_a_lost_node_says_what_it_waits_for_and_moves_when_it_is_looked_at_a
     assert_eq!((scene.summary(1).attempt, scene.summary(1).restarts), (2, 1));
     scene.take();
 }
+
+#[test]
+fn an_expelled_node_is_forgotten_and_what_it_held_goes_on_elsewhere() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(2)).submit(0, 2, command(1));
+    scene.start_all(10, 1, 1, 2).start_all(10, 2, 1, 1);
+    scene.exits(20, rank(2, 1, 0), killed(20));
+    scene.take();
+    scene.at(25, Event::NodeExpelled { node: node("n1"), force: false });
+    scene.expect(expect![""]);
+    scene.at(30, hello("n2", vec![]));
+    scene.take();
+    scene.at(40, Event::NodeExpelled { node: node("n1"), force: true });
+    scene.expect(expect![[r#"
+        40 node_expelled: n1 was expelled: a user asked for it
+        40 job 1: gang_failed: n1 was expelled
+        40 job 1: job_queued: waiting for a place: n1 was expelled
+        40 job 1: attempt_placed: attempt 2 is starting on n2
+        40 job 2: job_queued: waiting for a place: n1 was expelled
+        40 job 2: attempt_placed: attempt 2 is starting on n2
+        40   n1 <- forget 1.1.0 1.1.1
+        40   n2 <- start job 1 attempt 2 ranks 0+2 port 29502
+        40   n2 <- start job 2 attempt 2 ranks 0+1 port 29503
+    "#]]);
+    assert!(!scene.engine.nodes().contains_key(&node("n1")));
+    let (one, two) = (scene.summary(1), scene.summary(2));
+    assert_eq!((one.state, one.restarts, one.attempt), (JobState::Starting, 1, 2), "lost without cost, and placed again");
+    assert_eq!((two.state, two.attempt), (JobState::Starting, 2), "its retry does not wait for a place that is gone");
+    // Whatever comes late changes nothing, and under its name another may come.
+    scene.at(50, Event::NodeUnlinked { node: node("n1") });
+    scene.at(60, Event::NodeReported { node: node("n1"), load: Default::default() });
+    scene.expect(expect![""]);
+    scene.at(70, hello("n1", vec![alive(rank(1, 1, 0), 100)]));
+    scene.expect(expect![[r#"
+        70 node_ready: n1 joined
+        70   n1 <- stop job 1 attempt 1 grace 0s
+    "#]]);
+    scene.at(80, Event::NodeExpelled { node: node("n3"), force: true });
+    scene.expect(expect![""]);
+}

@@ -22,7 +22,7 @@ pub struct TokenRow {
 /// So long after its end a token is still listed.
 pub const TOKEN_KEPT_MS: u64 = 90 * 24 * 3_600 * 1_000;
 
-fn decode(error: impl std::error::Error + Send + Sync + 'static) -> sqlx::Error {
+pub(super) fn decode(error: impl std::error::Error + Send + Sync + 'static) -> sqlx::Error {
     sqlx::Error::Decode(Box::new(error))
 }
 

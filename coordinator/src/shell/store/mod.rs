@@ -11,10 +11,12 @@ use everlit_api::ids::JobId;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 
 mod doors;
+mod members;
 mod read;
 mod write;
 
 pub use doors::{TOKEN_KEPT_MS, TokenRow};
+pub use members::{JoinTokenRow, MemberRow};
 pub use read::{JobFilter, StoredEvent};
 pub use write::{Batch, Idempotency};
 

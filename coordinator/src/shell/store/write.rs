@@ -10,6 +10,7 @@ use serde_json::json;
 use sqlx::{Connection, SqliteConnection};
 
 use super::doors::{self, TokenRow};
+use super::members::{self, JoinTokenRow, MemberRow};
 use super::{Store, StoreError};
 use crate::engine::{EventRow, Held, JobRow, Record};
 
@@ -37,6 +38,8 @@ pub struct Batch {
     attempts: BTreeMap<(JobId, u32), AttemptView>,
     cordons: BTreeMap<NodeId, bool>,
     blames: BTreeMap<NodeId, Held>,
+    /// Nodes that were expelled.
+    forgotten: Vec<NodeId>,
     /// Keys used by jobs of this batch.
     pub idempotency: Vec<Idempotency>,
     removed: BTreeMap<JobId, Vec<NodeId>>,
@@ -44,6 +47,10 @@ pub struct Batch {
     pub cleared: Vec<(JobId, NodeId)>,
     /// Tokens as they are now.
     pub tokens: Vec<TokenRow>,
+    /// Join tokens as they are now.
+    pub join_tokens: Vec<JoinTokenRow>,
+    /// Nodes that joined, as they are now.
+    pub members: Vec<MemberRow>,
     /// New lines of the audit log.
     pub audit: Vec<(Timestamp, AuditEntry)>,
 }
@@ -60,6 +67,9 @@ impl Batch {
             && self.removed.is_empty()
             && self.cleared.is_empty()
             && self.tokens.is_empty()
+            && self.join_tokens.is_empty()
+            && self.members.is_empty()
+            && self.forgotten.is_empty()
             && self.audit.is_empty()
     }
 
@@ -79,6 +89,11 @@ impl Batch {
         self.attempts.extend(record.attempts.into_iter().map(|(job, view)| ((job, view.attempt), view)));
         self.cordons.extend(record.cordons);
         self.blames.extend(record.blames);
+        for node in record.forgotten {
+            self.cordons.remove(&node);
+            self.blames.remove(&node);
+            self.forgotten.push(node);
+        }
     }
 
     /// A job goes with everything that is known of it; its nodes are to remove its files.
@@ -115,6 +130,7 @@ async fn write(connection: &mut SqliteConnection, batch: &Batch) -> Result<(), S
     write_history(&mut tx, batch).await?;
     write_rest(&mut tx, batch).await?;
     doors::write(&mut tx, batch).await?;
+    members::write(&mut tx, batch).await?;
     sqlx::query("INSERT INTO clock (id, time) VALUES (0, ?) ON CONFLICT (id) DO UPDATE SET time = max(time, excluded.time)")
         .bind(batch.at.0 as i64)
         .execute(&mut *tx)
@@ -177,6 +193,10 @@ async fn write_history(tx: &mut SqliteConnection, batch: &Batch) -> Result<(), S
 
 /// Nodes, keys, and what is removed.
 async fn write_rest(tx: &mut SqliteConnection, batch: &Batch) -> Result<(), StoreError> {
+    // First: a node of the same name may have come since.
+    for node in &batch.forgotten {
+        sqlx::query("DELETE FROM nodes WHERE node = ?").bind(&node.0).execute(&mut *tx).await?;
+    }
     for (node, cordoned) in &batch.cordons {
         sqlx::query("INSERT INTO nodes (node, cordoned) VALUES (?, ?) ON CONFLICT (node) DO UPDATE SET cordoned = excluded.cordoned")
             .bind(&node.0)
