@@ -3,7 +3,7 @@
 //! The door refuses them and the agent overwrites them, so that no rank ever believes a wrong rank, port or folder.
 
 /// Set for each rank by everlit.
-pub const RESERVED: [&str; 29] = [
+pub const RESERVED: [&str; 32] = [
     "RANK",
     "LOCAL_RANK",
     "GROUP_RANK",
@@ -29,6 +29,9 @@ pub const RESERVED: [&str; 29] = [
     "EVERLIT_RESUME_FROM",
     "EVERLIT_DATA_SHARDS",
     "EVERLIT_RENDEZVOUS",
+    SERVER,
+    SERVER_SECRET,
+    GLOO_HOST,
     SNAPSHOT_DIR,
     SEAT,
     SPARE,
@@ -37,6 +40,12 @@ pub const RESERVED: [&str; 29] = [
 
 /// The process's number within its attempt ([`crate::ids::Incarnation::rank`]).
 pub const SEAT: &str = "EVERLIT_SEAT";
+/// `host:port` where ranks of several nodes leave word for each other; missing where all are on one.
+pub const SERVER: &str = "EVERLIT_RENDEZVOUS_SERVER";
+/// What opens it.
+pub const SERVER_SECRET: &str = "EVERLIT_RENDEZVOUS_SECRET";
+/// The address that the built-in program's connections use on this node.
+pub const GLOO_HOST: &str = "EVERLIT_GLOO_HOST";
 /// `1`: the rank is a spare, and waits until it is given a rank.
 pub const SPARE: &str = "EVERLIT_SPARE";
 /// `1`: other ranks may join a rank that began alone.

@@ -3,5 +3,6 @@
 
 pub mod agent;
 pub mod checkpoint;
+pub mod rendezvous;
 pub mod shim;
 pub mod train_config;

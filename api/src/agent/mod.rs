@@ -377,6 +377,9 @@ pub struct GangSpec {
     pub master_addr: String,
     /// Fresh for every attempt.
     pub master_port: u16,
+    /// What opens the store that ranks of several nodes meet at; empty where all are on one. The coordinator's shell puts it in.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub rendezvous_secret: String,
     /// Restarts so far (`TORCHELASTIC_RESTART_COUNT`).
     pub restarts: u32,
     /// `restart.max_restarts`.

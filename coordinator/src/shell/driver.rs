@@ -11,9 +11,11 @@ use everlit_api::agent::{FromAgent, Hello, ToAgent};
 use everlit_api::auth::AuditEntry;
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::job::JobSpec;
+use everlit_api::join::to_hex;
 use everlit_api::problem::{Code, Problem};
 use everlit_api::status::{EventView, JobState};
 use everlit_api::time::Timestamp;
+use sha2::{Digest, Sha256};
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
@@ -142,6 +144,8 @@ pub struct Driver {
     recent_keys: VecDeque<(Timestamp, String)>,
     /// The session of each node's newest link: the end of an older one is no news.
     sessions: BTreeMap<NodeId, u64>,
+    /// What nobody outside this data folder knows.
+    secret: Arc<str>,
     removals: BTreeMap<NodeId, BTreeSet<JobId>>,
     removals_asked: BTreeMap<NodeId, usize>,
 }
@@ -153,6 +157,7 @@ impl Driver {
         store: Arc<Store>,
         agents: Arc<Agents>,
         metrics: Arc<Metrics>,
+        secret: Arc<str>,
     ) -> Result<(Self, Clock, broadcast::Sender<News>), StoreError> {
         let (event_seq, last_time, last_job) = store.last().await?;
         let clock = Clock::after(last_time);
@@ -183,6 +188,7 @@ impl Driver {
             keys,
             recent_keys: VecDeque::new(),
             sessions: BTreeMap::new(),
+            secret,
             removals,
             removals_asked: BTreeMap::new(),
         };
@@ -468,13 +474,32 @@ impl Driver {
         }
         for command in done.commands {
             match command {
-                Command::Tell { node, frame } => self.agents.tell(&node, &frame),
+                Command::Tell { node, mut frame } => {
+                    if let ToAgent::StartGang(spec) = &mut frame
+                        && spec.group_world_size > 1
+                    {
+                        spec.rendezvous_secret = self.meeting_secret(spec.job, spec.attempt);
+                    }
+                    self.agents.tell(&node, &frame);
+                }
                 Command::Final { job, state, .. } => drop(self.news.send(News::Final(job, state))),
             }
         }
         for after in done.after {
             after();
         }
+    }
+}
+
+impl Driver {
+    /// The same for all nodes of an attempt, however often it is said, and for nobody else.
+    fn meeting_secret(&self, job: JobId, attempt: u32) -> String {
+        let mut hash = Sha256::new();
+        for part in [self.secret.as_bytes(), job.to_string().as_bytes(), &attempt.to_le_bytes()] {
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part);
+        }
+        to_hex(&hash.finalize())
     }
 }
 

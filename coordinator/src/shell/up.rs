@@ -99,7 +99,8 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::default());
     let agents = Arc::new(Agents::new(settings.report_interval));
     let config = engine::Config { node_timeout_ms: settings.node_timeout.0, ports: settings.rendezvous_ports, ..engine::Config::default() };
-    let (driver, clock, news) = Driver::load(config, store.clone(), agents.clone(), metrics.clone()).await?;
+    let token: Arc<str> = agent_token(&dir)?.into();
+    let (driver, clock, news) = Driver::load(config, store.clone(), agents.clone(), metrics.clone(), token.clone()).await?;
 
     let tls = settings.tls.clone().map(|tls| Doors::open(tls, &dir, &settings)).transpose()?;
     let listener = TcpListener::bind(settings.listen).await.with_context(|| {
@@ -108,9 +109,8 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let own = OwnDoor::open(&settings).await?;
     let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
-    let token = agent_token(&dir)?;
     let coordinator_file = dir.join("coordinator.json");
-    write_whole(&coordinator_file, &serde_json::json!({ "url": own.url(&url), "token": token, "pid": std::process::id() }).to_string())?;
+    write_whole(&coordinator_file, &serde_json::json!({ "url": own.url(&url), "token": &*token, "pid": std::process::id() }).to_string())?;
 
     let (inputs, input_queue) = mpsc::channel(INPUTS_MAX);
     let handle = Handle { inputs: inputs.clone(), news };
@@ -122,7 +122,7 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
         agents: agents.clone(),
         metrics,
         clock,
-        agent_token: token.into(),
+        agent_token: token,
         tokens: Arc::new(Tokens::new(store.tokens().await?)),
         members: Arc::new(Members::new(store.join_tokens().await?, store.members().await?)),
         joining: tls.as_ref().map(|doors| doors.joining.clone()),

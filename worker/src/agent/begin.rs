@@ -4,6 +4,7 @@
 //! before the runtime exists.
 
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use anyhow::Context;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -45,7 +46,7 @@ fn node(folders: Folders, has_gpus: bool) -> anyhow::Result<Node> {
     let programs = std::env::current_exe()?.parent().map(PathBuf::from).unwrap_or_default();
     let env = environment::PASSED.iter().filter_map(|name| Some(((*name).to_string(), std::env::var(name).ok()?)));
     let memory = Memory::find(folders.root());
-    Ok(Node { folders, memory, programs, env: env.collect(), has_gpus, open_files: raise_open_files(), boot_id: load::boot_id() })
+    Ok(Node { folders, memory, programs, env: env.collect(), has_gpus, open_files: raise_open_files(), boot_id: load::boot_id(), reach: Mutex::default() })
 }
 
 /// Raises the agent's own limit of open files; answers what ranks get.

@@ -58,6 +58,9 @@ pub struct RunArgs {
     /// The node's name [default: the host's name]; several agents on one machine take several.
     #[arg(long, env = "EVERLIT_NODE")]
     pub node: Option<String>,
+    /// The address that ranks on other nodes reach this one by [default: the one that its coordinator sees].
+    #[arg(long, env = "EVERLIT_ADDRESS", value_name = "IP")]
+    pub address: Option<std::net::IpAddr>,
     /// Ranks that this node takes at most [default: 16 per CPU, at least 64].
     #[arg(long, env = "EVERLIT_SLOTS")]
     pub slots: Option<u32>,

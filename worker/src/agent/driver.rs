@@ -3,8 +3,9 @@
 //! One `select!`, one `match`. What an earlier agent left is adopted before the first connection, so that the first hello is complete.
 
 use std::fs::File;
+use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -19,6 +20,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep_until};
 
 use super::cli::RunArgs;
 use super::effects::{Done, Effects};
+use super::environment::Reach;
 use super::engine::{Action, Engine, Event};
 use super::heartbeat::Heard;
 use super::identity::Identity;
@@ -59,6 +61,7 @@ pub(super) struct Driver {
     policies: Policies,
     hello: Hello,
     coordinator: Coordinator,
+    address: Option<IpAddr>,
     data_dir: PathBuf,
     expelled: bool,
     health: UnixListener,
@@ -115,6 +118,7 @@ impl Driver {
             policies: Policies::default(),
             hello,
             coordinator,
+            address: args.address,
             data_dir,
             expelled: false,
             health,
@@ -227,6 +231,10 @@ impl Driver {
             LinkEvent::Up(link) => {
                 let (ranks, checkpoints, draining) = self.engine.hello(self.now());
                 tracing::info!(ranks = ranks.len(), "linked");
+                let reach = self.address.or(link.address).map(|address| Reach { address, interface: load::interface_of(address) });
+                tracing::debug!(?reach);
+                // TODO-address
+                *self.effects.node.reach.lock().unwrap_or_else(PoisonError::into_inner) = reach;
                 let hello = Hello { ranks, checkpoints, draining, ..self.hello.clone() };
                 self.effects.link(link, hello);
                 self.handle(Event::Linked)

@@ -36,6 +36,7 @@ use super::stacks;
 use super::start::{self, Node, Prepared, Refused};
 use super::watch::{Watched, Watcher};
 use crate::checkpoint::{CheckpointError, Quarantined};
+use crate::rendezvous::Server;
 
 /// Work that was done on another thread.
 #[derive(Debug)]
@@ -59,6 +60,8 @@ pub(super) struct Effects {
     link: Option<Link>,
     logs: Logs,
     prepared: BTreeMap<(JobId, u32), Prepared>,
+    /// Where ranks of several nodes meet, of the newest attempt of a job.
+    meetings: BTreeMap<JobId, (u32, Server)>,
     checkpoints: Tracker,
     verifying: Arc<Semaphore>,
     outputs: Outputs,
@@ -88,6 +91,7 @@ impl Effects {
             link: None,
             logs: Logs::new(folders.clone()),
             prepared: BTreeMap::new(),
+            meetings: BTreeMap::new(),
             checkpoints: Tracker::default(),
             verifying: Arc::new(Semaphore::new(VERIFY_AT_ONCE)),
             outputs: Outputs::new(folders),
@@ -166,7 +170,10 @@ impl Effects {
     }
 
     fn spawn(&mut self, job: JobId, attempt: u32) {
-        let Some(prepared) = self.prepared.remove(&(job, attempt)) else { return };
+        let Some(mut prepared) = self.prepared.remove(&(job, attempt)) else { return };
+        if let Some(meeting) = prepared.meeting.take() {
+            self.meetings.insert(job, (attempt, meeting));
+        }
         self.watch_job(job);
         let node = self.node.clone();
         self.work(move || Done::Spawned(start::spawn(&node, prepared)));
@@ -276,7 +283,12 @@ impl Effects {
         self.ranks.remove(incarnation);
     }
 
-    fn remove_runs(&self, incarnations: Vec<Incarnation>) {
+    fn remove_runs(&mut self, incarnations: Vec<Incarnation>) {
+        for Incarnation { job, attempt, .. } in &incarnations {
+            if self.meetings.get(job).is_some_and(|(of, _)| of == attempt) {
+                self.meetings.remove(job);
+            }
+        }
         let folders = self.node.folders.clone();
         drop(spawn_blocking(move || {
             for incarnation in &incarnations {
@@ -290,6 +302,7 @@ impl Effects {
     }
 
     fn drop_job(&mut self, job: JobId) {
+        self.meetings.remove(&job);
         self.watcher.remove(Watched::Checkpoints(job));
         self.checkpoints.drop_job(job);
         self.outputs.drop_job(job);

@@ -4,10 +4,11 @@
 //! would only break itself. What torch programs usually want (`OMP_NUM_THREADS`, …) is set unless the job sets it.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::Path;
 
 use everlit_api::agent::{GangSpec, Program};
-use everlit_api::environment::{ELASTIC, RESERVED, SEAT, SNAPSHOT_DIR, SPARE};
+use everlit_api::environment::{ELASTIC, GLOO_HOST, RESERVED, SEAT, SERVER, SERVER_SECRET, SNAPSHOT_DIR, SPARE};
 
 /// What is passed on from the agent's own environment.
 pub(super) const PASSED: [&str; 4] = ["PATH", "HOME", "LANG", "LD_LIBRARY_PATH"];
@@ -29,6 +30,15 @@ pub(super) struct Paths<'a> {
     pub snapshots: Option<&'a Path>,
 }
 
+/// How this node is reached by others of a gang.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Reach {
+    /// Its address.
+    pub address: IpAddr,
+    /// The interface that has it; `None` when none has, as behind a translation of addresses.
+    pub interface: Option<String>,
+}
+
 /// The environment of the process on a seat of this node: a rank, or a spare, whose rank is its seat until it gets one. `own`: the agent's
 /// variables named in [`PASSED`]. `node_has_gpus`: then a job sees only the GPUs granted to it, which may be none.
 pub(super) fn environment(
@@ -38,6 +48,7 @@ pub(super) fn environment(
     resume_from: Option<&str>,
     own: &BTreeMap<String, String>,
     node_has_gpus: bool,
+    reach: Option<&Reach>,
 ) -> BTreeMap<String, String> {
     let place = spec.rank_of(seat);
     let rank = place.unwrap_or(seat);
@@ -50,6 +61,13 @@ pub(super) fn environment(
     if node_has_gpus {
         // The order that the driver counts in; CUDA's own default puts the fastest first.
         env.insert("CUDA_DEVICE_ORDER".into(), "PCI_BUS_ID".into());
+    }
+    if spec.group_world_size > 1
+        && let Some(interface) = reach.and_then(|reach| reach.interface.as_ref())
+    {
+        for library in ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"] {
+            env.insert(library.into(), interface.clone());
+        }
     }
     if matches!(spec.program, Program::Command { .. }) {
         env.insert("TORCH_NCCL_ASYNC_ERROR_HANDLING".into(), "1".into());
@@ -85,6 +103,13 @@ pub(super) fn environment(
     if matches!(spec.program, Program::Worker { .. }) {
         set(SEAT, seat.to_string());
     }
+    if spec.group_world_size > 1
+        && let (Program::Worker { .. }, Some(reach)) = (&spec.program, reach)
+    {
+        set(SERVER, server_address(spec));
+        set(SERVER_SECRET, spec.rendezvous_secret.clone());
+        set(GLOO_HOST, reach.address.to_string());
+    }
     if place.is_none() {
         set(SPARE, "1".into());
     }
@@ -99,6 +124,12 @@ pub(super) fn environment(
         set("CUDA_VISIBLE_DEVICES", gpus.join(","));
     }
     env
+}
+
+/// Where ranks of several nodes meet: with the first of them.
+pub(super) fn server_address(spec: &GangSpec) -> String {
+    let host = &spec.master_addr;
+    if host.contains(':') { format!("[{host}]:{}", spec.master_port) } else { format!("{host}:{}", spec.master_port) }
 }
 
 /// The shards of one rank of the whole gang: round-robin, so that each shard has one reader.
@@ -129,6 +160,7 @@ pub(crate) mod tests {
             group_world_size: 1,
             master_addr: "127.0.0.1".into(),
             master_port: 29_500,
+            rendezvous_secret: String::new(),
             restarts: 0,
             max_restarts: 50,
             mean_time_between_failures: None,
@@ -160,7 +192,7 @@ pub(crate) mod tests {
             snapshots: Some(at("/dev/shm/s")),
         };
         let own = BTreeMap::from([("PATH".to_string(), "/bin".to_string())]);
-        let env = environment(spec, seat, paths, Some("/c/step-000000000100"), &own, node_has_gpus);
+        let env = environment(spec, seat, paths, Some("/c/step-000000000100"), &own, node_has_gpus, None);
         env.iter().map(|(name, value)| format!("{name}={value}\n")).collect()
     }
 

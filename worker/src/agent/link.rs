@@ -5,6 +5,7 @@
 //! maintained; when the coordinator's file changes it is dialled at once.
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -85,6 +86,8 @@ pub(super) struct Link {
     pub frames: mpsc::Sender<String>,
     /// What log streams send, in order.
     pub logs: mpsc::Sender<FromLogs>,
+    /// This end's address, where the other is on another machine.
+    pub address: Option<IpAddr>,
 }
 
 /// What log streams send.
@@ -110,8 +113,8 @@ pub(super) async fn run(coordinator: Coordinator, file_changed: Arc<Notify>, eve
     for id in 1.. {
         let mut refused = None;
         match timeout(CONNECT_MAX, connect(&coordinator)).await.context("no answer in time").and_then(|answer| answer) {
-            Ok(socket) => {
-                refused = serve(id, socket, &events).await;
+            Ok((socket, address)) => {
+                refused = serve(id, socket, address, &events).await;
                 if events.send(LinkEvent::Down(id)).await.is_err() {
                     return;
                 }
@@ -147,14 +150,16 @@ fn note(last: &mut String, failure: &str, what: &str) {
     }
 }
 
-async fn connect(coordinator: &Coordinator) -> anyhow::Result<Socket> {
+async fn connect(coordinator: &Coordinator) -> anyhow::Result<(Socket, Option<IpAddr>)> {
     match coordinator {
-        Coordinator::Local(file) => connect_local(file).await,
+        Coordinator::Local(file) => Ok((connect_local(file).await?, None)),
         Coordinator::Joined(shared) => {
             let own = current(shared);
             let stream = Dialer::of(&own)?.connect(&own.coordinator).await?;
             let uri = format!("wss://{AGENTS_NAME}/agent/link").parse().context("not an address")?;
-            open(ClientRequestBuilder::new(uri), Box::new(stream)).await.map_err(|error| in_words_of(error, &own.coordinator))
+            let address = stream.get_ref().0.local_addr().ok().map(|own| own.ip());
+            let opened = open(ClientRequestBuilder::new(uri), Box::new(stream)).await;
+            Ok((opened.map_err(|error| in_words_of(error, &own.coordinator))?, address))
         }
     }
 }
@@ -187,10 +192,10 @@ async fn open(request: ClientRequestBuilder, stream: Box<dyn Stream>) -> Result<
 }
 
 /// Serves one connection to its end; answers why the coordinator would not have it, where it said so.
-async fn serve(id: u64, socket: Socket, events: &mpsc::Sender<LinkEvent>) -> Option<Refused> {
+async fn serve(id: u64, socket: Socket, address: Option<IpAddr>, events: &mpsc::Sender<LinkEvent>) -> Option<Refused> {
     let (frames, frames_rx) = mpsc::channel(LINK_FRAMES_MAX);
     let (logs, logs_rx) = mpsc::channel(LINK_LOG_FRAMES_MAX);
-    if events.send(LinkEvent::Up(Link { id, frames, logs })).await.is_err() {
+    if events.send(LinkEvent::Up(Link { id, frames, logs, address })).await.is_err() {
         return None;
     }
     let (sink, stream) = socket.split();

@@ -99,6 +99,17 @@ fn cpu_times(stat: &str) -> (u64, u64, usize) {
     (total - idle, total, lines.count())
 }
 
+/// The interface that has an address.
+pub(super) fn interface_of(address: std::net::IpAddr) -> Option<String> {
+    let mut all = nix::ifaddrs::getifaddrs().ok()?;
+    let found = all.find(|one| {
+        let own = one.address.as_ref();
+        let v4 = own.and_then(|own| own.as_sockaddr_in()).map(|own| std::net::IpAddr::V4(own.ip()));
+        v4.or_else(|| own.and_then(|own| own.as_sockaddr_in6()).map(|own| std::net::IpAddr::V6(own.ip()))) == Some(address)
+    });
+    found.map(|one| one.interface_name)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -18,12 +18,14 @@ use everlit_api::ids::Incarnation;
 use everlit_api::job::WorkerSpec;
 use everlit_api::time::Millis;
 use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
 
-use super::environment::{self, Paths};
+use super::environment::{self, Paths, Reach};
 use super::folders::{ERROR_NAME, Folders, GANG_NAME, HEARTBEAT_NAME, SHARDS_NAME, WORKER_NAME, parse_attempt};
 use super::memory::Memory;
 use super::{resume, shim};
 use crate::checkpoint;
+use crate::rendezvous::Server;
 use crate::shim::spec::Spec;
 use crate::train_config::TrainConfig;
 
@@ -44,6 +46,15 @@ pub(super) struct Node {
     pub open_files: Option<u64>,
     /// The kernel's boot id.
     pub boot_id: String,
+    /// How other nodes reach it, once that is known.
+    pub reach: Mutex<Option<Reach>>,
+}
+
+impl Node {
+    /// How other nodes reach it.
+    pub(super) fn reach(&self) -> Option<Reach> {
+        self.reach.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 /// A gang that can be started at once.
@@ -51,6 +62,8 @@ pub(super) struct Node {
 pub(super) struct Prepared {
     /// Where it starts from.
     pub resumed: Resumed,
+    /// Where ranks of several nodes meet, when it is this node that keeps that.
+    pub meeting: Option<Server>,
     ranks: Vec<(Incarnation, PathBuf, Spec)>,
 }
 
@@ -119,6 +132,9 @@ pub(super) fn prepare(node: &Node, spec: &GangSpec) -> Result<Prepared, Refused>
     }
     let attempt = folders.attempt(spec.job, spec.attempt);
     let argv = argv(node, spec, &attempt)?;
+    if spec.group_world_size > 1 && node.reach().is_none() {
+        return Err(Refused::now("this node has no address that others could reach: start its agent with --address"));
+    }
     // What is ordered is not over: the mark is of a coordinator that has lost what it said was durable.
     match fs::remove_file(folders.ended(spec.job)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &folders.ended(spec.job))(error)),
@@ -149,9 +165,22 @@ pub(super) fn prepare(node: &Node, spec: &GangSpec) -> Result<Prepared, Refused>
     let seats = spec.own_seats().map(|(_, seat)| seat).chain(spec.spares.iter().copied());
     let ranks: Result<Vec<_>, _> = seats.map(|seat| prepare_rank(node, spec, seat, &argv, from, snapshots.as_deref())).collect();
     let ranks = ranks?;
+    let meeting = open_meeting(spec)?;
     write_gang(node, spec, &resumed)?;
     remove_older_attempts(folders, spec, known);
-    Ok(Prepared { resumed, ranks })
+    Ok(Prepared { resumed, meeting, ranks })
+}
+
+/// The first node of a gang on several keeps the place where the ranks of the built-in program meet.
+fn open_meeting(spec: &GangSpec) -> Result<Option<Server>, Refused> {
+    if spec.group_world_size <= 1 || spec.group_rank > 0 || !matches!(spec.program, Program::Worker { .. }) {
+        return Ok(None);
+    }
+    let at = environment::server_address(spec);
+    let address = at.parse().map_err(|_| Refused::forever(format!("`{at}` is no address to meet at")))?;
+    // On the agent's own threads: this one may wait.
+    let opened = Handle::current().block_on(Server::open(address, &spec.rendezvous_secret, spec.world_size));
+    opened.map(Some).map_err(|error| Refused::now(format!("ranks can not meet at {at}: {error}")))
 }
 
 /// One process's run folder, and what its shim is told.
@@ -178,7 +207,7 @@ fn prepare_rank(
         rendezvous: &folders.rendezvous(spec.job, spec.attempt),
         snapshots,
     };
-    let env = environment::environment(spec, seat, paths, from, &node.env, node.has_gpus);
+    let env = environment::environment(spec, seat, paths, from, &node.env, node.has_gpus, node.reach().as_ref());
     let env: Result<Vec<CString>, Refused> = env.iter().map(|(name, value)| c_string(&format!("{name}={value}"), name)).collect();
     let shim = Spec {
         rank,
@@ -196,6 +225,7 @@ fn prepare_rank(
 fn write_gang(node: &Node, spec: &GangSpec, resumed: &Resumed) -> Result<(), Refused> {
     let mut kept = spec.clone();
     kept.env.clear();
+    kept.rendezvous_secret.clear();
     let file = GangFile { boot_id: node.boot_id.clone(), spec: kept, resumed: resumed.clone() };
     let text = serde_json::to_vec(&file).map_err(|error| Refused::forever(error.to_string()))?;
     write_whole(&node.folders.attempt(spec.job, spec.attempt).join(GANG_NAME), &text)
@@ -217,14 +247,14 @@ pub(super) fn regroup(node: &Node, spec: &GangSpec, resumed: Resumed, fresh: &[u
     let place = folders.rendezvous(spec.job, spec.attempt).join(MEMBERS_NAME);
     let known: Option<Members> = fs::read(&place).ok().and_then(|text| serde_json::from_slice(&text).ok());
     if known.is_some_and(|known| known.generation > spec.generation) {
-        return Ok(Prepared { resumed, ranks });
+        return Ok(Prepared { resumed, meeting: None, ranks });
     }
     write_gang(node, spec, &resumed)?;
     let seats = (0..spec.world_size).map(|rank| spec.seat(rank)).collect();
     let members = serde_json::to_vec(&Members { generation: spec.generation, seats });
     let members = members.map_err(|error| Refused::forever(error.to_string()))?;
     write_whole(&place, &members)?;
-    Ok(Prepared { resumed, ranks })
+    Ok(Prepared { resumed, meeting: None, ranks })
 }
 
 /// What the built-in program is told beyond its environment.

@@ -4,9 +4,10 @@
 
 use std::path::PathBuf;
 
-use everlit_api::environment::{ELASTIC, SEAT, SNAPSHOT_DIR, SPARE};
+use everlit_api::environment::{ELASTIC, GLOO_HOST, SEAT, SERVER, SERVER_SECRET, SNAPSHOT_DIR, SPARE};
 
 use super::TrainError;
+use super::rendezvous::Server;
 
 /// A rank's place in its gang.
 #[derive(Debug, Clone)]
@@ -41,6 +42,8 @@ pub struct Environment {
     pub resume_from: Option<Option<PathBuf>>,
     /// `dir:<path>`; needed with more than one rank.
     pub rendezvous: Option<String>,
+    /// Where ranks of several nodes meet; `None`: all are on this one.
+    pub server: Option<Server>,
     /// The address that this rank's connections use.
     pub gloo_host: String,
     /// Other ranks may join one that began alone.
@@ -90,10 +93,18 @@ impl Environment {
             snapshot_dir: text(SNAPSHOT_DIR).map(PathBuf::from),
             resume_from: variable("EVERLIT_RESUME_FROM").map(|path| (!path.is_empty()).then(|| PathBuf::from(path))),
             rendezvous,
-            gloo_host: text("EVERLIT_GLOO_HOST").unwrap_or_else(|| "127.0.0.1".into()),
+            server: text(SERVER).map(|address| Server { address, secret: text(SERVER_SECRET).unwrap_or_default() }),
+            gloo_host: text(GLOO_HOST).unwrap_or_else(|| "127.0.0.1".into()),
             elastic: text(ELASTIC).is_some(),
             threads: i32::try_from(threads).unwrap_or(1),
         })
+    }
+}
+
+impl Environment {
+    /// This rank among those that save together, and how many those are: all that see the same disk. Each node saves the whole state.
+    pub fn savers(&self) -> (u32, u32) {
+        if self.server.is_some() { (self.local_rank, self.local_world) } else { (self.rank, self.world) }
     }
 }
 

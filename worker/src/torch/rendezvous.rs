@@ -3,7 +3,7 @@
 //! A value appears by rename, whole or not at all, and stays when its writer dies. Keys live under the generation, so a
 //! new membership never sees an old one's. Waiting is short polling: a rank waits here once per membership, for milliseconds.
 //! Who is in a membership after the first the agent says, in one file; a wait for others ends when a later one is said.
-//! Knows no sockets; Gloo stores its addresses through this.
+//! Ranks of several nodes leave word in a store that the agent of the first keeps, instead. Gloo stores its addresses through this.
 
 use std::fs;
 use std::io;
@@ -12,8 +12,12 @@ use std::time::{Duration, Instant};
 
 use everlit_api::agent::{MEMBERS_NAME, Members};
 
+use everlit_worker::rendezvous::Client;
+
 use super::TrainError;
 
+/// Longest single wait at a store.
+const WAIT_MAX: Duration = Duration::from_secs(1);
 const POLL_FIRST: Duration = Duration::from_micros(500);
 const POLL_MAX: Duration = Duration::from_millis(10);
 
@@ -41,10 +45,26 @@ fn folder_of(address: &str) -> Result<&Path, TrainError> {
     path.map(Path::new).ok_or_else(|| TrainError::Config(format!("EVERLIT_RENDEZVOUS is `{address}`, not `dir:<path>`")))
 }
 
+/// A store that ranks of several nodes meet at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Server {
+    /// `host:port`.
+    pub address: String,
+    /// What opens it.
+    pub secret: String,
+}
+
+/// Where keys are.
+#[derive(Debug)]
+enum Place {
+    Folder(PathBuf),
+    Store { client: Client, prefix: String },
+}
+
 /// One rank's view of a membership.
 #[derive(Debug)]
 pub struct Rendezvous {
-    folder: PathBuf,
+    place: Place,
     meeting: Meeting,
     generation: u32,
     rank: u32,
@@ -56,7 +76,13 @@ impl Rendezvous {
     pub fn open(address: &str, generation: u32, rank: u32, world: u32) -> Result<Self, TrainError> {
         let folder = folder_of(address)?.join(format!("g{generation}"));
         fs::create_dir_all(&folder).map_err(|error| TrainError::failed(format!("could not create `{}`: {error}", folder.display())))?;
-        Ok(Self { folder, meeting: Meeting::at(address)?, generation, rank, world })
+        Ok(Self { place: Place::Folder(folder), meeting: Meeting::at(address)?, generation, rank, world })
+    }
+
+    /// At a store, for one `purpose`; `address` as for [`Self::open`], for news of later memberships.
+    pub fn at(server: &Server, purpose: &str, address: &str, generation: u32, rank: u32, world: u32) -> Result<Self, TrainError> {
+        let place = Place::Store { client: Client::new(&server.address, &server.secret), prefix: format!("g{generation}/{purpose}/") };
+        Ok(Self { place, meeting: Meeting::at(address)?, generation, rank, world })
     }
 
     /// This rank.
@@ -71,14 +97,23 @@ impl Rendezvous {
 
     /// Writes a value; the last writer of a key wins.
     pub fn set(&self, key: &str, value: &[u8]) -> io::Result<()> {
-        let draft = self.folder.join(format!(".{}.{}.tmp", file_name(key), std::process::id()));
-        fs::write(&draft, value)?;
-        fs::rename(&draft, self.folder.join(file_name(key)))
+        match &self.place {
+            Place::Folder(folder) => {
+                let draft = folder.join(format!(".{}.{}.tmp", file_name(key), std::process::id()));
+                fs::write(&draft, value)?;
+                fs::rename(&draft, folder.join(file_name(key)))
+            }
+            Place::Store { client, prefix } => client.put(&format!("{prefix}{key}"), value),
+        }
     }
 
     /// Waits for a value; an error of kind `Interrupted` says that a later membership holds by now.
     pub fn get(&self, key: &str, timeout: Duration) -> io::Result<Vec<u8>> {
-        let path = self.folder.join(file_name(key));
+        let folder = match &self.place {
+            Place::Folder(folder) => folder,
+            Place::Store { client, prefix } => return self.get_from(client, &format!("{prefix}{key}"), timeout),
+        };
+        let path = folder.join(file_name(key));
         let deadline = Instant::now() + timeout;
         let mut pause = POLL_FIRST;
         loop {
@@ -97,16 +132,35 @@ impl Rendezvous {
         }
     }
 
+    fn get_from(&self, client: &Client, key: &str, timeout: Duration) -> io::Result<Vec<u8>> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if let Some(value) = client.wait(key, left.min(WAIT_MAX))? {
+                return Ok(value);
+            }
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            if self.meeting.after(self.generation).is_some() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+        }
+    }
+
     /// Whether a key has a value.
     pub fn has(&self, key: &str) -> bool {
-        self.folder.join(file_name(key)).exists()
+        match &self.place {
+            Place::Folder(folder) => folder.join(file_name(key)).exists(),
+            Place::Store { client, prefix } => client.has(&format!("{prefix}{key}")).unwrap_or(false),
+        }
     }
 
     /// Says `what` with a text and waits until every rank has said it too; answers all texts in rank order.
     pub fn gather(&self, what: &str, text: &str, timeout: Duration) -> Result<Vec<String>, TrainError> {
         let key = |rank: u32| format!("{what}/{rank}");
         self.set(&key(self.rank), text.as_bytes())
-            .map_err(|error| TrainError::failed(format!("rendezvous: could not write to `{}`: {error}", self.folder.display())))?;
+            .map_err(|error| TrainError::PeerLost(format!("rendezvous: could not say `{what}`: {error}")))?;
         let deadline = Instant::now() + timeout;
         let mut texts = Vec::new();
         let mut missing = Vec::new();
@@ -117,7 +171,7 @@ impl Rendezvous {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {
                     return Err(TrainError::PeerLost(format!("rendezvous: another membership holds, rank {rank} did not say `{what}`")));
                 }
-                Err(error) => return Err(TrainError::failed(format!("rendezvous: could not read rank {rank}'s {what}: {error}"))),
+                Err(error) => return Err(TrainError::PeerLost(format!("rendezvous: could not read rank {rank}'s {what}: {error}"))),
             }
         }
         if missing.is_empty() {

@@ -24,7 +24,7 @@ use super::super::tensors::{assign, beside, on_cpu};
 use super::super::{TrainError, signals};
 use super::figures::Figures;
 use super::run::{Data, Trainer};
-use super::{COLLECTIVE_TIMEOUT, HELLO_TIMEOUT, Position, backend, buckets, evaluate, plan, say, start_saver};
+use super::{COLLECTIVE_TIMEOUT, HELLO_TIMEOUT, Position, READY_TIMEOUT, backend, buckets, evaluate, plan, say, start_saver};
 
 /// A coordinator that lives says what follows within milliseconds. One that is away restarts the gang when it is back.
 const NEWS_TIMEOUT: Duration = Duration::from_secs(15);
@@ -97,6 +97,41 @@ pub(super) fn meet_again(
     }
     let batch = all[source as usize].batch.unwrap_or_default();
     Ok(Met { group, position: newest, batch })
+}
+
+/// Ranks of several nodes begin: those whose node has no checkpoint, or an older one, take the state from the most advanced. Answers where
+/// all are now, what one update was there, and whether anybody was behind.
+pub(super) fn level(
+    environment: &Environment,
+    state: &State,
+    data: &Data,
+    own: Position,
+    batch: Option<u64>,
+) -> Result<(Position, Option<u64>, bool), TrainError> {
+    let Some(server) = &environment.server else { return Ok((own, batch, false)) };
+    let address = environment.rendezvous.as_deref().unwrap_or_default();
+    let (generation, rank, world) = (environment.generation, environment.rank, environment.world);
+    let rendezvous = Arc::new(Rendezvous::at(server, "level", address, generation, rank, world)?);
+    let standing = Standing {
+        position: Some((own.step, own.samples)),
+        // What a node that is behind had does not count.
+        batch: None,
+        data: data.listing_sha256.clone(),
+        device: if state.model.device().is_cuda() { "cuda".into() } else { "cpu".into() },
+    };
+    let text = serde_json::to_string(&(standing, batch)).map_err(TrainError::failed)?;
+    let told = rendezvous.gather("standing", &text, READY_TIMEOUT)?;
+    let told: Result<Vec<(Standing, Option<u64>)>, _> = told.iter().map(|text| serde_json::from_str(text)).collect();
+    let (all, batches): (Vec<Standing>, Vec<Option<u64>>) = told.map_err(TrainError::failed)?.into_iter().unzip();
+    let (source, newest) = decide_source(&all).map_err(TrainError::Failed)?;
+    let behind: Vec<u32> = (0..world).filter(|rank| all[*rank as usize].position != all[source as usize].position).collect();
+    if !behind.is_empty() {
+        let group = Group::connect(rendezvous.clone(), &environment.gloo_host, Backend::Gloo, HELLO_TIMEOUT, COLLECTIVE_TIMEOUT)?;
+        hand_over(rank, source, &behind, state, &group, &rendezvous, false)?;
+        // Nobody leaves while another still takes.
+        rendezvous.gather("level", "", READY_TIMEOUT)?;
+    }
+    Ok((newest, batches[source as usize], !behind.is_empty()))
 }
 
 /// Whose state all go on with: the most advanced, the lowest rank among equals.

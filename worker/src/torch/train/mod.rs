@@ -155,7 +155,11 @@ pub fn dry_run(config: &TrainConfig, environment: &Environment) -> Result<(), Tr
 fn rendezvous(environment: &Environment) -> Result<Option<Arc<Rendezvous>>, TrainError> {
     match &environment.rendezvous {
         Some(address) if environment.world > 1 => {
-            Ok(Some(Arc::new(Rendezvous::open(address, environment.generation, environment.rank, environment.world)?)))
+            let (generation, rank, world) = (environment.generation, environment.rank, environment.world);
+            Ok(Some(Arc::new(match &environment.server {
+                Some(server) => Rendezvous::at(server, "train", address, generation, rank, world)?,
+                None => Rendezvous::open(address, generation, rank, world)?,
+            })))
         }
         _ => Ok(None),
     }
@@ -260,9 +264,16 @@ fn begin(
     rendezvous: Option<Arc<Rendezvous>>,
 ) -> Result<Beginning, TrainError> {
     let resumed = resume(worker, environment, corpus, state)?;
-    let position = resumed.as_ref().map_or(Position::default(), |(_, old)| Position { step: old.step, samples: old.samples });
-    let batch = batch_size(worker, environment, room, resumed.as_ref().map(|(_, old)| old), rendezvous.as_deref())?;
+    let mut position = resumed.as_ref().map_or(Position::default(), |(_, old)| Position { step: old.step, samples: old.samples });
+    let mut old_batch = resumed.as_ref().map(|(_, old)| old.global_batch);
+    let mut levelled = false;
+    if environment.server.is_some() && environment.world > 1 {
+        // Each node has checkpoints of its own, or none.
+        (position, old_batch, levelled) = membership::level(environment, state, &Data::of(corpus), position, old_batch)?;
+    }
+    let batch = batch_size(worker, environment, room, old_batch, rendezvous.as_deref())?;
     let from = match &resumed {
+        _ if levelled => format!("resuming at step {} with the state of the node that was ahead", position.step),
         Some((path, _)) => format!("resuming at step {} from {}", position.step, path.display()),
         None => "starting from the seed".into(),
     };
@@ -276,7 +287,7 @@ fn begin(
         }
         None => None,
     };
-    Ok(Beginning { group, position, batch, saved: !from_memory })
+    Ok(Beginning { group, position, batch, saved: !from_memory && !levelled })
 }
 
 /// The first pass of a process takes several times as long as the next: one on no data, whose gradient is dropped.
@@ -311,11 +322,12 @@ fn start_saver(config: &TrainConfig, environment: &Environment, attempt: u32, st
 }
 
 fn saver_settings(config: &TrainConfig, environment: &Environment, dir: &Path, attempt: u32) -> Settings {
+    let (rank, world) = environment.savers();
     Settings {
         dir: dir.into(),
         snapshots: environment.snapshot_dir.clone(),
-        rank: environment.rank,
-        world: environment.world,
+        rank,
+        world,
         attempt,
         // Under an agent, the agent prunes.
         prune: environment.heartbeat_file.is_none().then_some(config.checkpoint.keep),
@@ -425,15 +437,15 @@ fn batch_size(
     worker: &WorkerSpec,
     environment: &Environment,
     room: &Room,
-    resumed: Option<&Manifest>,
+    old: Option<u64>,
     rendezvous: Option<&Rendezvous>,
 ) -> Result<u64, TrainError> {
     match worker.batch_size {
         BatchSize::Samples(batch) => return Ok(batch),
         BatchSize::Auto(_) => {}
     }
-    if let Some(old) = resumed.filter(|old| old.global_batch >= u64::from(environment.world)) {
-        return Ok(old.global_batch);
+    if let Some(old) = old.filter(|old| *old >= u64::from(environment.world)) {
+        return Ok(old);
     }
     let own = room.samples().unwrap_or(1).clamp(1, 4096);
     let Some(rendezvous) = rendezvous else { return Ok(own) };
