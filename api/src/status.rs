@@ -359,7 +359,7 @@ pub struct CheckpointView {
 }
 
 /// `GET /jobs/{id}/explain`: why it is not running.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Explanation {
     /// The job's state.
     pub state: JobState,
@@ -367,8 +367,11 @@ pub struct Explanation {
     pub reason: String,
     /// Jobs before it in the queue.
     pub position: Option<u64>,
-    /// A sentence per node.
+    /// A sentence per node, of 50 nodes at most.
     pub nodes: BTreeMap<String, String>,
+    /// Of how many nodes more each sentence is true.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub more_nodes: BTreeMap<String, u64>,
 }
 
 /// The answer to `POST /jobs?dry_run=true`.
@@ -401,6 +404,16 @@ pub struct PlacedRanks {
     /// Indexes of the GPUs granted there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gpus: Vec<u32>,
+}
+
+/// Keeps jobs off a node that do not tolerate it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+pub struct Taint {
+    /// Like `reserved-for`.
+    pub key: String,
+    /// Like `research`; may be empty.
+    #[serde(default)]
+    pub value: String,
 }
 
 /// What a node has.
@@ -476,8 +489,20 @@ pub struct NodeView {
     pub cpus_reserved: f64,
     /// Bytes reserved.
     pub memory_reserved: u64,
-    /// Indexes of the GPUs granted.
+    /// Indexes of the GPUs granted, whole or in part.
     pub gpus_granted: Vec<u32>,
+    /// Bytes of GPU memory reserved on GPUs that ranks share, by index.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub gpu_memory_reserved: BTreeMap<u32, u64>,
+    /// Where ranks of other nodes reach it; without it no gang of several nodes has ranks here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+    /// What kind of node it is, for `node_selector`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// It takes only jobs that tolerate all of these.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub taints: Vec<Taint>,
     /// Version of its agent.
     pub agent_version: String,
     /// Since its last report.

@@ -421,7 +421,7 @@ impl Control for Coordinator {
     fn drain(&self, id: NodeId) -> Answer<'_, NodeView> {
         Box::pin(async move {
             self.node_view(id.clone()).await?;
-            self.send(Input::Wish(Event::NodeDraining { node: id.clone(), cordon: true })).await?;
+            self.send(Input::Wish(Event::NodeDraining { node: id.clone(), cordon: true, deadline: None })).await?;
             self.node_view(id).await
         })
     }

@@ -23,6 +23,8 @@ const LINGER_MS: u64 = 60_000;
 pub struct SimNode {
     pub id: NodeId,
     pub capacity: Capacity,
+    /// Where other nodes reach it: in some worlds, so that gangs go over several nodes there.
+    pub address: Option<String>,
     pub boot: u64,
     pub agent: Option<Engine>,
     /// Counts the agent's lives: news for an earlier one reach nobody.
@@ -82,6 +84,7 @@ impl SimNode {
         Self {
             id: NodeId(format!("node-{number}")),
             capacity,
+            address: None,
             boot: 1,
             agent: None,
             life: 0,

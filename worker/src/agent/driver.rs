@@ -70,6 +70,9 @@ impl Driver {
             ranks: Vec::new(),
             checkpoints: Vec::new(),
             draining: false,
+            address: None,
+            labels: Default::default(),
+            taints: Vec::new(),
         };
         let health = status::listen(node.folders.root()).context("could not open the health socket")?;
         let coordinator_file = std::path::absolute(&args.coordinator_file)?;
