@@ -38,7 +38,7 @@ impl Engine {
     /// Nodes on which a job that waits will have ranks, as far as is known.
     fn kept_for(&self, id: JobId) -> Vec<&NodeId> {
         let head = self.pass.head.as_ref().filter(|head| head.job == id).map(|head| &head.shares);
-        let shares = self.pass.promises.get(&id).or(head);
+        let shares = self.pass.promised_to(id).or(head);
         shares.into_iter().flatten().map(|share| &share.node).collect()
     }
 

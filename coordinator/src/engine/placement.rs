@@ -475,11 +475,16 @@ fn why_not(nodes: &BTreeMap<NodeId, Node>, whole: &Need, own: bool) -> Placement
         return Placement::Later(format!("it needs several nodes: {reached} could hold it, and have room for {free} of its {ranks} ranks now"));
     }
     let reasons: Vec<_> = nodes.iter().take(4).map(|(id, n)| format!("{id} {}", n.explain(id, need, spread, own))).collect();
+    let never = "no node can ever hold it";
     let mut able = nodes.iter().filter(|(_, n)| n.fit(need, true).is_ok()).peekable();
     let which = if able.peek().is_some() {
-        if able.any(|(id, n)| allowed(id, n)) { "no connected node can hold it" } else { "no other node can hold it" }
+        match able.any(|(id, n)| allowed(id, n)) {
+            true => "no connected node can hold it",
+            false if need.excluded.is_empty() => never,
+            false => "no other node can hold it",
+        }
     } else {
-        "no node can ever hold it"
+        never
     };
     let more = match nodes.len() {
         0..=4 => String::new(),

@@ -10,11 +10,9 @@
 //! higher priority that come meanwhile. Rejected: strict order (a small job waits for days beside idle nodes), reservations for all that wait
 //! (each delays the others' guesses), going by how long jobs ran before (a guess that is wrong delays the first).
 
-use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use everlit_api::ids::{JobId, NodeId};
-use everlit_api::job::Priority;
 use everlit_api::status::PlacedRanks;
 use everlit_api::time::Timestamp;
 
@@ -28,8 +26,8 @@ use super::{Engine, Turn};
 pub(super) struct Pass {
     under_way: bool,
     again: bool,
-    /// Jobs that others were preempted for, and where they will go.
-    pub(super) promises: BTreeMap<JobId, Vec<PlacedRanks>>,
+    /// Jobs that others were preempted for, and where they will go; who was promised first comes first.
+    pub(super) promises: Vec<(JobId, Vec<PlacedRanks>)>,
     /// The first that waits.
     pub(super) head: Option<Head>,
     /// What is promised on each node in all.
@@ -50,7 +48,12 @@ pub(super) struct Head {
 
 impl Pass {
     pub(super) fn forget(&mut self, id: JobId) {
-        self.promises.remove(&id);
+        self.promises.retain(|(job, _)| *job != id);
+    }
+
+    /// Where a job will go that others were preempted for.
+    pub(super) fn promised_to(&self, id: JobId) -> Option<&Vec<PlacedRanks>> {
+        self.promises.iter().find(|(job, _)| *job == id).map(|(_, shares)| shares)
     }
 }
 
@@ -65,7 +68,7 @@ enum Looked {
 impl Engine {
     /// Whether others were preempted for it.
     pub(super) fn is_promised(&self, id: JobId) -> bool {
-        self.pass.promises.contains_key(&id)
+        self.pass.promised_to(id).is_some()
     }
 
     /// Places what may go.
@@ -87,7 +90,7 @@ impl Engine {
 
     fn look_at_queue(&mut self, turn: &mut Turn) {
         self.begin_pass();
-        for id in self.by_order(self.pass.promises.keys().copied().collect()) {
+        for (id, _) in std::mem::take(&mut self.pass.promises) {
             self.keep_promise(turn, id);
         }
         let mut lines = self.queue.firsts();
@@ -139,7 +142,6 @@ impl Engine {
     fn send(&mut self, turn: &mut Turn, id: JobId, need: &Need, place: Vec<PlacedRanks>) -> Looked {
         let Some(job) = self.jobs.get(&id) else { unreachable!("the queue holds active jobs") };
         self.queue.remove(id, job.spec.priority, need.clone());
-        self.pass.promises.remove(&id);
         self.start_gang(turn, id, place);
         Looked::Gone
     }
@@ -154,28 +156,18 @@ impl Engine {
         self.pass.head = None;
     }
 
-    fn by_order(&self, mut jobs: Vec<JobId>) -> Vec<JobId> {
-        let priority = |id: &JobId| self.jobs.get(id).map_or(Priority::Low, |job| job.spec.priority);
-        jobs.sort_by_key(|id| (Reverse(priority(id)), *id));
-        jobs
-    }
-
     /// Those who others were preempted for go first, or wait on for what the others still hold.
     fn keep_promise(&mut self, turn: &mut Turn, id: JobId) {
-        let Some(job) = self.jobs.get(&id) else {
-            self.pass.promises.remove(&id);
-            return;
-        };
+        let Some(job) = self.jobs.get(&id) else { return };
         let (need, home) = (job.need(), job.home().cloned());
         if let Some(place) = Board::now(&self.nodes).choose(&need, home.as_ref()) {
             self.send(turn, id, &need, place);
             return;
         }
         let leaving = self.held_by(self.leaving());
-        match self.board_without(&leaving).choose(&need, home.as_ref()) {
-            Some(place) => self.promise(id, &need, place, &leaving),
-            // A node has gone, or who was to leave did not: it waits like any other.
-            None => drop(self.pass.promises.remove(&id)),
+        // Else a node has gone, or who was to leave did not: it waits like any other.
+        if let Some(place) = self.board_without(&leaving).choose(&need, home.as_ref()) {
+            self.promise(id, &need, place, &leaving);
         }
     }
 
@@ -188,7 +180,7 @@ impl Engine {
                 node.promised = sum.beyond(leaving.get(name).unwrap_or(&NOTHING));
             }
         }
-        self.pass.promises.insert(id, place);
+        self.pass.promises.push((id, place));
     }
 
     /// Gangs that end and then give their places back.
