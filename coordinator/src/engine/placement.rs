@@ -386,7 +386,7 @@ impl<'a> Board<'a> {
         let with_address = self.usable(need).filter(|(_, node)| node.address.is_some());
         let mut rooms: Vec<(usize, Reverse<u32>, bool, &NodeId, &Node)> = with_address
             .map(|(id, node)| {
-                let room = node.room(need, &self.held(id, node), on_gpu, 0);
+                let room = node.part(need, &self.held(id, node), on_gpu);
                 let bad = node.avoided() + if on_gpu && !node.gpu_blames.is_empty() { node.avoided_gpus().len() } else { 0 };
                 (bad, Reverse(room), home.is_some_and(|home| home != id), id, node)
             })
@@ -450,7 +450,7 @@ pub(super) fn plan_first(nodes: &BTreeMap<NodeId, Node>, need: &Need) -> Placeme
 /// What the nodes that reach each other could hold, if nothing else ran there.
 fn room_of_all(nodes: &BTreeMap<NodeId, Node>, need: &Need, on_gpu: bool) -> (usize, u64) {
     let part = nodes.iter().filter(|(id, node)| node.address.is_some() && !node.lost && node.admits(id, need).is_ok());
-    let rooms = part.map(|(_, node)| node.room(need, &Held::NONE, on_gpu, 0));
+    let rooms = part.map(|(_, node)| node.part(need, &Held::NONE, on_gpu));
     rooms.fold((0, 0), |(count, sum), room| (count + 1, sum + u64::from(room)))
 }
 
@@ -470,7 +470,7 @@ fn why_not(nodes: &BTreeMap<NodeId, Node>, whole: &Need, own: bool) -> Placement
     }
     if together >= u64::from(whole.ranks) {
         let open = nodes.iter().filter(|(id, node)| node.is_open() && node.address.is_some() && allowed(id, node));
-        let free: u64 = open.map(|(_, node)| u64::from(node.room(whole, &node.held_now(), on_gpu, 0))).sum();
+        let free: u64 = open.map(|(_, node)| u64::from(node.part(whole, &node.held_now(), on_gpu))).sum();
         let ranks = whole.ranks;
         return Placement::Later(format!("it needs several nodes: {reached} could hold it, and have room for {free} of its {ranks} ranks now"));
     }

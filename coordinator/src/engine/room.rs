@@ -85,6 +85,11 @@ impl Node {
         room.min(gpus).min(need.ranks.into()) as u32
     }
 
+    /// The same of a gang that has ranks elsewhere, too: then it has no spares.
+    pub(super) fn part(&self, need: &Need, held: &Held<'_>, on_gpu: bool) -> u32 {
+        self.room(need, held, on_gpu, 0).min(need.ranks.saturating_sub(1))
+    }
+
     fn gpu_room(&self, need: &Need, held: &Held<'_>) -> u64 {
         let gpus = self.capacity.gpus.iter();
         if need.shares_gpus() {
@@ -199,7 +204,7 @@ impl Node {
         let on_gpu = need.modes() == [true];
         let taken = Held { taken: &self.taken, ..Held::NONE };
         let held = if own { taken } else { self.held_now() };
-        let (part_ever, part_now) = (self.room(need, &Held::NONE, on_gpu, 0), self.room(need, &held, on_gpu, 0));
+        let (part_ever, part_now) = (self.part(need, &Held::NONE, on_gpu), self.part(need, &held, on_gpu));
         let in_parts = several && need.ranks > 1 && part_ever > 0;
         let ranks = need.ranks;
         let share = match (self.fit(need, true), self.fit_beside(need, &held, "has free")) {

@@ -398,7 +398,7 @@ impl Control for Coordinator {
                 return Ok(explanation);
             }
             let job = self.stored(id).await?;
-            Ok(Explanation { state: job.state, reason: job.reason, position: None, nodes: Default::default() })
+            Ok(Explanation { state: job.state, reason: job.reason, ..Explanation::default() })
         })
     }
 

@@ -344,7 +344,9 @@ impl World {
         let own = &mut self.nodes[node];
         let newest = own.gangs.range((job, 0)..=(job, u32::MAX)).next_back().map(|((_, attempt), _)| *attempt);
         if own.disk_full || newest.is_some_and(|newest| newest > attempt) {
+            // Ranks of the gang on other nodes are stopped for it.
             let reason = if own.disk_full { "no space left on device" } else { "a later attempt was started here" }.to_string();
+            self.disturb(job, attempt);
             return self.tell_agent(node, Event::GangRefused { job, attempt, reason, permanent: false });
         }
         // A coordinator that says so has forgotten that it was final.
