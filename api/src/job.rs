@@ -74,6 +74,12 @@ pub struct JobSpec {
     /// What each rank reserves.
     #[serde(default)]
     pub resources: Resources,
+    /// Only nodes that have all of these labels.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub node_selector: BTreeMap<String, String>,
+    /// Taints of nodes that do not keep it off.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tolerations: Vec<Toleration>,
     /// What happens when a rank fails.
     #[serde(default)]
     pub restart: RestartPolicy,
@@ -146,6 +152,23 @@ pub struct Resources {
     /// Whole GPUs.
     #[serde(default)]
     pub gpus: u32,
+    /// Bytes of GPU memory: without `gpus` a part of one GPU, which others may share; with it what each GPU must have.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub gpu_memory: u64,
+}
+
+fn is_zero(bytes: &u64) -> bool {
+    *bytes == 0
+}
+
+/// A taint that does not keep the job off.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+pub struct Toleration {
+    /// The taint's key.
+    pub key: String,
+    /// The taint's value; null for any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value: Option<String>,
 }
 
 /// What happens when a rank fails.
@@ -320,6 +343,8 @@ impl JobSpec {
             log_metrics: Vec::new(),
             log_policies: Vec::new(),
             resources: Resources::default(),
+            node_selector: BTreeMap::new(),
+            tolerations: Vec::new(),
             restart: RestartPolicy::default(),
             heartbeat: HeartbeatPolicy::default(),
             checkpoint: CheckpointPolicy::default(),

@@ -140,6 +140,8 @@ pub enum Cause {
     Drain,
     /// A user asked for a restart: free.
     User,
+    /// A job of higher priority took its places: free.
+    Preempted,
     /// The hardware of a GPU failed: not the program's fault, and free; but each one without a new step counts against
     /// `max_start_failures`.
     Gpu,
@@ -148,7 +150,7 @@ pub enum Cause {
 impl Cause {
     /// Free causes count against no budget.
     pub fn is_free(self) -> bool {
-        matches!(self, Self::Infrastructure | Self::NodeLost | Self::Drain | Self::User | Self::Gpu)
+        matches!(self, Self::Infrastructure | Self::NodeLost | Self::Drain | Self::User | Self::Preempted | Self::Gpu)
     }
 
     /// Whether many in a row without a new step end the job. With a broken GPU and no other to go to, it would else be tried for ever.

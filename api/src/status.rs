@@ -16,7 +16,7 @@ mod blame;
 mod node;
 
 pub use blame::{BlameView, GpuBlameView};
-pub use node::{Capacity, GpuInfo, GpuLoad, NodeLoad, NodeState, NodeView};
+pub use node::{Capacity, GpuInfo, GpuLoad, NodeLoad, NodeState, NodeView, Taint};
 
 /// A job's state; the last three are final and never change.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
@@ -361,7 +361,7 @@ pub struct CheckpointView {
 }
 
 /// `GET /jobs/{id}/explain`: why it is not running.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Explanation {
     /// The job's state.
     pub state: JobState,
@@ -369,8 +369,11 @@ pub struct Explanation {
     pub reason: String,
     /// Jobs before it in the queue.
     pub position: Option<u64>,
-    /// A sentence per node.
+    /// A sentence per node, of 50 nodes at most.
     pub nodes: BTreeMap<String, String>,
+    /// Of how many nodes more each sentence is true.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub more_nodes: BTreeMap<String, u64>,
 }
 
 /// The answer to `POST /jobs?dry_run=true`.

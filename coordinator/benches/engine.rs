@@ -43,6 +43,9 @@ fn hello(node: u32) -> Event {
             ranks: Vec::new(),
             checkpoints: Vec::new(),
             draining: false,
+            address: None,
+            labels: Default::default(),
+            taints: Vec::new(),
         }),
     }
 }

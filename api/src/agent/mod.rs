@@ -14,7 +14,7 @@ use crate::ids::{Incarnation, JobId, NodeId};
 use crate::job::{CheckpointPolicy, HeartbeatPolicy, LogMetric, LogPolicy};
 use crate::manifest::{Phase, SaveError};
 use crate::rank::{RankExit, Stacks, Verdict};
-use crate::status::{Capacity, NodeLoad};
+use crate::status::{Capacity, NodeLoad, Taint};
 use crate::time::{Millis, Timestamp};
 
 pub mod log;
@@ -139,6 +139,15 @@ pub struct Hello {
     pub checkpoints: Vec<CheckpointNews>,
     /// The agent is draining.
     pub draining: bool,
+    /// Where ranks of other nodes reach this one; without it the node takes no part in gangs of several nodes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+    /// What kind of node it is, for `node_selector`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// What it is kept free of: jobs without a toleration.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub taints: Vec<Taint>,
 }
 
 /// One rank as its agent sees it.
@@ -387,8 +396,11 @@ pub struct GangSpec {
     /// Mean time between failures of the job as seen so far; null when nothing is known.
     #[serde(default)]
     pub mean_time_between_failures: Option<Millis>,
-    /// Indexes of the GPUs granted here.
+    /// Indexes of the GPUs granted here, in rank order; one that ranks share is there for each.
     pub gpus: Vec<u32>,
+    /// Other jobs may have memory of these GPUs.
+    #[serde(default)]
+    pub shares_gpus: bool,
     /// What runs.
     pub program: Program,
     /// The job's `env` and `secrets`.

@@ -1,11 +1,23 @@
 //! Nodes as they are shown: what they have, what they do, what is held against them.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{BlameView, GpuBlameView};
 use crate::ids::NodeId;
 use crate::join::Joined;
+
+/// Keeps jobs off a node that do not tolerate it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+pub struct Taint {
+    /// Like `reserved-for`.
+    pub key: String,
+    /// Like `research`; may be empty.
+    #[serde(default)]
+    pub value: String,
+}
 
 /// What a node has.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -83,8 +95,20 @@ pub struct NodeView {
     pub cpus_reserved: f64,
     /// Bytes reserved.
     pub memory_reserved: u64,
-    /// Indexes of the GPUs granted.
+    /// Indexes of the GPUs granted, whole or in part.
     pub gpus_granted: Vec<u32>,
+    /// Bytes of GPU memory reserved on GPUs that ranks share, by index.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub gpu_memory_reserved: BTreeMap<u32, u64>,
+    /// Where ranks of other nodes reach it; without it no gang of several nodes has ranks here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+    /// What kind of node it is, for `node_selector`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// It takes only jobs that tolerate all of these.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub taints: Vec<Taint>,
     /// Version of its agent.
     pub agent_version: String,
     /// Since its last report.

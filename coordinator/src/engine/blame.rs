@@ -108,6 +108,7 @@ pub(super) fn may_be_the_machine(cause: Cause, exit: Option<&RankExit>) -> bool 
         | Cause::NodeLost
         | Cause::Drain
         | Cause::User
+        | Cause::Preempted
         // The GPU's own, and held against it.
         | Cause::Gpu => false,
     }

@@ -9,6 +9,7 @@ use everlit_api::job::JobSpec;
 use everlit_api::manifest::SaveError;
 use everlit_api::rank::{Stacks, Verdict};
 use everlit_api::status::NodeLoad;
+use everlit_api::time::Millis;
 
 /// One fact or wish.
 #[derive(Debug, Clone)]
@@ -73,6 +74,8 @@ pub enum Event {
         node: NodeId,
         /// It stays cordoned afterwards (a user's wish, not an agent that ends).
         cordon: bool,
+        /// What lives so long after is killed, whatever its grace.
+        deadline: Option<Millis>,
     },
     /// A node is to be forgotten; while it holds places only when it is `force`d, and what ran there is lost then.
     NodeExpelled {
@@ -125,6 +128,8 @@ pub enum Event {
     },
     /// A node could not start its share of a gang.
     StartFailed {
+        /// Which node.
+        node: NodeId,
         /// Which job.
         job: JobId,
         /// Which attempt.
@@ -168,10 +173,10 @@ impl Event {
             FromAgent::Checkpoint(news) => Self::CheckpointSeen { node, news },
             FromAgent::Quarantined { job, step, reason } => Self::CheckpointQuarantined { job, step, reason },
             FromAgent::SaveFailed { incarnation, error } => Self::SaveFailed { incarnation, error },
-            FromAgent::StartFailed { job, attempt, reason, permanent } => Self::StartFailed { job, attempt, reason, permanent },
+            FromAgent::StartFailed { job, attempt, reason, permanent } => Self::StartFailed { node, job, attempt, reason, permanent },
             FromAgent::GpuFailed { error } => Self::GpuFailed { node, error },
             FromAgent::GpuHeld { job, attempt, holders } => Self::GpuHeld { job, attempt, holders },
-            FromAgent::Draining => Self::NodeDraining { node, cordon: false },
+            FromAgent::Draining => Self::NodeDraining { node, cordon: false, deadline: None },
             FromAgent::Removed { .. } | FromAgent::LogClosed { .. } => return None,
         })
     }

@@ -4,7 +4,7 @@
 
 use everlit_api::agent::{Exited, Started, ToAgent};
 use everlit_api::gpu::GpuError;
-use everlit_api::ids::{Incarnation, JobId};
+use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::{FailureAction, LogAction, RestartScope};
 use everlit_api::rank::{Cause, RankExit, RankState, Stacks, Verdict};
 use everlit_api::status::JobState;
@@ -369,8 +369,12 @@ impl Engine {
         }
     }
 
-    pub(super) fn on_start_failed(&mut self, turn: &mut Turn, id: JobId, attempt: u32, reason: String, permanent: bool) {
+    /// One node could not start its ranks; those of other nodes may live, and are stopped.
+    pub(super) fn on_start_failed(&mut self, turn: &mut Turn, node: &NodeId, of: (JobId, u32), reason: String, permanent: bool) {
+        let (id, attempt) = of;
         let Some(job) = self.current(id, attempt) else { return };
+        let spread = job.gang.as_ref().is_some_and(super::state::Gang::is_spread);
+        let reason = if spread { format!("{node}: {reason}") } else { reason };
         let ending = job.gang.as_ref().is_some_and(|g| g.ending.is_some());
         let exit = RankExit {
             code: None,
@@ -384,7 +388,9 @@ impl Engine {
             gpu_error: None,
         };
         for rank in 0..job.ranks.list().len() as u32 {
-            job.ranks.end(rank, exit.clone(), false);
+            if !spread || job.node_of(rank) == Some(node) {
+                job.ranks.end(rank, exit.clone(), false);
+            }
         }
         if let Some(gang) = &mut job.gang {
             gang.spares.clear();

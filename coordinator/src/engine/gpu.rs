@@ -47,6 +47,10 @@ impl Node {
         own().any(|blame| blame.error.about().needs_reset) || own().count() >= BLAMES_MIN
     }
 
+    fn is_gpu_held(&self, gpu: u32) -> bool {
+        [&self.taken, &self.promised, &self.reserved].iter().any(|held| held.gpus.contains_key(&gpu))
+    }
+
     /// Indexes of the GPUs that new ranks get last.
     pub fn avoided_gpus(&self) -> BTreeSet<u32> {
         if self.gpu_blames.is_empty() {
@@ -64,9 +68,12 @@ impl Node {
     /// The same share with other GPUs for those that are avoided, as far as others are free and large enough.
     fn better_gpus(&self, share: &PlacedRanks, need: &Need) -> Vec<u32> {
         let avoided = self.avoided_gpus();
-        let fits = |memory: u64| memory == 0 || memory >= need.estimate.device;
+        if need.shares_gpus() {
+            return share.gpus.clone();
+        }
+        let fits = |memory: u64| memory == 0 || memory >= need.estimate.device.max(need.gpu_memory);
         let mut others = self.capacity.gpus.iter().filter(|gpu| !avoided.contains(&gpu.index) && fits(gpu.memory)).map(|gpu| gpu.index);
-        let mut others = others.by_ref().filter(|gpu| !self.taken.gpus.contains(gpu));
+        let mut others = others.by_ref().filter(|gpu| !self.is_gpu_held(*gpu));
         let mut gpus: Vec<u32> =
             share.gpus.iter().map(|gpu| if avoided.contains(gpu) { others.next().unwrap_or(*gpu) } else { *gpu }).collect();
         gpus.sort_unstable();

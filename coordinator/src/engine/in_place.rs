@@ -147,8 +147,10 @@ impl Engine {
         let Some(gang) = job.gang.as_mut() else { return };
         let joining = if later { 0 } else { gang.placed() - gang.size() };
         let wanted = (job.spec.restart.spares + joining) as usize;
-        if wanted > 0 && gang.placement.iter().any(|share| !share.gpus.is_empty()) {
-            let reason = "spares are left out: ranks on GPUs do not recover in place";
+        let on_gpus = gang.placement.iter().any(|share| !share.gpus.is_empty());
+        if wanted > 0 && (on_gpus || gang.is_spread()) {
+            let which = if on_gpus { "on GPUs" } else { "on several nodes" };
+            let reason = format!("spares are left out: ranks {which} do not recover in place");
             turn.event(Some(id), "spares_off", reason, Facts::from([("attempt", gang.attempt.into())]));
             return;
         }

@@ -7,7 +7,7 @@ use everlit_api::ids::{JobId, NodeId};
 use everlit_api::status::JobState;
 
 use super::Engine;
-use super::placement::{Need, Taken};
+use super::placement::{Taken, WHOLE};
 use super::state::Change;
 use super::timers::Timer;
 
@@ -38,6 +38,11 @@ impl Engine {
                 let kept_from = gang.placement.iter().find(|share| job.excluded.contains(&share.node));
                 assert!(job.retry_at.is_some() || kept_from.is_none(), "{id}: placed on a node that it is kept from: {kept_from:?}");
                 assert_eq!(gang.attempt, job.attempt, "{id}: INV-1: one attempt at a time");
+                let mut first = 0;
+                for share in &gang.placement {
+                    assert!(share.first_rank == first && share.count > 0, "{id}: INV-9: ranks on {} are not in a row", share.node);
+                    first += share.count;
+                }
                 let waits = job.retry_at.is_some();
                 assert_eq!(waits, self.timers.is_set(&Timer::Retry(id)), "{id}: a wait without its timer, or the reverse");
                 assert!(
@@ -87,21 +92,24 @@ impl Engine {
         for (id, job) in &self.jobs {
             self.check_job(*id);
             queued += usize::from(job.state == JobState::Queued);
-            let Some(gang) = &job.gang else { continue };
-            for share in &gang.placement {
-                let held = Need::of(&job.spec).taken(share.count, &share.gpus);
-                let sum = taken.entry(&share.node).or_default();
-                sum.ranks += held.ranks;
-                sum.cpu_milli += held.cpu_milli;
-                sum.memory += held.memory;
-                for gpu in held.gpus {
-                    assert!(sum.gpus.insert(gpu), "INV-9: GPU {gpu} of {} is granted twice", share.node);
+            for (node, held) in job.held() {
+                let sum = taken.entry(node).or_default();
+                for (gpu, bytes) in &held.gpus {
+                    let alone = !sum.gpus.contains_key(gpu) || (*bytes != WHOLE && sum.gpus.get(gpu) != Some(&WHOLE));
+                    assert!(alone, "INV-9: GPU {gpu} of {} is granted twice", node);
                 }
+                sum.add(&held);
             }
         }
+        let placed = self.jobs.values().filter(|job| job.gang.is_some()).map(|job| job.id);
+        assert!(placed.eq(self.placed.iter().copied()), "the jobs that hold places are known");
         assert_eq!(queued, self.queue.depth(), "the queue holds the queued jobs");
         for (id, node) in &self.nodes {
             assert_eq!(node.taken, taken.remove(id).unwrap_or_default(), "INV-9: what is taken on {id} is what gangs hold there");
+            for gpu in &node.capacity.gpus {
+                let shared = node.taken.gpus.get(&gpu.index).copied().filter(|bytes| *bytes != WHOLE).unwrap_or(0);
+                assert!(shared <= gpu.memory, "INV-9: more of GPU {} of {id} is granted than it has", gpu.index);
+            }
         }
         assert!(taken.is_empty(), "places on unknown nodes");
     }

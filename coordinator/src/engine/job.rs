@@ -10,7 +10,7 @@ use everlit_api::status::{AttemptView, JobState, PlacedRanks};
 use everlit_api::time::{Millis, Timestamp};
 
 use super::ledger::{Activity, Book};
-use super::placement::{Need, Placement, plan_gang};
+use super::placement::Need;
 use super::restart::mean_time_between_failures;
 use super::state::{Ending, Facts, Gang, Job, ROW_VERSION, Ranks, Then};
 use super::timers::Timer;
@@ -34,31 +34,16 @@ impl Engine {
         let mut facts = Facts::from([("world_size", job.spec.world_size.into()), ("priority", serde_json::json!(job.spec.priority))]);
         facts.extend(job.user.clone().map(|user| ("user", user.into())));
         turn.event(Some(id), "job_submitted", "accepted", facts);
-        self.enqueue(&job);
+        let (need, priority) = (job.need(), job.spec.priority);
+        // What holds the other back holds this one back: a long queue costs nothing to join.
+        let waits = self.queue.has_like(id, priority, &need, |other| !self.is_promised(*other));
+        self.queue.push(id, priority, need);
         let before = self.jobs.insert(id, job);
         assert!(before.is_none(), "job ids are fresh");
         turn.touched.insert(id);
-        self.schedule(turn);
-    }
-
-    fn enqueue(&mut self, job: &Job) {
-        self.queue.push(job.id, job.spec.priority, job.need());
-    }
-
-    /// Places what fits, in order, until something that could fit later holds the rest back.
-    pub(super) fn schedule(&mut self, turn: &mut Turn) {
-        while let Some((id, need)) = self.queue.head() {
-            match plan_gang(&self.nodes, &need) {
-                Placement::Now(placement) => {
-                    let Some(job) = self.jobs.get(&id) else { unreachable!("the queue holds active jobs") };
-                    self.queue.remove(id, job.spec.priority, need.clone());
-                    self.start_gang(turn, id, placement);
-                }
-                Placement::Never(_) => self.queue.park(&need),
-                Placement::Later(_) => break,
-            }
+        if !waits {
+            self.schedule(turn);
         }
-        self.take_free_places(turn);
     }
 
     fn lease_port(&mut self) -> u16 {
@@ -82,14 +67,16 @@ impl Engine {
         let port = self.lease_port();
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let need = Need::of(&job.spec);
-        for share in &placement {
-            if let Some(node) = self.nodes.get_mut(&share.node) {
-                node.take(&need.taken(share.count, &share.gpus));
+        for (name, taken) in need.held(&placement) {
+            if let Some(node) = self.nodes.get_mut(name) {
+                node.take(&taken);
             }
             // The newest is the last: its log is the one that goes on.
-            job.nodes.retain(|node| *node != share.node);
-            job.nodes.push(share.node.clone());
+            job.nodes.retain(|node| node != name);
+            job.nodes.push(name.clone());
         }
+        let first = placement.first().filter(|_| placement.len() > 1);
+        let master_addr = first.and_then(|share| self.nodes.get(&share.node)).and_then(|node| node.address.clone());
         job.attempt = job.next_attempt();
         job.retry_at = None;
         job.ranks = Ranks::pending(placement.iter().map(|share| share.count).sum());
@@ -101,11 +88,13 @@ impl Engine {
             self.short.insert(id);
         }
         let place = placement.iter().map(|p| p.node.to_string()).collect::<Vec<_>>().join(", ");
+        self.placed.insert(id);
         job.gang = Some(Gang {
             attempt: job.attempt,
             generation: 0,
             placement,
             port,
+            master_addr,
             placed_at: turn.now,
             running_at: None,
             resumed_step: None,
@@ -167,12 +156,8 @@ impl Engine {
         let running = job.gang.is_some() && job.retry_at.is_none();
         if running {
             let grace = if force { Millis(0) } else { job.spec.stop_grace };
-            let placement = job.gang.as_ref().map(|g| g.placement.clone()).unwrap_or_default();
             self.end_gang(turn, id, Ending { then, at: turn.now, rank: None, cause, reason }, grace);
-            if placement.iter().all(|p| self.nodes.get(&p.node).is_none_or(|n| n.lost)) {
-                // Nobody can tell how its ranks end; what may still run there is stopped when the node is back.
-                self.lose_ranks(turn, id);
-            }
+            self.lose_ranks(turn, id);
         } else {
             let state = if then == Then::Fail { JobState::Failed } else { JobState::Stopped };
             self.release(id);
@@ -261,13 +246,16 @@ impl Engine {
         self.timers.clear(&Timer::Grow(id));
         job.retry_at = None;
         self.short.remove(&id);
+        self.placed.remove(&id);
+        self.pass.forget(id);
         let Some(gang) = job.gang.take() else { return };
         self.ports.remove(&gang.port);
-        for share in &gang.placement {
-            if let Some(node) = self.nodes.get_mut(&share.node) {
-                node.give_back(&need.taken(share.count, &share.gpus));
+        for (name, taken) in need.held(&gang.placement) {
+            if let Some(node) = self.nodes.get_mut(name) {
+                node.give_back(&taken);
                 if node.expelled && node.taken.ranks == 0 {
-                    self.nodes.remove(&share.node);
+                    let name = name.clone();
+                    self.nodes.remove(&name);
                 }
             }
         }
@@ -330,12 +318,14 @@ impl Job {
                 count: gang.count_in(share),
                 group_rank: group_rank as u32,
                 group_world_size: nodes,
-                master_addr: "127.0.0.1".into(),
+                master_addr: gang.master_addr.clone().unwrap_or_else(|| "127.0.0.1".into()),
                 master_port: gang.port,
+                rendezvous_secret: String::new(),
                 restarts: self.budget.restarts,
                 max_restarts: spec.restart.max_restarts,
                 mean_time_between_failures: Some(mean_time_between_failures(self.book.running_ms(), self.budget.restarts)),
                 gpus: share.gpus.clone(),
+                shares_gpus: Need::of(spec).shares_gpus(),
                 program: program.clone(),
                 env: env.clone(),
                 workdir: spec.workdir.clone(),

@@ -7,7 +7,7 @@
 use everlit_api::job::{JobKind, RestartScope};
 use everlit_api::rank::Cause;
 
-use super::state::{Change, Job};
+use super::state::{Change, Gang, Job};
 
 /// What is done about a failed rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +22,9 @@ pub(super) enum Rung {
 
 /// The rung for `rank` of the current attempt, which `cause` took.
 pub(super) fn decide_rung(job: &Job, rank: u32, cause: Cause) -> Rung {
+    if job.gang.as_ref().is_some_and(Gang::is_spread) {
+        return Rung::Gang("its ranks are on several nodes".into());
+    }
     if job.spec.restart.scope == RestartScope::Rank {
         return refuse_alone(job, rank, cause).map_or(Rung::Rank, |why| Rung::Gang(why.into()));
     }
@@ -92,12 +95,14 @@ fn refuse_in_place(job: &Job, rank: u32, cause: Cause) -> Option<String> {
 mod tests {
     use std::sync::Arc;
 
+    use everlit_api::ids::NodeId;
     use everlit_api::job::JobSpec;
     use everlit_api::rank::{LogMatch, RankExit};
+    use everlit_api::status::PlacedRanks;
     use everlit_api::time::Timestamp;
     use expect_test::expect;
 
-    use super::super::state::{Gang, Ranks, Regroup};
+    use super::super::state::{Ranks, Regroup};
     use super::*;
 
     fn job(change: impl FnOnce(&mut Job, &mut JobSpec)) -> Job {
@@ -114,6 +119,7 @@ mod tests {
             generation: 0,
             placement: Vec::new(),
             port: 1,
+            master_addr: None,
             placed_at: Timestamp(0),
             running_at: Some(Timestamp(1)),
             resumed_step: Some(0),
@@ -135,7 +141,7 @@ mod tests {
     fn in_place_is_chosen_where_it_can_hold_and_the_reason_is_told_where_not() {
         assert_eq!(decide_rung(&job(|_, _| ()), 1, Cause::Signal), Rung::InPlace);
         type Change = fn(&mut Job, &mut JobSpec);
-        let cases: [(&str, Change); 9] = [
+        let cases: [(&str, Change); 10] = [
             ("program", |_, spec| spec.worker = None),
             ("line", |job, _| {
                 let matched = Some(LogMatch { policy: 0, line: "ECC".into() });
@@ -152,6 +158,10 @@ mod tests {
             ("repeat", |job, _| job.gang.as_mut().expect("some").floor = 7),
             ("untested", |job, _| job.ranks.get_mut(2).expect("three").in_place = None),
             ("two", |job, _| job.ranks.replace(0, None)),
+            ("spread", |job, _| {
+                let share = |node: &str, first_rank, count| PlacedRanks { node: NodeId(node.into()), first_rank, count, gpus: vec![] };
+                job.gang.as_mut().expect("some").placement = vec![share("a", 0, 2), share("b", 2, 1)];
+            }),
         ];
         let told = cases.map(|(name, change)| format!("{name}: {:?}\n", decide_rung(&job(change), 1, Cause::Signal)));
         expect![[r#"
@@ -164,6 +174,7 @@ mod tests {
             repeat: Gang("no new step since the last start")
             untested: Gang("rank 2 has not shown that it can go on in place")
             two: Gang("rank 0 is gone too")
+            spread: Gang("its ranks are on several nodes")
         "#]]
         .assert_eq(&told.concat());
         let causes = [Cause::CannotStart, Cause::NoStart, Cause::Idle, Cause::Straggler];

@@ -2,6 +2,16 @@
 
 /// Jobs that wait for a place at most; one more is refused with 429.
 pub const QUEUED_JOBS_MAX: usize = 110_000;
+/// Lines of the queue behind the first that waits that are looked at for one that can go before it.
+pub const BACKFILL_LINES_MAX: usize = 200;
+/// Jobs at a time that others are preempted for.
+pub const PREEMPTING_MAX: usize = 64;
+/// Jobs by which one was preempted that are remembered of it.
+pub const PREEMPTED_MAX: usize = 16;
+/// Looks at the queue in a row: jobs that are stopped for others at once come back into it.
+pub const PASSES_MAX: usize = 16;
+/// Nodes that an explanation names; the rest is counted.
+pub const EXPLAINED_NODES_MAX: usize = 50;
 /// Wait for the other ranks of a gang once one has exited 0.
 pub const STRAGGLER_WAIT_MS: u64 = 5 * 60 * 1_000;
 /// A recovery in place that is not done by then is given up for the next rung: copying the state is bounded by it, too.

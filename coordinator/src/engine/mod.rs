@@ -28,10 +28,13 @@ pub mod limits;
 mod node;
 pub mod placement;
 mod policy;
+mod preempt;
 pub mod progress;
 pub mod queue;
 pub mod rank_restart;
 pub mod restart;
+mod room;
+mod schedule;
 pub mod slow;
 mod snapshot;
 pub mod state;
@@ -82,6 +85,10 @@ pub struct Engine {
     next_port: u16,
     /// Jobs whose gang has places for fewer ranks than were asked for.
     short: BTreeSet<JobId>,
+    /// Jobs that hold places.
+    placed: BTreeSet<JobId>,
+    /// What the last look at the queue left behind.
+    pass: schedule::Pass,
     /// News of a past incarnation that was dropped.
     stale: u64,
 }
@@ -119,6 +126,8 @@ impl Engine {
             ports: BTreeSet::new(),
             next_port,
             short: BTreeSet::new(),
+            placed: BTreeSet::new(),
+            pass: schedule::Pass::default(),
             stale: 0,
         }
     }
@@ -141,7 +150,7 @@ impl Engine {
             Event::NodeUnlinked { node } => self.on_node_unlinked(turn, &node),
             Event::NodeReported { node, load } => self.on_node_reported(turn, &node, load),
             Event::CordonRequested { node, cordoned } => self.on_cordon_requested(turn, &node, cordoned),
-            Event::NodeDraining { node, cordon } => self.on_node_draining(turn, &node, cordon),
+            Event::NodeDraining { node, cordon, deadline } => self.on_node_draining(turn, &node, cordon, deadline),
             Event::NodeExpelled { node, force } => self.on_node_expelled(turn, &node, force),
             Event::RankStarted(started) => self.on_rank_started(turn, &started),
             Event::RankExited(exited) => self.on_rank_exited(turn, exited),
@@ -151,7 +160,9 @@ impl Engine {
             Event::CheckpointSeen { node, news } => self.on_checkpoint_seen(turn, &node, news),
             Event::CheckpointQuarantined { job, step, reason } => self.on_checkpoint_quarantined(turn, job, step, &reason),
             Event::SaveFailed { incarnation, error } => self.on_save_failed(turn, incarnation, error),
-            Event::StartFailed { job, attempt, reason, permanent } => self.on_start_failed(turn, job, attempt, reason, permanent),
+            Event::StartFailed { node, job, attempt, reason, permanent } => {
+                self.on_start_failed(turn, &node, (job, attempt), reason, permanent);
+            }
             Event::GpuFailed { node, error } => self.on_gpu_failed(turn, &node, error),
             Event::GpuHeld { job, attempt, holders } => self.on_gpu_held(turn, job, attempt, &holders),
             Event::Woke => {}

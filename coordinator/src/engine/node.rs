@@ -8,12 +8,12 @@ use everlit_api::agent::{Exited, Hello, RankReport, Started, ToAgent};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::RestartScope;
 use everlit_api::rank::{Cause, RankExit};
-use everlit_api::status::NodeLoad;
+use everlit_api::status::{NodeLoad, PlacedRanks};
 use everlit_api::time::{Millis, Timestamp};
 
 use super::gang::Broken;
-use super::placement::{Placement, plan_gang};
-use super::state::{Change, Ending, Facts, Then};
+use super::placement::Board;
+use super::state::{Change, Ending, Facts, Gang, Then};
 use super::timers::Timer;
 use super::{Engine, Turn};
 
@@ -26,6 +26,9 @@ impl Engine {
         node.capacity = hello.capacity.clone();
         node.version = hello.version.clone();
         node.boot_id = hello.boot_id.clone();
+        node.address = hello.address.clone();
+        node.labels = hello.labels.clone();
+        node.taints = hello.taints.clone();
         node.linked = true;
         node.lost = false;
         node.expelled = false;
@@ -167,6 +170,7 @@ impl Engine {
             let news = !ending && (unstarted.contains(&id) || (started && (gang.generation > 0 || !gang.spares.is_empty())));
             // Who is to start yet is missing only with a gang that is gone, and then its spares are, too.
             let gone = ending || (started && missing.iter().any(|(rank, _)| !awaited(*rank)));
+            // Only a gang on one node has spares.
             let lost_spares: Vec<_> = gang.spares.iter().map(|s| incarnation(s.seat)).filter(|i| !seen.contains(i)).collect();
             if gone {
                 let why = if started { "its node does not know it any more" } else { "it was stopped before it was started" };
@@ -211,6 +215,7 @@ impl Engine {
         let held: Vec<JobId> = self.jobs.values().filter(|j| holds(j, id) && j.retry_at.is_none()).map(|j| j.id).collect();
         let mut waiting = false;
         for job_id in held {
+            let room = self.has_room_without(job_id, id);
             let Some(job) = self.jobs.get_mut(&job_id) else { continue };
             if job.ranks.all_ended() {
                 // Only the ends of its spares were awaited, and nobody can tell of those now.
@@ -221,17 +226,8 @@ impl Engine {
             if decided {
                 // It was to end anyway: what may still run there is stopped when the node is back.
                 self.lose_ranks(turn, job_id);
-            } else if matches!(plan_gang(&self.nodes, &job.need()), Placement::Now(_)) {
-                let reason = format!("{id} was lost");
-                let ending = Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::NodeLost), reason: reason.clone() };
-                if let Some(gang) = job.gang.as_mut() {
-                    gang.ending = Some(ending);
-                }
-                job.budget.restarts += 1;
-                job.book.reclaim_undetected(turn.now, timeout_ms);
-                turn.event(Some(job_id), "gang_failed", reason, Facts::from([("cause", serde_json::json!(Cause::NodeLost))]));
-                // Its new place is taken before the next one is looked at.
-                self.lose_ranks(turn, job_id);
+            } else if room {
+                self.move_from(turn, job_id, format!("{id} was lost"), timeout_ms);
             } else {
                 waiting = true;
                 let reason = format!("{id} was not heard of for {seconds} s; its ranks may run on, and no other node has room");
@@ -267,13 +263,11 @@ impl Engine {
                 self.requeue(turn, job_id, &reason);
                 continue;
             }
-            if let Some(gang) = job.gang.as_mut().filter(|gang| gang.ending.as_ref().is_none_or(|ending| ending.then < Then::Requeue)) {
-                gang.ending =
-                    Some(Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::NodeLost), reason: reason.clone() });
-                job.budget.restarts += 1;
-                turn.event(Some(job_id), "gang_failed", reason, Facts::from([("cause", serde_json::json!(Cause::NodeLost))]));
+            if job.gang.as_ref().and_then(|gang| gang.ending.as_ref()).is_some_and(|ending| ending.then >= Then::Requeue) {
+                self.lose_ranks(turn, job_id);
+            } else {
+                self.move_from(turn, job_id, reason, 0);
             }
-            self.lose_ranks(turn, job_id);
         }
         self.forget_expelled();
     }
@@ -283,15 +277,55 @@ impl Engine {
         self.nodes.retain(|_, node| !node.expelled || node.taken.ranks > 0);
     }
 
-    /// Nobody can tell any more how the ranks of a gang end: they count as lost.
+    /// Whether a gang that has lost a node could go elsewhere now, with what it has on other nodes itself.
+    fn has_room_without(&self, id: JobId, lost: &NodeId) -> bool {
+        let Some(job) = self.jobs.get(&id) else { return false };
+        let Some(gang) = &job.gang else { return false };
+        let need = job.need();
+        let own = need.held(&gang.placement).filter(|(name, _)| *name != lost);
+        let given_back = own.filter_map(|(name, taken)| {
+            let node = self.nodes.get(name)?;
+            let mut left = node.taken.clone();
+            left.remove(&taken);
+            [&node.promised, &node.reserved].into_iter().for_each(|held| left.add(held));
+            Some((name.clone(), left))
+        });
+        Board::later(&self.nodes, given_back.collect()).behind_head().choose(&need, None).is_some()
+    }
+
+    /// A gang that has lost a node is placed again, once those of its ranks that live elsewhere have ended.
+    fn move_from(&mut self, turn: &mut Turn, id: JobId, reason: String, unseen_ms: u64) {
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let Some(gang) = job.gang.as_mut() else { return };
+        let spread = gang.is_spread();
+        let ending = Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::NodeLost), reason: reason.clone() };
+        job.budget.restarts += 1;
+        job.book.reclaim_undetected(turn.now, unseen_ms);
+        turn.event(Some(id), "gang_failed", reason, Facts::from([("cause", serde_json::json!(Cause::NodeLost))]));
+        if spread {
+            let grace = job.spec.stop_grace;
+            self.end_gang(turn, id, ending, grace);
+        } else {
+            // Its new place is taken before the next one is looked at.
+            gang.ending = Some(ending);
+        }
+        self.lose_ranks(turn, id);
+    }
+
+    /// Nobody can tell any more how ranks on lost nodes end: they count as lost. Those of the gang on other nodes tell themselves.
     pub(super) fn lose_ranks(&mut self, turn: &mut Turn, id: JobId) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        let world = job.ranks.list().len() as u32;
         let Some(gang) = job.gang.as_mut() else { return };
+        let is_lost = |node: &NodeId| self.nodes.get(node).is_none_or(|node| node.lost);
+        let gone: Vec<&PlacedRanks> = gang.placement.iter().filter(|share| is_lost(&share.node)).collect();
+        if gone.is_empty() {
+            return;
+        }
+        let ranks = gone.iter().flat_map(|share| share.first_rank..share.first_rank + gang.count_in(share));
+        let seats: Vec<u32> = ranks.map(|rank| gang.seat(rank)).collect();
         // What may still run there is stopped when the node is back.
         gang.spares.clear();
         let attempt = gang.attempt;
-        let seats: Vec<u32> = (0..world).map(|rank| gang.seat(rank)).collect();
         for seat in seats {
             let incarnation = Incarnation { job: id, attempt, rank: seat };
             self.on_rank_exited(turn, Exited { incarnation, exit: lost_exit(turn.now, "its node was lost"), lost: true });
@@ -320,7 +354,8 @@ impl Engine {
         }
     }
 
-    pub(super) fn on_node_draining(&mut self, turn: &mut Turn, id: &NodeId, cordon: bool) {
+    /// Its gangs save and stop, within the deadline if there is one, and go back in the queue.
+    pub(super) fn on_node_draining(&mut self, turn: &mut Turn, id: &NodeId, cordon: bool, deadline: Option<Millis>) {
         if cordon {
             self.on_cordon_requested(turn, id, true);
         } else if let Some(node) = self.nodes.get_mut(id) {
@@ -333,18 +368,16 @@ impl Engine {
                 self.requeue(turn, job_id, &format!("{id} is draining"));
                 continue;
             }
-            let ends_for_good =
-                job.gang.as_ref().and_then(|g| g.ending.as_ref()).is_some_and(|e| matches!(e.then, Then::Stop | Then::Fail));
-            if !ends_for_good {
-                let grace = job.spec.stop_grace;
-                let reason = format!("{id} is draining");
-                self.end_gang(
-                    turn,
-                    job_id,
-                    Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::Drain), reason },
-                    grace,
-                );
+            let grace = job.spec.stop_grace.min(deadline.unwrap_or(Millis(u64::MAX)));
+            if job.gang.as_ref().is_some_and(Gang::is_leaving) {
+                // Told before, and now it may have less time.
+                if deadline.is_some() {
+                    self.stop_ranks(turn, job_id, grace);
+                }
+                continue;
             }
+            let reason = format!("{id} is draining");
+            self.end_gang(turn, job_id, Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::Drain), reason }, grace);
         }
     }
 

@@ -1,19 +1,20 @@
-//! Where a gang goes: whole, on one node, or not at all (INV-9), with the reason returned beside the decision.
+//! Where a gang goes: whole, on one node or over several, or not at all (INV-9), with the reason returned beside the decision.
 //!
-//! Pure choice over what nodes report and what the ledger of reservations says is taken. Gangs across nodes need doors between hosts, which
-//! are not built; a gang that no single node can hold stays queued and is told so.
+//! Pure choice over what nodes report and what the ledger of reservations says is taken. One node is better than several: its ranks recover in
+//! place and share memory. Over several, as few as possible, each with ranks in a row, the largest share first. Suspected nodes come last.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use everlit_api::ids::NodeId;
-use everlit_api::job::{Device, JobKind, JobSpec};
+use everlit_api::job::{Device, JobKind, JobSpec, Resources, Toleration};
 use everlit_api::model::{MemoryEstimate, ModelSizes};
-use everlit_api::status::{Capacity, NodeLoad, PlacedRanks};
-use everlit_api::time::Timestamp;
+use everlit_api::status::{Capacity, NodeLoad, PlacedRanks, Taint};
+use everlit_api::time::{Millis, Timestamp};
 
 use super::blame::Blame;
 use super::gpu::GpuBlame;
-use super::limits::BLAME_MS;
+use super::room::Held;
 use super::state::Job;
 
 /// A node as the engine holds it.
@@ -27,6 +28,12 @@ pub struct Node {
     pub version: String,
     /// The kernel's boot.
     pub boot_id: String,
+    /// Where ranks of other nodes reach it.
+    pub address: Option<String>,
+    /// What kind of node it is.
+    pub labels: BTreeMap<String, String>,
+    /// What a job must tolerate to have ranks here.
+    pub taints: Vec<Taint>,
     /// Its agent is connected.
     pub linked: bool,
     /// It has not been heard of for the node timeout.
@@ -41,11 +48,18 @@ pub struct Node {
     pub seen_at: Option<Timestamp>,
     /// What gangs hold there.
     pub taken: Taken,
+    /// What those who preempted others will have of it, beyond what the others leave.
+    pub promised: Taken,
+    /// What the first that waits will have of it, beyond what others leave until then.
+    pub reserved: Taken,
     /// Failures of late that may be its own, oldest first.
     pub blames: Vec<Blame>,
     /// Hardware errors of its GPUs of late, oldest first.
     pub gpu_blames: Vec<GpuBlame>,
 }
+
+/// A GPU that one rank has alone, as bytes of it that are taken.
+pub const WHOLE: u64 = u64::MAX;
 
 /// What gangs hold on a node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -56,12 +70,55 @@ pub struct Taken {
     pub cpu_milli: u64,
     /// Bytes.
     pub memory: u64,
-    /// GPUs by index.
-    pub gpus: BTreeSet<u32>,
+    /// Bytes of GPUs that ranks share, or [`WHOLE`], by index.
+    pub gpus: BTreeMap<u32, u64>,
+}
+
+/// Nothing is taken.
+pub(super) static NOTHING: Taken = Taken { ranks: 0, cpu_milli: 0, memory: 0, gpus: BTreeMap::new() };
+
+impl Taken {
+    /// Both.
+    pub fn add(&mut self, other: &Self) {
+        self.ranks += other.ranks;
+        self.cpu_milli += other.cpu_milli;
+        self.memory += other.memory;
+        for (gpu, bytes) in &other.gpus {
+            let own = self.gpus.entry(*gpu).or_default();
+            *own = own.saturating_add(*bytes);
+        }
+    }
+
+    /// Without what is part of it.
+    pub fn remove(&mut self, other: &Self) {
+        self.ranks -= other.ranks;
+        self.cpu_milli -= other.cpu_milli;
+        self.memory -= other.memory;
+        for (gpu, bytes) in &other.gpus {
+            let left = self.gpus.get(gpu).map_or(0, |own| own - bytes);
+            if left == 0 {
+                self.gpus.remove(gpu);
+            } else {
+                self.gpus.insert(*gpu, left);
+            }
+        }
+    }
+
+    /// What is left of it when the other is used up first. A GPU that is asked for whole is never left by halves.
+    pub fn beyond(&self, other: &Self) -> Self {
+        let left =
+            |gpu: &u32, bytes: u64| if bytes == WHOLE { WHOLE } else { bytes.saturating_sub(other.gpus.get(gpu).copied().unwrap_or(0)) };
+        Self {
+            ranks: self.ranks.saturating_sub(other.ranks),
+            cpu_milli: self.cpu_milli.saturating_sub(other.cpu_milli),
+            memory: self.memory.saturating_sub(other.memory),
+            gpus: self.gpus.iter().map(|(gpu, bytes)| (*gpu, left(gpu, *bytes))).filter(|(_, bytes)| *bytes > 0).collect(),
+        }
+    }
 }
 
 /// What a gang needs; jobs of the same need share a line in the queue.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Need {
     /// Ranks.
     pub ranks: u32,
@@ -77,10 +134,22 @@ pub struct Need {
     pub gpus: u32,
     /// Without one GPU per rank it runs on the CPU instead.
     pub gpus_optional: bool,
+    /// Bytes of GPU memory per rank: without `gpus` a part of one, with it what each must have.
+    pub gpu_memory: u64,
     /// What a rank of the built-in program will take, when the job does not say. Not reserved: it only tells what can never run.
     pub estimate: Estimate,
+    /// Labels that its nodes must have.
+    pub selector: BTreeMap<String, String>,
+    /// Taints that do not keep it off.
+    pub tolerations: Vec<Toleration>,
     /// Nodes that it must not go to.
     pub excluded: BTreeSet<NodeId>,
+    /// It has ended so long after its start, grace included: it may go before others that it can not delay.
+    pub ends_within: Option<Millis>,
+}
+
+fn milli(cpus: f64) -> u64 {
+    (cpus * 1_000.0).ceil() as u64
 }
 
 /// Bytes of one rank at least: with one sample in a forward pass.
@@ -102,42 +171,107 @@ impl Need {
     /// Of a job: the built-in program on `auto` takes a GPU each if every rank can have one.
     pub fn of(spec: &JobSpec) -> Self {
         let device = spec.worker.as_ref().map(|w| w.device);
+        let shares = spec.resources.gpu_memory > 0;
         let (gpus, gpus_optional) = match (spec.resources.gpus, device) {
+            (0, _) if shares => (0, false),
             (0, Some(Device::Auto)) => (1, true),
             (0, Some(Device::Cuda)) => (1, false),
             (asked, _) => (asked, false),
         };
         let estimate = memory_estimate(spec).filter(|_| spec.resources.memory == 0);
+        let on_device = |e: MemoryEstimate| if shares { 0 } else { e.total(1) - e.snapshot_bytes };
         Self {
             ranks: spec.world_size,
             least: spec.least_world_size(),
             spares: spec.restart.spares,
-            cpu_milli: (spec.resources.cpus * 1_000.0).ceil() as u64,
+            cpu_milli: milli(spec.resources.cpus),
             memory: spec.resources.memory,
             gpus,
             gpus_optional,
-            estimate: estimate.map(|e| Estimate { device: e.total(1) - e.snapshot_bytes, snapshots: e.snapshot_bytes }).unwrap_or_default(),
+            gpu_memory: spec.resources.gpu_memory,
+            estimate: estimate.map(|e| Estimate { device: on_device(e), snapshots: e.snapshot_bytes }).unwrap_or_default(),
+            selector: spec.node_selector.clone(),
+            tolerations: spec.tolerations.clone(),
             excluded: BTreeSet::new(),
+            ends_within: spec.time_limit.map(|limit| Millis(limit.0.saturating_add(spec.stop_grace.0))),
         }
+    }
+
+    /// Its ranks have parts of GPUs.
+    pub fn shares_gpus(&self) -> bool {
+        self.gpus == 0 && self.gpu_memory > 0
     }
 
     /// What `count` ranks of it and its spares hold, with these GPUs.
     pub fn taken(&self, count: u32, gpus: &[u32]) -> Taken {
-        let count = count.saturating_add(self.spares);
-        let count_wide = u64::from(count);
-        Taken {
-            ranks: count,
-            cpu_milli: self.cpu_milli.saturating_mul(count_wide),
-            memory: self.memory.saturating_mul(count_wide),
-            gpus: gpus.iter().copied().collect(),
+        self.each().taken(count, self.spares, gpus)
+    }
+
+    /// What a gang holds where it is placed.
+    pub fn held<'a>(&self, placement: &'a [PlacedRanks]) -> impl Iterator<Item = (&'a NodeId, Taken)> + use<'a> {
+        self.each().held(placement, self.spares)
+    }
+
+    fn each(&self) -> Each {
+        let gpu = if self.shares_gpus() { self.gpu_memory } else { WHOLE };
+        Each { cpu_milli: self.cpu_milli, memory: self.memory, gpu }
+    }
+
+    /// With GPUs, without, in the order that is tried.
+    pub(super) fn modes(&self) -> &'static [bool] {
+        match (self.gpus > 0 || self.shares_gpus(), self.gpus_optional) {
+            (_, true) => &[true, false],
+            (true, false) => &[true],
+            (false, false) => &[false],
         }
     }
 }
 
+/// What one rank holds.
+#[derive(Debug, Clone, Copy)]
+struct Each {
+    cpu_milli: u64,
+    memory: u64,
+    /// Bytes of each GPU that it has.
+    gpu: u64,
+}
+
+impl Each {
+    fn taken(self, count: u32, spares: u32, gpus: &[u32]) -> Taken {
+        let count = count.saturating_add(spares);
+        let mut by_gpu: BTreeMap<u32, u64> = BTreeMap::new();
+        for gpu in gpus {
+            let bytes = by_gpu.entry(*gpu).or_default();
+            *bytes = bytes.saturating_add(self.gpu);
+        }
+        let (cpu_milli, memory) = (self.cpu_milli.saturating_mul(count.into()), self.memory.saturating_mul(count.into()));
+        Taken { ranks: count, cpu_milli, memory, gpus: by_gpu }
+    }
+
+    /// Spares are only with a gang on one node: over several nothing recovers in place.
+    fn held(self, placement: &[PlacedRanks], spares: u32) -> impl Iterator<Item = (&NodeId, Taken)> {
+        let spares = if placement.len() == 1 { spares } else { 0 };
+        placement.iter().map(move |share| (&share.node, self.taken(share.count, spares, &share.gpus)))
+    }
+}
+
 impl Job {
+    /// What its gang holds, by node.
+    pub(super) fn held(&self) -> impl Iterator<Item = (&NodeId, Taken)> {
+        let Resources { cpus, memory, gpus, gpu_memory } = self.spec.resources;
+        let gpu = if gpus == 0 && gpu_memory > 0 { gpu_memory } else { WHOLE };
+        let each = Each { cpu_milli: milli(cpus), memory, gpu };
+        self.gang.iter().flat_map(move |gang| each.held(&gang.placement, self.spec.restart.spares))
+    }
+
     /// What its gang needs now.
     pub fn need(&self) -> Need {
         Need { excluded: self.excluded.iter().cloned().collect(), ..Need::of(&self.spec) }
+    }
+
+    /// Where its newest checkpoint is: among places that are equal it goes back there.
+    pub(super) fn home(&self) -> Option<&NodeId> {
+        self.checkpoints.first().map(|newest| &newest.node)
     }
 }
 
@@ -160,161 +294,209 @@ impl Node {
 
     /// Reserves.
     pub fn take(&mut self, taken: &Taken) {
-        self.taken.ranks += taken.ranks;
-        self.taken.cpu_milli += taken.cpu_milli;
-        self.taken.memory += taken.memory;
-        self.taken.gpus.extend(&taken.gpus);
+        self.taken.add(taken);
     }
 
     /// Gives back.
     pub fn give_back(&mut self, taken: &Taken) {
-        self.taken.ranks -= taken.ranks;
-        self.taken.cpu_milli -= taken.cpu_milli;
-        self.taken.memory -= taken.memory;
-        for gpu in &taken.gpus {
-            self.taken.gpus.remove(gpu);
-        }
+        self.taken.remove(taken);
+    }
+}
+
+/// The nodes at some time: now, or once some of what is taken has been left.
+#[derive(Debug)]
+pub(super) struct Board<'a> {
+    nodes: &'a BTreeMap<NodeId, Node>,
+    /// What is taken there instead of now, promises included.
+    later: BTreeMap<NodeId, Taken>,
+    /// What is reserved for the first that waits counts as free.
+    before_head: bool,
+    /// Nodes that take no ranks now count, too.
+    closed_too: bool,
+}
+
+impl<'a> Board<'a> {
+    pub(super) fn now(nodes: &'a BTreeMap<NodeId, Node>) -> Self {
+        Self { nodes, later: BTreeMap::new(), before_head: false, closed_too: false }
     }
 
-    /// GPUs for every rank, `None` when there are not enough (an empty list when none are needed).
-    fn gpus_for(&self, need: &Need, free_only: bool) -> Option<Vec<u32>> {
-        let wanted = (need.gpus as usize).checked_mul(need.ranks as usize)?;
-        let usable = self.capacity.gpus.iter().map(|g| g.index).filter(|g| !free_only || !self.taken.gpus.contains(g));
-        let avoided = self.avoided_gpus();
-        let (bad, good): (Vec<u32>, Vec<u32>) = usable.partition(|gpu| avoided.contains(gpu));
-        let mut found: Vec<u32> = good.into_iter().chain(bad).take(wanted).collect();
-        found.sort_unstable();
-        if found.len() == wanted {
-            Some(found)
-        } else if need.gpus_optional {
-            Some(Vec::new())
-        } else {
-            None
-        }
+    /// For who has gone again before the first that waits can go.
+    pub(super) fn before_head(nodes: &'a BTreeMap<NodeId, Node>) -> Self {
+        Self { before_head: true, ..Self::now(nodes) }
     }
 
-    /// The GPUs that it would grant, or why it can not hold the gang. `empty`: as if nothing else ran there.
-    fn fit(&self, need: &Need, empty: bool) -> Result<Vec<u32>, String> {
-        let nothing = Taken::default();
-        let taken = if empty { &nothing } else { &self.taken };
-        let asked = need.taken(need.ranks, &[]);
-        let cpus = (self.capacity.cpus * 1_000.0) as u64;
-        let adverb = if empty { "has" } else { "has free" };
-        let slots = self.capacity.slots.saturating_sub(taken.ranks);
-        if asked.ranks > slots {
-            return Err(format!("needs {} ranks, {adverb} places for {slots}", asked.ranks));
-        }
-        let free = cpus.saturating_sub(taken.cpu_milli);
-        if asked.cpu_milli > free {
-            return Err(format!("needs {} CPUs, {adverb} {}", milli(asked.cpu_milli), milli(free)));
-        }
-        let free = self.capacity.memory.saturating_sub(taken.memory);
-        if asked.memory > free {
-            return Err(format!("needs {} of memory, {adverb} {}", gib(asked.memory), gib(free)));
-        }
-        let gpus = self.gpus_for(need, !empty).ok_or_else(|| {
-            let free = self.capacity.gpus.iter().filter(|g| empty || !self.taken.gpus.contains(&g.index)).count();
-            format!("needs {} GPUs, {adverb} {free}", u64::from(need.gpus) * u64::from(need.ranks))
-        })?;
-        self.holds(need, &gpus).map(|()| gpus)
+    /// With something else taken on some nodes.
+    pub(super) fn later(nodes: &'a BTreeMap<NodeId, Node>, later: BTreeMap<NodeId, Taken>) -> Self {
+        Self { later, before_head: true, ..Self::now(nodes) }
     }
 
-    /// Whether the whole machine, and each GPU, could hold what the ranks will take.
-    fn holds(&self, need: &Need, gpus: &[u32]) -> Result<(), String> {
-        let Estimate { device, snapshots } = need.estimate;
-        let granted = self.capacity.gpus.iter().filter(|gpu| gpus.contains(&gpu.index));
-        let hint = "estimated from the model; resources.memory says otherwise";
-        if let Some(gpu) = granted.filter(|gpu| gpu.memory > 0 && gpu.memory < device).min_by_key(|gpu| gpu.memory) {
-            return Err(format!("needs {} of GPU memory for each rank ({hint}), GPU {} has {}", gib(device), gpu.index, gib(gpu.memory)));
-        }
-        let each = if gpus.is_empty() { device.saturating_add(snapshots) } else { snapshots };
-        let memory = self.capacity.memory;
-        if each.saturating_mul(u64::from(need.ranks) + u64::from(need.spares)) > memory {
-            return Err(format!("needs {} for each of {} ranks ({hint}), has {} of memory", gib(each), need.ranks, gib(memory)));
-        }
-        Ok(())
+    /// The same, with what is reserved for the first that waits.
+    pub(super) fn behind_head(self) -> Self {
+        Self { before_head: false, ..self }
     }
 
-    /// As many ranks as it can hold now, if those are enough to begin with.
-    pub(super) fn most(&self, need: &Need) -> Option<(u32, Vec<u32>)> {
-        (need.least..=need.ranks).rev().find_map(|ranks| Some((ranks, self.fit(&Need { ranks, ..need.clone() }, false).ok()?)))
+    /// The same, as if every node took ranks.
+    pub(super) fn closed_too(self) -> Self {
+        Self { closed_too: true, ..self }
     }
 
-    /// So many ranks more of a gang that has some here, on no GPU.
-    pub(super) fn has_room_beside(&self, held: u32, more: u32, need: &Need) -> bool {
-        let on_cpu = Need { gpus: 0, ..need.clone() };
-        let fits = self.fit(&Need { ranks: more, spares: 0, ..on_cpu.clone() }, false).is_ok();
-        fits && self.holds(&Need { ranks: held + more, ..on_cpu }, &[]).is_ok()
-    }
-
-    /// A sentence on why this gang is not here.
-    pub fn explain(&self, id: &NodeId, need: &Need) -> String {
-        if need.excluded.contains(id) {
-            return "is excluded for this job by its log_policies, until a user restarts it".into();
-        }
-        match (self.fit(need, true), self.fit(need, false)) {
-            (Err(never), _) => format!("can never hold it: {never}"),
-            _ if self.lost || !self.linked => "its agent is not connected".into(),
-            _ if self.draining => "is draining".into(),
-            _ if self.cordoned => "is cordoned".into(),
-            (_, Err(later)) => later,
-            _ if self.avoided() > 0 => {
-                let hours = BLAME_MS / 3_600_000;
-                format!("has room, and is avoided: {} failures in {hours} h that may be the machine's", self.avoided())
+    fn held<'b>(&'b self, id: &NodeId, node: &'b Node) -> Held<'b> {
+        match self.later.get(id) {
+            Some(taken) => Held { taken, promised: &NOTHING, reserved: &NOTHING },
+            None => {
+                let reserved = if self.before_head { &NOTHING } else { &node.reserved };
+                Held { taken: &node.taken, promised: &node.promised, reserved }
             }
-            (_, Ok(gpus)) if self.avoided_among(&gpus) > 0 => {
-                format!("has room, and {} of the GPUs are avoided: they had hardware errors", self.avoided_among(&gpus))
-            }
-            _ => "has room".into(),
         }
+    }
+
+    fn usable(&self, need: &'a Need) -> impl Iterator<Item = (&'a NodeId, &'a Node)> {
+        let open = |node: &Node| node.is_open() || (self.closed_too && !node.lost);
+        self.nodes.iter().filter(move |(id, node)| open(node) && node.admits(id, need).is_ok())
+    }
+
+    /// Where the gang goes, if it can: on one node, over several, and for an elastic one the most that one node can hold.
+    pub(super) fn choose(&self, need: &'a Need, home: Option<&NodeId>) -> Option<Vec<PlacedRanks>> {
+        let ways = need.modes().iter();
+        let whole = ways.into_iter().find_map(|on_gpu| self.one_node(need, *on_gpu, home).or_else(|| self.several(need, *on_gpu, home)));
+        whole.or_else(|| self.fewer_ranks(need, home))
+    }
+
+    /// Fullest first: best fit leaves large places whole.
+    fn key<'b>(&self, id: &'b NodeId, node: &Node, home: Option<&NodeId>) -> (usize, bool, u32, &'b NodeId) {
+        (node.avoided(), home.is_some_and(|home| home != id), node.capacity.slots.saturating_sub(self.held(id, node).taken.ranks), id)
+    }
+
+    fn one_node(&self, need: &'a Need, on_gpu: bool, home: Option<&NodeId>) -> Option<Vec<PlacedRanks>> {
+        let fitting = self.usable(need).filter(|(id, node)| node.room(need, &self.held(id, node), on_gpu, need.spares) >= need.ranks);
+        let bad_gpus = |id: &NodeId, node: &Node| {
+            if node.gpu_blames.is_empty() || !on_gpu {
+                return 0;
+            }
+            node.avoided_among(&node.grant(need, need.ranks, &self.held(id, node)))
+        };
+        let (id, node) = fitting.min_by_key(|(id, node)| (bad_gpus(id, node), self.key(id, node, home)))?;
+        Some(vec![self.share(need, id, node, 0, need.ranks, on_gpu)])
+    }
+
+    fn share(&self, need: &Need, id: &NodeId, node: &Node, first_rank: u32, count: u32, on_gpu: bool) -> PlacedRanks {
+        let gpus = if on_gpu { node.grant(need, count, &self.held(id, node)) } else { Vec::new() };
+        PlacedRanks { node: id.clone(), first_rank, count, gpus }
+    }
+
+    /// As few nodes as hold it, those that are not suspected first; of the last as little as will do.
+    fn several(&self, need: &'a Need, on_gpu: bool, home: Option<&NodeId>) -> Option<Vec<PlacedRanks>> {
+        let with_address = self.usable(need).filter(|(_, node)| node.address.is_some());
+        let mut rooms: Vec<(usize, Reverse<u32>, bool, &NodeId, &Node)> = with_address
+            .map(|(id, node)| {
+                let room = node.part(need, &self.held(id, node), on_gpu);
+                let bad = node.avoided() + if on_gpu && !node.gpu_blames.is_empty() { node.avoided_gpus().len() } else { 0 };
+                (bad, Reverse(room), home.is_some_and(|home| home != id), id, node)
+            })
+            .filter(|(_, Reverse(room), ..)| *room > 0)
+            .collect();
+        if need.ranks < 2 || rooms.iter().map(|(_, Reverse(room), ..)| u64::from(*room)).sum::<u64>() < u64::from(need.ranks) {
+            return None;
+        }
+        rooms.sort_unstable_by_key(|(bad, room, away, id, _)| (*bad, *room, *away, *id));
+        let (mut left, mut chosen) = (need.ranks, Vec::new());
+        for (at, (bad, Reverse(room), _, id, node)) in rooms.iter().enumerate() {
+            if *room >= left {
+                // The smallest of the same kind that holds the rest: larger ones stay whole.
+                let same = rooms[at..].iter().take_while(|(other, Reverse(room), ..)| other == bad && *room >= left);
+                let (.., id, node) = same.last().unwrap_or(&rooms[at]);
+                chosen.push((left, *id, *node));
+                break;
+            }
+            chosen.push((*room, *id, *node));
+            left -= room;
+        }
+        chosen.sort_by_key(|(count, ..)| Reverse(*count));
+        let mut first = 0;
+        let shares = chosen.into_iter().map(|(count, id, node)| {
+            first += count;
+            self.share(need, id, node, first - count, count, on_gpu)
+        });
+        Some(shares.collect())
+    }
+
+    fn fewer_ranks(&self, need: &'a Need, home: Option<&NodeId>) -> Option<Vec<PlacedRanks>> {
+        if need.least >= need.ranks {
+            return None;
+        }
+        let most = self.usable(need).filter_map(|(id, node)| {
+            let rooms = need.modes().iter().map(|on_gpu| (node.room(need, &self.held(id, node), *on_gpu, need.spares), *on_gpu));
+            let (room, on_gpu) = rooms.max_by_key(|(room, on_gpu)| (*room, *on_gpu))?;
+            (room >= need.least).then_some((id, node, room, on_gpu))
+        });
+        let (id, node, room, on_gpu) = most.min_by_key(|(id, node, room, on_gpu)| (Reverse(*room), !*on_gpu, self.key(id, node, home)))?;
+        Some(vec![self.share(need, id, node, 0, room, on_gpu)])
     }
 }
 
-fn milli(value: u64) -> String {
-    format!("{}", value as f64 / 1_000.0)
-}
-
-fn gib(bytes: u64) -> String {
-    format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))
-}
-
-/// Chooses the node that is left with the fewest free places (best fit), by name among equals; suspected ones, and those with only suspected GPUs, last.
+/// Where a gang goes now, or why not.
 pub fn plan_gang(nodes: &BTreeMap<NodeId, Node>, need: &Need) -> Placement {
-    let allowed = |id: &NodeId| !need.excluded.contains(id);
-    let fitting =
-        nodes.iter().filter(|(id, n)| n.is_open() && allowed(id)).filter_map(|(id, n)| n.fit(need, false).ok().map(|gpus| (id, n, gpus)));
-    let with_gpus = |gpus: &[u32]| need.gpus_optional && gpus.is_empty();
-    let key = |id: &NodeId, n: &Node, gpus: &[u32]| {
-        (with_gpus(gpus), n.avoided_among(gpus), n.avoided(), n.capacity.slots.saturating_sub(n.taken.ranks), id.clone())
-    };
-    let best = fitting.min_by_key(|(id, n, gpus)| key(id, n, gpus));
-    if let Some((id, _, gpus)) = best {
-        return Placement::Now(vec![PlacedRanks { node: id.clone(), first_rank: 0, count: need.ranks, gpus }]);
-    }
-    let open = nodes.iter().filter(|(id, n)| need.least < need.ranks && n.is_open() && allowed(id));
-    let most = open.filter_map(|(id, n)| n.most(need).map(|(count, gpus)| (id, n, count, gpus)));
-    if let Some((id, _, count, gpus)) = most.min_by_key(|(id, n, count, gpus)| (std::cmp::Reverse(*count), key(id, n, gpus))) {
-        return Placement::Now(vec![PlacedRanks { node: id.clone(), first_rank: 0, count, gpus }]);
-    }
-    // What keeps it from beginning is want of room for the fewest.
-    let need = &Need { ranks: need.least, ..need.clone() };
+    plan_near(nodes, need, None)
+}
+
+/// The same, and among equal places where its checkpoint is.
+pub(super) fn plan_near(nodes: &BTreeMap<NodeId, Node>, need: &Need, home: Option<&NodeId>) -> Placement {
+    Board::now(nodes).choose(need, home).map_or_else(|| why_not(nodes, need, false), Placement::Now)
+}
+
+/// The same for one whom what is reserved is for.
+pub(super) fn plan_first(nodes: &BTreeMap<NodeId, Node>, need: &Need) -> Placement {
+    Board::before_head(nodes).choose(need, None).map_or_else(|| why_not(nodes, need, true), Placement::Now)
+}
+
+/// What the nodes that reach each other could hold, if nothing else ran there.
+fn room_of_all(nodes: &BTreeMap<NodeId, Node>, need: &Need, on_gpu: bool) -> (usize, u64) {
+    let part = nodes.iter().filter(|(id, node)| node.address.is_some() && !node.lost && node.admits(id, need).is_ok());
+    let rooms = part.map(|(_, node)| node.part(need, &Held::NONE, on_gpu));
+    rooms.fold((0, 0), |(count, sum), room| (count + 1, sum + u64::from(room)))
+}
+
+fn why_not(nodes: &BTreeMap<NodeId, Node>, whole: &Need, own: bool) -> Placement {
     if nodes.is_empty() {
         return Placement::Later("no node has joined yet".into());
     }
-    let ever: Vec<_> = nodes.iter().filter(|(id, n)| !n.lost && allowed(id) && n.fit(need, true).is_ok()).collect();
-    match ever.first() {
-        Some((id, node)) => Placement::Later(format!("{id} {}", node.explain(id, need))),
-        None => {
-            let reasons: Vec<_> = nodes.iter().take(4).map(|(id, n)| format!("{id} {}", n.explain(id, need))).collect();
-            let mut able = nodes.iter().filter(|(_, n)| n.fit(need, true).is_ok()).peekable();
-            let which = if able.peek().is_some() {
-                if able.any(|(id, _)| allowed(id)) { "no connected node can hold it" } else { "no other node can hold it" }
-            } else {
-                "no node can ever hold it"
-            };
-            Placement::Never(format!("{which}: {}", reasons.join("; ")))
-        }
+    let on_gpu = whole.modes() == [true];
+    let (reached, together) = if whole.ranks > 1 { room_of_all(nodes, whole, on_gpu) } else { (0, 0) };
+    // What keeps it from beginning is want of room for the fewest.
+    let need = &Need { ranks: whole.least, ..whole.clone() };
+    let allowed = |id: &NodeId, node: &Node| node.admits(id, need).is_ok();
+    let spread = nodes.len() > 1;
+    let mut ever = nodes.iter().filter(|(id, n)| !n.lost && allowed(id, n) && n.fit(need, true).is_ok());
+    if let Some((id, node)) = ever.next() {
+        return Placement::Later(format!("{id} {}", node.explain(id, need, spread, own)));
     }
+    if together >= u64::from(whole.ranks) {
+        let open = nodes.iter().filter(|(id, node)| node.is_open() && node.address.is_some() && allowed(id, node));
+        let free: u64 = open.map(|(_, node)| u64::from(node.part(whole, &node.held_now(), on_gpu))).sum();
+        let ranks = whole.ranks;
+        return Placement::Later(format!(
+            "it needs several nodes: {reached} could hold it, and have room for {free} of its {ranks} ranks now"
+        ));
+    }
+    let reasons: Vec<_> = nodes.iter().take(4).map(|(id, n)| format!("{id} {}", n.explain(id, need, spread, own))).collect();
+    let never = "no node can ever hold it";
+    let mut able = nodes.iter().filter(|(_, n)| n.fit(need, true).is_ok()).peekable();
+    let which = if able.peek().is_some() {
+        match able.any(|(id, n)| allowed(id, n)) {
+            true => "no connected node can hold it",
+            false if need.excluded.is_empty() => never,
+            false => "no other node can hold it",
+        }
+    } else {
+        never
+    };
+    let more = match nodes.len() {
+        0..=4 => String::new(),
+        count => format!("; and {} nodes more", count - 4),
+    };
+    let all =
+        if reached > 1 { format!("; together {reached} nodes could hold {together} of its {} ranks", whole.ranks) } else { String::new() };
+    Placement::Never(format!("{which}: {}{more}{all}", reasons.join("; ")))
 }
 
 #[cfg(test)]
@@ -335,17 +517,7 @@ mod tests {
     }
 
     fn need(ranks: u32) -> Need {
-        Need {
-            least: ranks,
-            ranks,
-            spares: 0,
-            cpu_milli: 0,
-            memory: 0,
-            gpus: 0,
-            gpus_optional: false,
-            estimate: Estimate::default(),
-            excluded: BTreeSet::new(),
-        }
+        Need { least: ranks, ranks, ..Need::default() }
     }
 
     #[test]
@@ -426,7 +598,7 @@ mod tests {
         let told = |change: fn(&mut Node), need: &Need| {
             let mut node = node(4.0, 1, 8);
             change(&mut node);
-            node.explain(&name, need)
+            node.explain(&name, need, false, false)
         };
         let small = need(2);
         assert_eq!(told(|_| {}, &small), "has room");

@@ -1,10 +1,11 @@
 //! Jobs that wait for a place: by priority, then by age. Jobs of the same need share a line, so that a long queue costs nothing to look at.
 //!
-//! Strict order: a job that could run later holds back what is behind it, so that big gangs are not starved by small ones. What no node
-//! could ever hold is parked and holds back nobody; it is looked at again when the nodes change.
+//! Only the order is kept here; who may go before whom is `schedule`'s. What no node could ever hold is parked and holds back nobody; it is
+//! looked at again when the nodes change.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 
 use everlit_api::ids::JobId;
 use everlit_api::job::Priority;
@@ -57,10 +58,29 @@ impl Queue {
     }
 
     /// The first in order, oldest first within the highest priority.
-    pub fn head(&self) -> Option<(JobId, Need)> {
+    pub fn head(&self) -> Option<(JobId, &Need)> {
         let (Reverse(top), _) = self.lines.keys().next()?;
         let top_lines = self.lines.iter().take_while(|((Reverse(priority), _), _)| priority == top);
-        top_lines.filter_map(|((_, need), line)| Some((*line.first()?, need.clone()))).min()
+        top_lines.filter_map(|((_, need), line)| Some((*line.first()?, need))).min_by_key(|(job, _)| *job)
+    }
+
+    /// The first of each line, in order.
+    pub fn firsts(&self) -> BTreeSet<(Reverse<Priority>, JobId, Need)> {
+        let first = |((priority, need), line): (&(Reverse<Priority>, Need), &Line)| Some((*priority, *line.first()?, need.clone()));
+        self.lines.iter().filter_map(first).collect()
+    }
+
+    /// The next of a line after one that was looked at.
+    pub fn next_in_line(&self, after: JobId, priority: Reverse<Priority>, need: &Need) -> Option<JobId> {
+        let line = self.lines.get(&(priority, need.clone()))?;
+        line.range((Bound::Excluded(after), Bound::Unbounded)).next().copied()
+    }
+
+    /// Another that waits for the same with the same priority, and that `counts`.
+    pub fn has_like(&self, job: JobId, priority: Priority, need: &Need, counts: impl Fn(&JobId) -> bool) -> bool {
+        let key = (Reverse(priority), need.clone());
+        let lines = [&self.lines, &self.parked];
+        lines.iter().filter_map(|lines| lines.get(&key)).flatten().any(|other| *other != job && counts(other))
     }
 
     /// No node could ever hold jobs of this need.
@@ -94,17 +114,7 @@ mod tests {
     use super::*;
 
     fn need(ranks: u32) -> Need {
-        Need {
-            least: ranks,
-            ranks,
-            spares: 0,
-            cpu_milli: 0,
-            memory: 0,
-            gpus: 0,
-            gpus_optional: false,
-            estimate: Default::default(),
-            excluded: Default::default(),
-        }
+        Need { least: ranks, ranks, ..Need::default() }
     }
 
     fn id(n: u128) -> JobId {
@@ -119,7 +129,7 @@ mod tests {
         queue.push(id(3), Priority::High, need(4));
         queue.push(id(4), Priority::Low, need(1));
         let mut order = Vec::new();
-        while let Some((job, need)) = queue.head() {
+        while let Some((job, need)) = queue.head().map(|(job, need)| (job, need.clone())) {
             order.push(job.as_u128());
             for priority in [Priority::Low, Priority::Normal, Priority::High] {
                 queue.remove(job, priority, need.clone());
@@ -136,10 +146,10 @@ mod tests {
         queue.push(id(2), Priority::Normal, need(1));
         queue.park(&need(1_000));
         queue.push(id(3), Priority::Normal, need(1_000));
-        assert_eq!(queue.head(), Some((id(2), need(1))));
+        assert_eq!(queue.head(), Some((id(2), &need(1))));
         assert_eq!((queue.depth(), queue.position(id(2), Priority::Normal)), (3, 0));
         queue.unpark();
-        assert_eq!(queue.head(), Some((id(1), need(1_000))));
+        assert_eq!(queue.head(), Some((id(1), &need(1_000))));
         assert_eq!(queue.position(id(3), Priority::Normal), 2);
         assert!(queue.contains(id(3), Priority::Normal, &need(1_000)));
     }

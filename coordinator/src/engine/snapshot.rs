@@ -135,8 +135,9 @@ impl Engine {
             if gang.placed() < job.spec.world_size {
                 self.short.insert(id);
             }
-            for share in &gang.placement {
-                self.nodes.entry(share.node.clone()).or_default().take(&need.taken(share.count, &share.gpus));
+            self.placed.insert(id);
+            for (name, taken) in job.held() {
+                self.nodes.entry(name.clone()).or_default().take(&taken);
             }
         }
         if let Some(regroup) = job.gang.as_ref().and_then(|gang| gang.regroup.as_ref()) {

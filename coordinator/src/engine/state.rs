@@ -90,6 +90,9 @@ pub struct Job {
     /// Nodes that it is kept from, by its `log_policies`; oldest first.
     #[serde(default)]
     pub excluded: Vec<NodeId>,
+    /// Who took its places for a job of higher priority, and how many attempts that one had had; oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preempted: Vec<(JobId, u32)>,
     /// Its failures followed it to another node: they are held against none.
     #[serde(default)]
     pub fails_anywhere: bool,
@@ -117,6 +120,9 @@ pub struct Gang {
     pub placement: Vec<PlacedRanks>,
     /// Leased for this attempt.
     pub port: u16,
+    /// Where rank 0 is reached from other nodes; null with all ranks on one node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub master_addr: Option<String>,
     /// When it was placed.
     pub placed_at: Timestamp,
     /// When every rank ran; a node that lacks ranks after this has lost them.
@@ -218,6 +224,16 @@ impl Gang {
     /// Ranks of the current membership in a share. Only a gang on one node ever has fewer than it has places.
     pub fn count_in(&self, share: &PlacedRanks) -> u32 {
         if self.placement.len() == 1 { self.size() } else { share.count }
+    }
+
+    /// Its ranks are on more than one node.
+    pub fn is_spread(&self) -> bool {
+        self.placement.len() > 1
+    }
+
+    /// It is ending, and gives its places back when it has.
+    pub fn is_leaving(&self) -> bool {
+        self.ending.as_ref().is_some_and(|ending| matches!(ending.then, Then::Requeue | Then::Fail | Then::Stop))
     }
 
     /// The seat of a rank.

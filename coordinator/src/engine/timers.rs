@@ -72,6 +72,11 @@ impl Timers {
         self.by_timer.contains_key(timer)
     }
 
+    /// When it is due, if it is set.
+    pub fn due_at(&self, timer: &Timer) -> Option<Timestamp> {
+        self.by_timer.get(timer).copied()
+    }
+
     /// When the engine wants to be woken.
     pub fn next(&self) -> Option<Timestamp> {
         self.due.first().map(|(at, _)| *at)

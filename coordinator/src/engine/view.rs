@@ -5,7 +5,7 @@ use everlit_api::rank::RankState;
 use everlit_api::status::{BlameView, JobView, LastCheckpoint, NodeState, NodeView, RankView, Summary};
 use everlit_api::time::Timestamp;
 
-use super::placement::Node;
+use super::placement::{Node, WHOLE};
 use super::progress::EVALUATION_LOSS;
 use super::state::Job;
 
@@ -136,7 +136,11 @@ impl Node {
             ranks: self.taken.ranks,
             cpus_reserved: self.taken.cpu_milli as f64 / 1_000.0,
             memory_reserved: self.taken.memory,
-            gpus_granted: self.taken.gpus.iter().copied().collect(),
+            gpus_granted: self.taken.gpus.keys().copied().collect(),
+            gpu_memory_reserved: self.taken.gpus.iter().filter(|(_, bytes)| **bytes != WHOLE).map(|(gpu, bytes)| (*gpu, *bytes)).collect(),
+            address: self.address.clone(),
+            labels: self.labels.clone(),
+            taints: self.taints.clone(),
             agent_version: self.version.clone(),
             avoided: self.avoided() > 0,
             blames: self.blames.iter().map(|b| BlameView { time: b.at, job_id: b.job, cause: b.cause }).collect(),

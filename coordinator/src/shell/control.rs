@@ -406,7 +406,7 @@ impl Control for Coordinator {
                 return Ok(explanation);
             }
             let job = self.stored(id).await?;
-            Ok(Explanation { state: job.state, reason: job.reason, position: None, nodes: Default::default() })
+            Ok(Explanation { state: job.state, reason: job.reason, ..Explanation::default() })
         })
     }
 
@@ -433,7 +433,7 @@ impl Control for Coordinator {
     fn drain(&self, id: NodeId) -> Answer<'_, NodeView> {
         Box::pin(async move {
             self.node_view(id.clone()).await?;
-            self.send(Input::Wish(Event::NodeDraining { node: id.clone(), cordon: true })).await?;
+            self.send(Input::Wish(Event::NodeDraining { node: id.clone(), cordon: true, deadline: None })).await?;
             self.node_view(id).await
         })
     }

@@ -94,6 +94,9 @@ impl Driven {
             ranks: Vec::new(),
             checkpoints: Vec::new(),
             draining: false,
+            address: None,
+            labels: Default::default(),
+            taints: Vec::new(),
         };
         let mut orders = own.feed(Event::NodeLinked { hello: Box::new(hello) });
         let mut spec = JobSpec::default_for(ranks);

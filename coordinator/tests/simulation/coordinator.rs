@@ -137,7 +137,8 @@ impl World {
         let Some(engine) = self.coordinator.engine.as_mut() else { return };
         let step = engine.handle(now, event);
         for event in &step.record.events {
-            self.on_event(event.job, event.event);
+            let lost = event.event == "gang_failed" && event.data.get("cause").is_some_and(|cause| cause == "node_lost");
+            self.on_event(event.job, if lost { "node_lost" } else { event.event });
         }
         self.coordinator.pending.push((now, step));
         self.set_coordinator_wake();
@@ -148,7 +149,7 @@ impl World {
     fn on_event(&mut self, job: Option<JobId>, event: &str) {
         let attempt = job.and_then(|id| Some((id, self.coordinator.engine.as_ref()?.job(id)?.attempt)));
         if let Some((job, attempt)) = attempt
-            && matches!(event, "stop_requested" | "restart_requested" | "time_limit_reached")
+            && matches!(event, "stop_requested" | "restart_requested" | "time_limit_reached" | "job_preempted" | "node_lost")
         {
             self.saw(&Seen::Reason { job, attempt });
         }

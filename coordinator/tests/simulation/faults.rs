@@ -175,7 +175,7 @@ impl World {
             Fault::UserUncordons => Event::CordonRequested { node: id, cordoned: false },
             _ => {
                 self.disturb_node(node);
-                Event::NodeDraining { node: id, cordon: true }
+                Event::NodeDraining { node: id, cordon: true, deadline: None }
             }
         };
         self.wish(event);

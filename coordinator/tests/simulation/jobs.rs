@@ -1,6 +1,6 @@
 //! What users submit: jobs that would end well by themselves, and some that never would.
 
-use everlit_api::job::{Device, JobSpec, LogAction, LogPolicy, Resources, RestartScope};
+use everlit_api::job::{Device, JobSpec, LogAction, LogPolicy, Priority, Resources, RestartScope};
 use everlit_api::time::Millis;
 
 use crate::node::SimNode;
@@ -41,7 +41,13 @@ impl Script {
             2..=4 => Kind::Mute,
             _ => Kind::Trains,
         };
-        let world = random.between(1, 4) as u32;
+        let mut world = random.between(1, 4) as u32;
+        let wide = nodes.iter().all(|node| node.address.is_some());
+        if wide {
+            // More than one node holds, and never more than all of them.
+            let all: u32 = nodes.iter().map(|node| node.capacity.slots).sum();
+            world = (world * world).min(all);
+        }
         let mut spec = JobSpec { worker: None, command: vec!["work".into()], ..JobSpec::default_for(world) };
         let gpus = nodes.iter().map(|node| node.capacity.gpus.len()).max().unwrap_or(0) as u64;
         if gpus >= u64::from(world) && random.percent(60) {
@@ -69,7 +75,7 @@ impl Script {
             spec.resources.gpus = 0;
             // What no node could ever hold would wait for ever.
             let slots = nodes.iter().map(|node| node.capacity.slots).max().unwrap_or(0);
-            spec.restart.spares = (random.below(3) as u32).min(slots - world);
+            spec.restart.spares = (random.below(3) as u32).min(slots.saturating_sub(world));
         }
         let steps = random.between(5, 150);
         // No draw of its own, so that seeds of before stay the runs that they were.
@@ -79,6 +85,12 @@ impl Script {
         if steps.is_multiple_of(4) {
             let policy = |action| LogPolicy { name: None, pattern: "x".into(), action };
             spec.log_policies = vec![policy(LogAction::ExcludeNode), policy(LogAction::CancelRetries)];
+        }
+        if wide {
+            spec.priority = [Priority::Low, Priority::Normal, Priority::High, Priority::Low][steps as usize % 4];
+            if spec.resources.gpus > 0 && steps.is_multiple_of(3) {
+                spec.resources = Resources { gpus: 0, gpu_memory: (10 + steps % 30) << 30, ..spec.resources };
+            }
         }
         let (step_ms, save_every, peers_notice) = (random.between(50, 3_000), random.between(1, 20), random.percent(70));
         let alone = kind == Kind::Mute && world > 1 && steps.is_multiple_of(2);

@@ -93,6 +93,9 @@ impl World {
             ranks,
             checkpoints,
             draining,
+            address: own.address.clone(),
+            labels: Default::default(),
+            taints: Vec::new(),
         }
     }
 

@@ -23,6 +23,8 @@ const LINGER_MS: u64 = 60_000;
 pub struct SimNode {
     pub id: NodeId,
     pub capacity: Capacity,
+    /// Where other nodes reach it: in some worlds, so that gangs go over several nodes there.
+    pub address: Option<String>,
     pub boot: u64,
     pub agent: Option<Engine>,
     /// Counts the agent's lives: news for an earlier one reach nobody.
@@ -82,6 +84,7 @@ impl SimNode {
         Self {
             id: NodeId(format!("node-{number}")),
             capacity,
+            address: None,
             boot: 1,
             agent: None,
             life: 0,
@@ -341,7 +344,9 @@ impl World {
         let own = &mut self.nodes[node];
         let newest = own.gangs.range((job, 0)..=(job, u32::MAX)).next_back().map(|((_, attempt), _)| *attempt);
         if own.disk_full || newest.is_some_and(|newest| newest > attempt) {
+            // Ranks of the gang on other nodes are stopped for it.
             let reason = if own.disk_full { "no space left on device" } else { "a later attempt was started here" }.to_string();
+            self.disturb(job, attempt);
             return self.tell_agent(node, Event::GangRefused { job, attempt, reason, permanent: false });
         }
         // A coordinator that says so has forgotten that it was final.

@@ -1,6 +1,6 @@
 //! What simulated ranks do: they start, meet, step, save, beat and end.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use everlit_api::agent::{Beat, CheckpointNews, GangSpec, Resumed};
 use everlit_api::ids::{Incarnation, JobId};
@@ -10,7 +10,7 @@ use everlit_worker::agent::engine::{Event, drained, no_exit};
 use crate::check::Seen;
 use crate::faults::Fault;
 use crate::jobs::Kind;
-use crate::node::Run;
+use crate::node::{Run, SimNode};
 use crate::slow::parts;
 use crate::world::{Happening, World};
 
@@ -42,7 +42,7 @@ impl World {
             let work_ms = script.steps * script.step_ms;
             return self.soon(work_ms / 2, work_ms * 2, Happening::LoneEnd { node, boot, incarnation });
         }
-        self.meet(node, boot, job, attempt);
+        self.meet(node, job, attempt);
     }
 
     /// A rank that needs nobody is done.
@@ -52,14 +52,38 @@ impl World {
         }
     }
 
+    /// The ranks of an attempt with their nodes; that of rank 0 comes first.
+    fn everybody(&self, job: JobId, attempt: u32) -> Vec<(usize, Incarnation)> {
+        let first = |node: &SimNode| node.gangs.get(&(job, attempt)).map(|(spec, _)| spec.first_rank);
+        let mut nodes: Vec<(u32, usize)> =
+            self.nodes.iter().enumerate().filter_map(|(number, node)| Some((first(node)?, number))).collect();
+        nodes.sort_unstable();
+        let members = |(_, node): (u32, usize)| self.nodes[node].members(job, attempt).into_iter().map(move |own| (node, own));
+        nodes.into_iter().flat_map(members).collect()
+    }
+
+    /// Every rank of the membership lives and takes part.
+    fn all_take_part(&self, everybody: &[(usize, Incarnation)], node: usize, job: JobId, attempt: u32) -> bool {
+        let world = self.nodes[node].gangs.get(&(job, attempt)).map_or(0, |(spec, _)| spec.world_size as usize);
+        let takes_part = |(node, own): &(usize, Incarnation)| {
+            self.nodes[*node].runs.get(own).is_some_and(|run| run.is_alive() && !run.hung && !run.ending)
+        };
+        world > 0 && everybody.len() == world && everybody.iter().all(takes_part)
+    }
+
     /// Ranks that all live begin to step, once for each membership.
-    fn meet(&mut self, node: usize, boot: u64, job: JobId, attempt: u32) {
-        let own = &mut self.nodes[node];
-        let members = own.members(job, attempt);
-        let all = members.iter().all(|member| own.runs.get(member).is_some_and(|run| run.is_alive() && !run.hung));
-        let Some(generation) = own.gangs.get(&(job, attempt)).map(|(spec, _)| spec.generation).filter(|_| all) else { return };
-        if own.met.insert((job, attempt), generation) != Some(generation) {
-            self.soon(200, 2_000, Happening::GangStep { node, boot, job, attempt, generation });
+    fn meet(&mut self, node: usize, job: JobId, attempt: u32) {
+        let everybody = self.everybody(job, attempt);
+        let Some(lead) = everybody.first().map(|(lead, _)| *lead) else { return };
+        let spread = everybody.iter().any(|(other, _)| *other != lead);
+        let all = everybody.iter().all(|(node, own)| self.nodes[*node].runs.get(own).is_some_and(|run| run.is_alive() && !run.hung));
+        if !all || (spread && !self.all_take_part(&everybody, node, job, attempt)) {
+            return;
+        }
+        let boot = self.nodes[lead].boot;
+        let Some(generation) = self.nodes[lead].gangs.get(&(job, attempt)).map(|(spec, _)| spec.generation) else { return };
+        if self.nodes[lead].met.insert((job, attempt), generation) != Some(generation) {
+            self.soon(200, 2_000, Happening::GangStep { node: lead, boot, job, attempt, generation });
         }
     }
 
@@ -87,15 +111,15 @@ impl World {
             self.soon(2, 300, Happening::RankUp { node, life, boot, incarnation: seat });
         }
         if !self.scripts[&job].alone {
-            self.meet(node, boot, job, attempt);
+            self.meet(node, job, attempt);
         }
     }
 
     /// Nobody said who follows a dead rank.
     pub fn give_up(&mut self, node: usize, boot: u64, incarnation: Incarnation, generation: u32) {
-        let own = &self.nodes[node];
-        let waits = own.spec(incarnation).is_some_and(|spec| spec.generation == generation);
-        if waits && own.members(incarnation.job, incarnation.attempt).iter().any(|member| own.has_ended(member)) {
+        let waits = self.nodes[node].spec(incarnation).is_some_and(|spec| spec.generation == generation);
+        let everybody = self.everybody(incarnation.job, incarnation.attempt);
+        if waits && everybody.iter().any(|(node, member)| self.nodes[*node].has_ended(member)) {
             self.after(0, Happening::RankEnd { node, boot, incarnation, code: Some(1), signal: None, lost: false });
         }
     }
@@ -137,27 +161,26 @@ impl World {
 
     /// One update of a gang of which every rank takes part; a rank that is dead or stopped blocks the others.
     pub fn gang_step(&mut self, node: usize, boot: u64, job: JobId, attempt: u32, generation: u32) {
-        let ranks = self.nodes[node].members(job, attempt);
+        let everybody = self.everybody(job, attempt);
         let own = &mut self.nodes[node];
-        let spec = own.gangs.get(&(job, attempt)).filter(|(spec, _)| spec.generation == generation);
-        let world = spec.map_or(0, |(spec, _)| spec.world_size as usize);
-        let takes_part = |own: &Incarnation, runs: &BTreeMap<Incarnation, Run>| {
-            runs.get(own).is_some_and(|run| run.is_alive() && !run.hung && !run.ending)
-        };
-        if own.boot != boot || world == 0 || ranks.len() != world || !ranks.iter().all(|rank| takes_part(rank, &own.runs)) {
+        let current = own.gangs.get(&(job, attempt)).is_some_and(|(spec, _)| spec.generation == generation);
+        if own.boot != boot || !current || !self.all_take_part(&everybody, node, job, attempt) {
             return;
         }
         let script = self.scripts[&job].clone();
-        let Some(step) = own.trainers.get_mut(&(job, attempt)) else { return };
-        *step = (*step + 1).min(script.steps);
-        let step = *step;
-        self.nodes[node].stepped.insert((job, attempt), generation);
+        let Some(step) = self.nodes[node].trainers.get(&(job, attempt)).map(|step| (step + 1).min(script.steps)) else { return };
+        let nodes: BTreeSet<usize> = everybody.iter().map(|(node, _)| *node).collect();
         let done = step >= script.steps;
-        if script.kind == Kind::Trains && (done || step.is_multiple_of(script.save_every)) {
-            self.save(node, job, attempt);
+        for node in nodes {
+            self.nodes[node].trainers.insert((job, attempt), step);
+            self.nodes[node].stepped.insert((job, attempt), generation);
+            if script.kind == Kind::Trains && (done || step.is_multiple_of(script.save_every)) {
+                self.save(node, job, attempt);
+            }
         }
         if done {
-            for incarnation in ranks {
+            for (node, incarnation) in everybody {
+                let boot = self.nodes[node].boot;
                 self.soon(1, 100, Happening::RankEnd { node, boot, incarnation, code: Some(0), signal: None, lost: false });
             }
         } else {
@@ -227,12 +250,12 @@ impl World {
         self.note(23, incarnation.rank.into(), code.unwrap_or(-1) as u64);
         if code != Some(0) {
             self.disturb(incarnation.job, incarnation.attempt);
-            self.peers_of_a_dead_rank(node, boot, incarnation);
+            self.peers_of_a_dead_rank(node, incarnation);
         }
         self.tell_agent(node, Event::RankEnded { incarnation, exit, lost });
     }
 
-    fn peers_of_a_dead_rank(&mut self, node: usize, boot: u64, dead: Incarnation) {
+    fn peers_of_a_dead_rank(&mut self, node: usize, dead: Incarnation) {
         let script = &self.scripts[&dead.job];
         let (notice, in_place) = (script.peers_notice, script.in_place);
         let own = &self.nodes[node];
@@ -240,7 +263,8 @@ impl World {
         if script.alone || !(notice || in_place) || own.spec(dead).is_some_and(|spec| spec.rank_of(dead.rank).is_none()) {
             return;
         }
-        for incarnation in self.nodes[node].members(dead.job, dead.attempt) {
+        for (node, incarnation) in self.everybody(dead.job, dead.attempt) {
+            let boot = self.nodes[node].boot;
             if in_place {
                 self.after(15_000, Happening::GiveUp { node, boot, incarnation, generation });
             } else if self.nodes[node].runs.get(&incarnation).is_some_and(|run| run.is_alive() && !run.hung) {

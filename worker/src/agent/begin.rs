@@ -46,7 +46,16 @@ fn node(folders: Folders, has_gpus: bool) -> anyhow::Result<Node> {
     let programs = std::env::current_exe()?.parent().map(PathBuf::from).unwrap_or_default();
     let env = environment::PASSED.iter().filter_map(|name| Some(((*name).to_string(), std::env::var(name).ok()?)));
     let memory = Memory::find(folders.root());
-    Ok(Node { folders, memory, programs, env: env.collect(), has_gpus, open_files: raise_open_files(), boot_id: load::boot_id(), reach: Mutex::default() })
+    Ok(Node {
+        folders,
+        memory,
+        programs,
+        env: env.collect(),
+        has_gpus,
+        open_files: raise_open_files(),
+        boot_id: load::boot_id(),
+        reach: Mutex::default(),
+    })
 }
 
 /// Raises the agent's own limit of open files; answers what ranks get.

@@ -20,8 +20,8 @@ use tokio::time::{MissedTickBehavior, interval, sleep_until};
 
 use super::cli::RunArgs;
 use super::effects::{Done, Effects};
-use super::environment::Reach;
 use super::engine::{Action, Engine, Event};
+use super::environment::Reach;
 use super::heartbeat::Heard;
 use super::identity::Identity;
 use super::limits::{GPU_ERRORS_MAX, LAST_SAVES_LOOK, LAST_SAVES_MAX, LOOK_EVERY};
@@ -92,6 +92,9 @@ impl Driver {
             ranks: Vec::new(),
             checkpoints: Vec::new(),
             draining: false,
+            address: None,
+            labels: Default::default(),
+            taints: Vec::new(),
         };
         let health = status::listen(node.folders.root()).context("could not open the health socket")?;
         let data_dir = node.folders.root().to_path_buf();
@@ -232,10 +235,9 @@ impl Driver {
                 let (ranks, checkpoints, draining) = self.engine.hello(self.now());
                 tracing::info!(ranks = ranks.len(), "linked");
                 let reach = self.address.or(link.address).map(|address| Reach { address, interface: load::interface_of(address) });
-                tracing::debug!(?reach);
-                // TODO-address
+                let address = reach.as_ref().map(|reach| reach.address.to_string());
                 *self.effects.node.reach.lock().unwrap_or_else(PoisonError::into_inner) = reach;
-                let hello = Hello { ranks, checkpoints, draining, ..self.hello.clone() };
+                let hello = Hello { ranks, checkpoints, draining, address, ..self.hello.clone() };
                 self.effects.link(link, hello);
                 self.handle(Event::Linked)
             }

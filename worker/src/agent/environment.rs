@@ -165,6 +165,7 @@ pub(crate) mod tests {
             max_restarts: 50,
             mean_time_between_failures: None,
             gpus: Vec::new(),
+            shares_gpus: false,
             program: Program::Command { argv: vec!["true".into()] },
             env: BTreeMap::new(),
             workdir: None,

@@ -223,7 +223,8 @@ mod tests {
         let folders = Folders::new(dir.path().join("agent"));
         let memory = Memory::below(&shared, folders.root());
         let (env, boot_id) = (Default::default(), String::new());
-        let node = Node { folders, memory, programs: dir.path().into(), env, has_gpus: false, open_files: None, boot_id, reach: Mutex::default() };
+        let node =
+            Node { folders, memory, programs: dir.path().into(), env, has_gpus: false, open_files: None, boot_id, reach: Mutex::default() };
         let mut spec = gang_spec(2);
         spec.attempt = 2;
         spec.program = Program::Worker { worker: Box::new(WorkerSpec::for_world(2)), evaluate: false };

@@ -277,6 +277,7 @@ impl Bench {
             max_restarts: 50,
             mean_time_between_failures: None,
             gpus: Vec::new(),
+            shares_gpus: false,
             program: Program::Command { argv: vec!["sh".into(), "-c".into(), script.into()] },
             env: BTreeMap::new(),
             workdir: Some(self.dir.path().display().to_string()),

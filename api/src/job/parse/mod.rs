@@ -12,6 +12,7 @@ use crate::ids::JobId;
 use crate::time::Millis;
 
 mod environment;
+mod nodes;
 mod policies;
 mod reader;
 #[cfg(test)]
@@ -33,6 +34,7 @@ const ARG_BYTES_MAX: usize = 128 * 1024 - 1;
 const LABELS_MAX: usize = 64;
 const LABEL_KEY_CHARS_MAX: usize = 63;
 const LABEL_VALUE_CHARS_MAX: usize = 256;
+const TOLERATIONS_MAX: usize = 64;
 const SHARDS_MAX: usize = 65_536;
 const STEPS_MAX: u64 = 1_000_000_000_000;
 const BATCH_MAX: u64 = 1_000_000_000;
@@ -91,6 +93,7 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
     let log_metrics = policies::log_metrics(&mut top);
     let log_policies = policies::log_policies(&mut top);
     let resources = top.object("resources", policies::resources);
+    let (node_selector, tolerations) = nodes::nodes(&mut top);
     let in_place = kind == JobKind::Train && command.is_none() && world_size > 1;
     let restart = top.object("restart", |fields| policies::restart(fields, in_place, command.is_some()));
     let min_world_size = elastic(&mut top, world_size, in_place && restart.scope != RestartScope::Gang);
@@ -120,6 +123,8 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
         log_metrics,
         log_policies,
         resources,
+        node_selector,
+        tolerations,
         restart,
         heartbeat,
         checkpoint,

@@ -26,24 +26,21 @@ const SECOND: Millis = Millis::secs(1);
 const MONTH: Millis = Millis::secs(30 * 86_400);
 
 pub(super) fn resources(fields: &mut Reader<'_, '_>) -> Resources {
-    fields.not_built("gpu_memory", is_zero, "sharing a GPU by memory is not built: use resources.gpus");
+    let gpu_memory = fields.read_or("gpu_memory", 0, size);
     if fields.get("gpus").is_some_and(|v| v.as_f64().is_some_and(|n| n > 0.0 && n.fract() != 0.0)) {
-        fields.refuse("gpus", "fractions of a GPU are not built: give a whole number".into());
-        return Resources { cpus: cpus(fields), memory: fields.read_or("memory", 0, size), gpus: 0 };
+        fields.refuse("gpus", "fractions of a GPU are not built: give gpu_memory, the part of a GPU's memory that a rank takes".into());
+        return Resources { cpus: cpus(fields), memory: fields.read_or("memory", 0, size), gpus: 0, gpu_memory };
     }
     Resources {
         cpus: cpus(fields),
         memory: fields.read_or("memory", 0, size),
         gpus: fields.read_or("gpus", 0, |v| integer(v, 0, GPUS_MAX)) as u32,
+        gpu_memory,
     }
 }
 
 fn cpus(fields: &mut Reader<'_, '_>) -> f64 {
     fields.read_or("cpus", 0.0, |v| number(v, 0.0, CPUS_MAX))
-}
-
-fn is_zero(value: &Value) -> bool {
-    value.as_u64() == Some(0)
 }
 
 /// `in_place`: the job is the built-in program in training, with ranks that hold each other's state; `is_command`: another program.

@@ -36,7 +36,7 @@ pub(super) const SECTIONS: [(&str, &[&str]); 6] = [
             "deterministic",
         ],
     ),
-    ("resources", &["cpus", "memory", "gpus"]),
+    ("resources", &["cpus", "memory", "gpus", "gpu_memory"]),
     ("restart", &["max_restarts", "max_start_failures", "backoff", "heal_after", "no_retry_exit_codes"]),
     ("heartbeat", &["startup_timeout", "idle_timeout", "progress_timeout"]),
     ("checkpoint", &["every_steps", "every", "keep"]),

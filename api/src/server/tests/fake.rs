@@ -127,6 +127,10 @@ fn node(name: &str) -> NodeView {
         cpus_reserved: 0.0,
         memory_reserved: 0,
         gpus_granted: Vec::new(),
+        gpu_memory_reserved: Default::default(),
+        address: None,
+        labels: Default::default(),
+        taints: vec![],
         agent_version: "0.1.0".into(),
         report_age_seconds: None,
         avoided: false,
@@ -306,7 +310,7 @@ impl Control for Fake {
     }
 
     fn explain(&self, id: JobId) -> Answer<'_, Explanation> {
-        let explanation = Explanation { state: JobState::Queued, reason: "no node".into(), position: Some(0), nodes: BTreeMap::new() };
+        let explanation = Explanation { state: JobState::Queued, reason: "no node".into(), position: Some(0), ..Explanation::default() };
         self.answer("explain".into(), known(id).map(|()| explanation))
     }
 

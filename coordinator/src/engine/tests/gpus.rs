@@ -209,7 +209,7 @@ fn new_gangs_get_suspected_gpus_last_and_are_never_refused_for_them() {
     lone.at(0, with_gpus("n1", 1, vec![])).at(1_000, failed("n1", 0, 48, 1_000));
     lone.take();
     let need = crate::engine::placement::Need::of(&on_gpus(1));
-    let explained = lone.engine.nodes()[&node("n1")].explain(&node("n1"), &need);
+    let explained = lone.engine.nodes()[&node("n1")].explain(&node("n1"), &need, false, false);
     assert_eq!(explained, "has room, and 1 of the GPUs are avoided: they had hardware errors");
 }
 

@@ -219,7 +219,7 @@ fn a_silent_rank_ends_the_gang_and_stale_news_changes_nothing() {
     // The first attempt is over: nothing that is said about it counts.
     scene.at(20_600, judged);
     scene.at(20_600, Event::RankExited(Exited { incarnation: rank(1, 1, 0), exit: exit(0, 1), lost: false }));
-    scene.at(20_600, Event::StartFailed { job: job(1), attempt: 1, reason: "late".into(), permanent: true });
+    scene.at(20_600, Event::StartFailed { node: node("n1"), job: job(1), attempt: 1, reason: "late".into(), permanent: true });
     assert_eq!(scene.engine.stale_news(), 3);
     assert_eq!(scene.summary(1).attempt, 2);
 }

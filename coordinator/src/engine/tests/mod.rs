@@ -9,6 +9,7 @@ mod in_place;
 mod lives;
 mod nodes;
 mod policies;
+mod scheduling;
 mod single;
 mod slow;
 mod told;
@@ -93,6 +94,9 @@ pub(super) fn hello(name: &str, ranks: Vec<RankReport>) -> Event {
             ranks,
             checkpoints: vec![],
             draining: false,
+            address: None,
+            labels: Default::default(),
+            taints: Vec::new(),
         }),
     }
 }

@@ -150,7 +150,7 @@ fn a_drain_saves_and_puts_jobs_back_in_the_queue_without_counting() {
     scene.submit(0, 1, command(2));
     scene.start_all(10, 1, 1, 2);
     scene.take();
-    scene.at(20, Event::NodeDraining { node: node("n1"), cordon: false });
+    scene.at(20, Event::NodeDraining { node: node("n1"), cordon: false, deadline: None });
     scene.at(25, Event::RankExited(Exited { incarnation: rank(1, 1, 0), exit: exit(143, 25), lost: false }));
     scene.exits(26, rank(1, 1, 1), exit(143, 26));
     assert!(scene.engine.node_is_empty(&node("n1")));

@@ -78,7 +78,7 @@ fn an_excluded_node_is_left_for_another_also_by_the_next_coordinator() {
     "#]]);
     // What comes after it on its own way is kept from it, too.
     scene.start_all(1_600, 1, 2, 1);
-    scene.at(1_700, Event::NodeDraining { node: node("n2"), cordon: true });
+    scene.at(1_700, Event::NodeDraining { node: node("n2"), cordon: true, deadline: None });
     scene.exits(1_800, rank(1, 2, 0), exit(143, 1_800));
     scene.take();
     assert_eq!(scene.summary(1).state, JobState::Queued);
@@ -158,7 +158,7 @@ fn a_node_with_repeated_failures_is_avoided_for_a_day_and_by_nobody_who_must_sta
     assert_eq!(place(&scene, 3).as_deref(), Some("n1"));
     scene.submit(16_000, 4, command(8));
     expect![[r#"
-        {"n1": "needs 8 ranks, has free places for 0", "n2": "needs 8 ranks, has free places for 6"}
+        {"n1": "needs 8 ranks, has free places for 0", "n2": "is kept for it: needs 8 ranks, has free places for 6"}
     "#]]
     .assert_eq(&format!("{:?}\n", scene.engine.explain(job(4)).expect("active").nodes));
     let seen = scene.engine.nodes()[&node("n1")].view(&node("n1"), Timestamp(16_000));

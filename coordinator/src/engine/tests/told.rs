@@ -59,17 +59,18 @@ fn a_plan_says_whether_it_would_start_now_wait_or_never_start() {
     };
     let mut told = plan(&scene, 2) + &plan(&scene, 9);
     scene.submit(0, 1, command(6));
-    scene.submit(1, 2, command(5));
-    scene.submit(2, 3, command(1));
-    told += &(plan(&scene, 1) + &plan(&scene, 3));
+    scene.submit(1, 2, command(7));
+    scene.submit(2, 3, command(4));
+    told += &(plan(&scene, 1) + &plan(&scene, 2) + &plan(&scene, 3));
     assert_eq!(scene.engine.queue_depth(), 2);
     let counts = scene.engine.counts();
     assert_eq!(counts.into_iter().collect::<Vec<_>>(), [(JobState::Queued, 2), (JobState::Starting, 1)]);
     expect![[r#"
         true true 1 it would start at once
         false false 0 no node can ever hold it: n1 can never hold it: needs 9 ranks, has places for 8
-        false true 1 there is room, but 2 jobs wait before it
-        false true 0 n1 needs 3 ranks, has free places for 2
+        true true 1 it would start at once
+        false true 0 n1 keeps room for jobs before it (needs 2 ranks, has free places for 1)
+        false true 0 n1 needs 3 ranks, has free places for 1
     "#]]
     .assert_eq(&told);
     scene.take();

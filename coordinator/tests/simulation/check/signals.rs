@@ -31,8 +31,12 @@ impl Signals {
             Seen::Signal { node, incarnation, signal } => {
                 let (job, attempt) = (incarnation.job, incarnation.attempt);
                 let known = world.coordinator.store.read(job);
-                let unwanted = known.is_none_or(|job| job.gang.is_none_or(|gang| gang.attempt != attempt));
-                let drain = self.drains.get(&world.nodes[*node].id).copied().flatten().is_some_and(|at| world.now <= at + DRAIN_MS);
+                let gang = known.and_then(|job| job.gang).filter(|gang| gang.attempt == attempt);
+                let unwanted = gang.is_none();
+                let drained = |node: &NodeId| self.drains.get(node).copied().flatten().is_some_and(|at| world.now <= at + DRAIN_MS);
+                // A gang ends as a whole, whichever of its nodes is emptied.
+                let gang_drain = gang.is_some_and(|gang| gang.placement.iter().any(|share| drained(&share.node)));
+                let drain = gang_drain || drained(&world.nodes[*node].id);
                 let disturbed = world.disturbed.contains(&(job, attempt)) || self.reasons.contains(&(job, attempt));
                 // A spare waits for its gang, and is not needed when that is through.
                 let through = world.nodes[*node].members(job, attempt).iter().all(|own| world.nodes[*node].has_ended(own));

@@ -13,8 +13,8 @@ type Membership = (JobId, u32, u32);
 #[derive(Debug, Default)]
 pub struct Slow {
     slowed: BTreeSet<Incarnation>,
-    /// Seats in rank order, as agents were told.
-    seats: BTreeMap<Membership, Vec<u32>>,
+    /// Seats by rank, as agents were told.
+    seats: BTreeMap<Membership, BTreeMap<u32, u32>>,
     said: BTreeSet<(Membership, u32)>,
 }
 
@@ -28,7 +28,7 @@ impl Slow {
             Seen::CoordinatorStarted => self.said.clear(),
             Seen::Told { frame: ToAgent::StartGang(spec), .. } => {
                 let membership = (spec.job, spec.attempt, spec.generation);
-                self.seats.insert(membership, spec.own_seats().map(|(_, seat)| seat).collect());
+                self.seats.entry(membership).or_default().extend(spec.own_seats());
             }
             Seen::Written(record) => {
                 for event in record.events.iter().filter(|event| matches!(event.event, "rank_slow" | "rank_slow_over")) {
@@ -36,7 +36,7 @@ impl Slow {
                     let number = |name: &str| event.data[name].as_u64().unwrap_or_default() as u32;
                     let (attempt, rank) = (number("attempt"), number("rank"));
                     let membership = (job, attempt, number("generation"));
-                    let seat = self.seats.get(&membership).and_then(|seats| seats.get(rank as usize)).copied();
+                    let seat = self.seats.get(&membership).and_then(|seats| seats.get(&rank)).copied();
                     let own = seat.map(|rank| Incarnation { job, attempt, rank });
                     let began = event.event == "rank_slow";
                     if began && !own.is_some_and(|own| self.slowed.contains(&own)) {
