@@ -39,7 +39,7 @@ class Cluster(Locked):
         return self.post("/join-tokens", wanted)["token"]
 
     def join(self, name, *flags, token=None, url=None, wait=True):
-        agent = Agent(self, name, token or self.join_token(), url or self.url, flags)
+        agent = Agent(name, token or self.join_token(), url or self.url, flags)
         self.agents.append(agent)
         if wait:
             until(f"{name} ready", lambda: agent.is_alive() and self.node(name)["state"] == "ready", 20)
@@ -61,7 +61,10 @@ class Cluster(Locked):
 class Agent:
     """`everlit-agent join` on a folder of its own."""
 
-    def __init__(self, cluster, name, token, url, flags):
+    PREFIX = []
+
+    def __init__(self, name, token, url, flags):
+        self.prefix = self.PREFIX
         self.name, self.data = name, pathlib.Path(tempfile.mkdtemp(prefix=f"everlit-e2e-{name}-"))
         self.log = self.data / "out.log"
         self.url, self.flags = url, list(flags)
@@ -72,7 +75,7 @@ class Agent:
         if token:
             env["EVERLIT_JOIN_TOKEN"] = token
         log = open(self.log, "ab")
-        command = [BIN / "everlit-agent", verb, *words, "--data-dir", self.data, *self.flags]
+        command = [*self.prefix, BIN / "everlit-agent", verb, *words, "--data-dir", self.data, *self.flags]
         self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
 
     def text(self):

@@ -273,6 +273,7 @@ impl Bench {
             group_world_size: 1,
             master_addr: "127.0.0.1".into(),
             master_port: 29_500,
+            rendezvous_secret: String::new(),
             restarts: 0,
             max_restarts: 50,
             mean_time_between_failures: None,
