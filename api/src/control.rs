@@ -4,6 +4,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -236,6 +237,8 @@ pub trait Control: Send + Sync + 'static {
     fn agent_token_is(&self, token: &str) -> bool;
     /// Takes an agent's link over; ends when the link does.
     fn agent_linked(&self, agent: Agent, link: AgentLink) -> Answer<'_, ()>;
+    /// An agent's link that is silent for so long is over: its node counts as lost then.
+    fn agent_silence_max(&self) -> Duration;
     /// Whose certificate this is, by its sha256.
     fn node_of(&self, certificate: &[u8; 32]) -> Result<NodeId, BadCertificate>;
     /// The id of a join token that opens something, by its `id:secret`. Whether it is used up, [`Control::join`] says.

@@ -358,6 +358,16 @@ pub struct CheckpointView {
     pub node: NodeId,
     /// Its folder.
     pub path: String,
+    /// Other nodes that have it, too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub also_on: Vec<NodeId>,
+}
+
+impl CheckpointView {
+    /// Every node that has it.
+    pub fn nodes(&self) -> impl Iterator<Item = &NodeId> {
+        std::iter::once(&self.node).chain(&self.also_on)
+    }
 }
 
 /// `GET /jobs/{id}/explain`: why it is not running.

@@ -78,7 +78,7 @@ impl Cluster {
     fn start(&mut self, job: u32) -> u64 {
         let Some(Incarnation { attempt, .. }) = self.incarnation(job, 0) else { return 0 };
         let resumed = Resumed { job: id(job), attempt, step: None, path: None, from_memory: false, quarantined: Vec::new() };
-        self.say(Event::AttemptResumed(resumed));
+        self.say(Event::AttemptResumed { node: NodeId("n1".into()), resumed });
         for rank in 0..RANKS {
             let incarnation = Incarnation { job: id(job), attempt, rank };
             self.say(Event::RankStarted(Started { incarnation, pid: rank + 1, at: Timestamp(self.now) }));

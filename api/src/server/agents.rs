@@ -25,8 +25,6 @@ use crate::problem::Code;
 /// Frames that may wait each way.
 const FRAMES_MAX: usize = 1024;
 const PING_EVERY: Duration = Duration::from_secs(5);
-/// Neither a frame nor a pong for this long: the connection is dead.
-const SILENCE_MAX: Duration = Duration::from_secs(20);
 /// A frame that can not be written for this long: the connection is dead.
 const WRITE_MAX: Duration = Duration::from_secs(20);
 
@@ -54,6 +52,7 @@ pub(super) async fn link(
 }
 
 async fn bridge(control: Shared, agent: Agent, socket: WebSocket) {
+    let silence_max = control.agent_silence_max();
     let (sink, source) = socket.split();
     let (from_agent, from) = mpsc::channel(FRAMES_MAX);
     let (to, to_agent) = mpsc::channel(FRAMES_MAX);
@@ -65,17 +64,18 @@ async fn bridge(control: Shared, agent: Agent, socket: WebSocket) {
     let carried = async {
         // Whichever side ends first ends the other: dropping the queues tells the coordinator.
         tokio::select! {
-            () = read(source, from_agent) => {}
+            () = read(source, from_agent, silence_max) => {}
             () = write(sink, to_agent) => {}
         }
     };
     tokio::join!(linked, carried);
 }
 
-async fn read(mut source: SplitStream<WebSocket>, to: mpsc::Sender<AgentFrame>) {
+async fn read(mut source: SplitStream<WebSocket>, to: mpsc::Sender<AgentFrame>, silence_max: Duration) {
     loop {
-        let message = match timeout(SILENCE_MAX, source.next()).await {
-            Err(_) => return tracing::debug!("agent link: silent for {} s", SILENCE_MAX.as_secs()),
+        // Neither a frame nor a pong: the connection is dead.
+        let message = match timeout(silence_max, source.next()).await {
+            Err(_) => return tracing::warn!("an agent's link was silent for {} s and is given up", silence_max.as_secs_f64()),
             Ok(None) => return,
             Ok(Some(Err(error))) => return tracing::debug!(%error, "agent link broke"),
             Ok(Some(Ok(message))) => message,

@@ -9,7 +9,7 @@ use everlit_api::status::{CheckpointView, JobState};
 
 use super::limits::{CHECKPOINTS_MAX, FAILED_RESUMES_MAX, SAVE_FAILED_EVERY_MS};
 use super::restart::heal;
-use super::state::{Facts, FailedResumes, Job, Role};
+use super::state::{Facts, FailedResumes, Gang, Job, Role};
 use super::{Engine, Turn};
 
 /// Why a job can not be told to save.
@@ -26,16 +26,17 @@ pub enum CannotSave {
 }
 
 impl Engine {
-    pub(super) fn on_attempt_resumed(&mut self, turn: &mut Turn, resumed: Resumed) {
+    pub(super) fn on_attempt_resumed(&mut self, turn: &mut Turn, node: &NodeId, resumed: Resumed) {
         let Some(job) = self.current(resumed.job, resumed.attempt) else { return };
         if job.gang.as_ref().is_none_or(|g| g.resumed_step.is_some()) {
             return;
         }
         let id = resumed.job;
         for (step, reason) in &resumed.quarantined {
-            job.put_aside(turn, *step, reason);
+            job.put_aside(turn, node, *step, reason);
         }
         let Some(gang) = &mut job.gang else { return };
+        let Some(resumed) = gang.note_resumed(node, resumed) else { return };
         gang.resumed_step = Some(resumed.step.unwrap_or(0));
         gang.from_memory = resumed.from_memory;
         if let Some(step) = resumed.step {
@@ -70,17 +71,28 @@ impl Engine {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let was = job.checkpoints.iter().find(|c| c.step == news.step && c.attempt == news.attempt).map(|c| c.verified);
         let known = was.is_some_and(|verified| verified || !news.verified);
-        job.checkpoints.retain(|c| c.step != news.step && news.kept.contains(&c.step));
-        let view = CheckpointView {
-            step: news.step,
-            attempt: news.attempt,
-            bytes: news.bytes,
-            created_at: news.created_at,
-            verified: news.verified || was == Some(true),
-            node: node.clone(),
-            path: news.path,
-        };
-        job.checkpoints.push(view);
+        job.lose_copies(node, |c| c.step != news.step && !news.kept.contains(&c.step));
+        match job.checkpoints.iter_mut().find(|c| c.step == news.step && c.attempt == news.attempt) {
+            Some(view) => {
+                view.verified |= news.verified;
+                if !view.nodes().any(|other| other == node) {
+                    view.also_on.push(node.clone());
+                }
+            }
+            None => {
+                job.checkpoints.retain(|c| c.step != news.step);
+                job.checkpoints.push(CheckpointView {
+                    step: news.step,
+                    attempt: news.attempt,
+                    bytes: news.bytes,
+                    created_at: news.created_at,
+                    verified: news.verified,
+                    node: node.clone(),
+                    path: news.path,
+                    also_on: Vec::new(),
+                });
+            }
+        }
         job.checkpoints.sort_by_key(|c| std::cmp::Reverse(c.step));
         job.checkpoints.truncate(CHECKPOINTS_MAX);
         if known {
@@ -97,9 +109,9 @@ impl Engine {
         }
     }
 
-    pub(super) fn on_checkpoint_quarantined(&mut self, turn: &mut Turn, id: JobId, step: u64, reason: &str) {
+    pub(super) fn on_checkpoint_quarantined(&mut self, turn: &mut Turn, node: &NodeId, id: JobId, step: u64, reason: &str) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        job.put_aside(turn, step, reason);
+        job.put_aside(turn, node, step, reason);
         turn.touched.insert(id);
     }
 
@@ -167,9 +179,43 @@ impl Job {
     }
 
     /// A checkpoint did not verify: its node has moved it away.
-    fn put_aside(&mut self, turn: &mut Turn, step: u64, reason: &str) {
-        self.checkpoints.retain(|c| c.step != step);
+    fn put_aside(&mut self, turn: &mut Turn, node: &NodeId, step: u64, reason: &str) {
+        self.lose_copies(node, |c| c.step == step);
         let facts = Facts::from([("step", step.into())]);
         turn.event(Some(self.id), "checkpoint_quarantined", format!("checkpoint of step {step} was put aside: {reason}"), facts);
+    }
+
+    /// A node has some checkpoints no more; what no node has is gone.
+    fn lose_copies(&mut self, node: &NodeId, gone: impl Fn(&CheckpointView) -> bool) {
+        self.checkpoints.retain_mut(|own| {
+            if !gone(own) {
+                return true;
+            }
+            own.also_on.retain(|other| other != node);
+            if own.node != *node {
+                return true;
+            }
+            let next = own.also_on.first().cloned();
+            if let Some(next) = &next {
+                own.node = next.clone();
+                own.also_on.remove(0);
+            }
+            next.is_some()
+        });
+    }
+}
+
+impl Gang {
+    /// What the attempt starts from, once all of its nodes have said what they have: those that have less get the state of those that have more.
+    fn note_resumed(&mut self, node: &NodeId, resumed: Resumed) -> Option<Resumed> {
+        if !self.is_spread() {
+            return Some(resumed);
+        }
+        self.resumes.insert(node.clone(), resumed.step);
+        if self.placement.iter().any(|share| !self.resumes.contains_key(&share.node)) {
+            return None;
+        }
+        let step = std::mem::take(&mut self.resumes).into_values().max().flatten();
+        Some(Resumed { path: resumed.path.filter(|_| step == resumed.step), step, ..resumed })
     }
 }

@@ -102,7 +102,12 @@ pub enum Event {
         stacks: Vec<Stacks>,
     },
     /// An agent decided what an attempt starts from.
-    AttemptResumed(Resumed),
+    AttemptResumed {
+        /// Where.
+        node: NodeId,
+        /// What.
+        resumed: Resumed,
+    },
     /// A checkpoint was committed or read back.
     CheckpointSeen {
         /// Where.
@@ -112,6 +117,8 @@ pub enum Event {
     },
     /// A checkpoint did not verify when it was read back; its node has moved it away.
     CheckpointQuarantined {
+        /// Where.
+        node: NodeId,
         /// Whose.
         job: JobId,
         /// Its step.
@@ -169,9 +176,9 @@ impl Event {
             FromAgent::Exited(exited) => Self::RankExited(exited),
             FromAgent::Beats { beats } => Self::RanksBeat(beats),
             FromAgent::Judged { incarnation, verdict, age_ms, stacks } => Self::RankJudged { incarnation, verdict, age_ms, stacks },
-            FromAgent::Resumed(resumed) => Self::AttemptResumed(resumed),
+            FromAgent::Resumed(resumed) => Self::AttemptResumed { node, resumed },
             FromAgent::Checkpoint(news) => Self::CheckpointSeen { node, news },
-            FromAgent::Quarantined { job, step, reason } => Self::CheckpointQuarantined { job, step, reason },
+            FromAgent::Quarantined { job, step, reason } => Self::CheckpointQuarantined { node, job, step, reason },
             FromAgent::SaveFailed { incarnation, error } => Self::SaveFailed { incarnation, error },
             FromAgent::StartFailed { job, attempt, reason, permanent } => Self::StartFailed { node, job, attempt, reason, permanent },
             FromAgent::GpuFailed { error } => Self::GpuFailed { node, error },

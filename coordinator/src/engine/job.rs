@@ -99,6 +99,7 @@ impl Engine {
             running_at: None,
             resumed_step: None,
             from_memory: false,
+            resumes: Default::default(),
             floor: job.progress.reached,
             ending: None,
             seats: Vec::new(),

@@ -124,6 +124,7 @@ mod tests {
             running_at: Some(Timestamp(1)),
             resumed_step: Some(0),
             from_memory: false,
+            resumes: Default::default(),
             floor: 6,
             ending: None,
             seats: Vec::new(),

@@ -156,9 +156,9 @@ impl Engine {
             Event::RankExited(exited) => self.on_rank_exited(turn, exited),
             Event::RanksBeat(beats) => self.on_ranks_beat(turn, beats),
             Event::RankJudged { incarnation, verdict, age_ms, stacks } => self.on_rank_judged(turn, incarnation, verdict, age_ms, stacks),
-            Event::AttemptResumed(resumed) => self.on_attempt_resumed(turn, resumed),
+            Event::AttemptResumed { node, resumed } => self.on_attempt_resumed(turn, &node, resumed),
             Event::CheckpointSeen { node, news } => self.on_checkpoint_seen(turn, &node, news),
-            Event::CheckpointQuarantined { job, step, reason } => self.on_checkpoint_quarantined(turn, job, step, &reason),
+            Event::CheckpointQuarantined { node, job, step, reason } => self.on_checkpoint_quarantined(turn, &node, job, step, &reason),
             Event::SaveFailed { incarnation, error } => self.on_save_failed(turn, incarnation, error),
             Event::StartFailed { node, job, attempt, reason, permanent } => {
                 self.on_start_failed(turn, &node, (job, attempt), reason, permanent);

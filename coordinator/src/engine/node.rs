@@ -12,7 +12,7 @@ use everlit_api::status::{NodeLoad, PlacedRanks};
 use everlit_api::time::{Millis, Timestamp};
 
 use super::gang::Broken;
-use super::placement::Board;
+use super::placement::{Board, Node};
 use super::state::{Change, Ending, Facts, Gang, Then};
 use super::timers::Timer;
 use super::{Engine, Turn};
@@ -30,6 +30,7 @@ impl Engine {
         node.labels = hello.labels.clone();
         node.taints = hello.taints.clone();
         node.linked = true;
+        node.reported_at = None;
         node.lost = false;
         node.expelled = false;
         node.draining = hello.draining;
@@ -192,22 +193,32 @@ impl Engine {
     pub(super) fn on_node_unlinked(&mut self, turn: &mut Turn, id: &NodeId) {
         let Some(node) = self.nodes.get_mut(id) else { return };
         node.linked = false;
-        node.seen_at = Some(turn.now);
-        self.timers.set(Timer::NodeLost(id.clone()), Timestamp(turn.now.0 + self.config.node_timeout_ms));
+        // The lease runs from when it was last heard of, whenever it was found out that it can not be any more.
+        let heard_at = node.seen_at.unwrap_or(turn.now);
+        let until = Timestamp((heard_at.0 + self.config.node_timeout_ms).max(turn.now.0));
+        self.timers.set(Timer::NodeLost(id.clone()), until);
     }
 
     pub(super) fn on_node_reported(&mut self, turn: &mut Turn, id: &NodeId, load: NodeLoad) {
         if let Some(node) = self.nodes.get_mut(id) {
             node.load = load;
-            node.seen_at = Some(turn.now);
+            (node.seen_at, node.reported_at) = (Some(turn.now), Some(turn.now));
         }
     }
 
     /// Not heard of for the node timeout: gangs move if they can, and wait for it if they can not. Looked at again while any waits.
     pub(super) fn on_node_lost(&mut self, turn: &mut Turn, id: &NodeId) {
-        let Some(node) = self.nodes.get_mut(id).filter(|n| !n.linked) else { return };
+        if self.nodes.get(id).is_none_or(|node| node.linked) {
+            return;
+        }
         let timeout_ms = self.config.node_timeout_ms;
         let seconds = timeout_ms as f64 / 1_000.0;
+        if !self.hears_others(turn.now, id) {
+            // Nobody is heard of: that is our own machine's or network's fault, and ends nothing.
+            self.timers.set(Timer::NodeLost(id.clone()), Timestamp(turn.now.0 + (timeout_ms / 4).max(1)));
+            return;
+        }
+        let Some(node) = self.nodes.get_mut(id) else { return };
         if !node.lost {
             node.lost = true;
             turn.event(None, "node_lost", format!("{id} was not heard of for {seconds} s"), Facts::from([("node", id.0.clone().into())]));
@@ -215,7 +226,8 @@ impl Engine {
         let held: Vec<JobId> = self.jobs.values().filter(|j| holds(j, id) && j.retry_at.is_none()).map(|j| j.id).collect();
         let mut waiting = false;
         for job_id in held {
-            let room = self.has_room_without(job_id, id);
+            let keeps = self.jobs.get(&job_id).is_some_and(|job| job.is_only_on(id));
+            let room = !keeps && self.has_room_without(job_id, id);
             let Some(job) = self.jobs.get_mut(&job_id) else { continue };
             if job.ranks.all_ended() {
                 // Only the ends of its spares were awaited, and nobody can tell of those now.
@@ -230,7 +242,8 @@ impl Engine {
                 self.move_from(turn, job_id, format!("{id} was lost"), timeout_ms);
             } else {
                 waiting = true;
-                let reason = format!("{id} was not heard of for {seconds} s; its ranks may run on, and no other node has room");
+                let why = if keeps { "the job's checkpoints are there alone" } else { "no other node has room" };
+                let reason = format!("{id} was not heard of for {seconds} s; its ranks may run on, and {why}");
                 if job.reason != reason {
                     job.reason = reason;
                     turn.touched.insert(job_id);
@@ -277,6 +290,14 @@ impl Engine {
         self.nodes.retain(|_, node| !node.expelled || node.taken.ranks > 0);
     }
 
+    /// Whether any other node was heard of while this one was not; of one node alone nothing can be said, and nothing follows from it.
+    fn hears_others(&self, now: Timestamp, id: &NodeId) -> bool {
+        // A link that is cut in silence still looks like one for a while.
+        let lately = |node: &Node| node.reported_at.is_none_or(|at| now.since_ms(at) <= self.config.node_timeout_ms / 2);
+        let others = || self.nodes.iter().filter(|(other, node)| *other != id && !node.expelled && !node.lost);
+        others().next().is_none() || others().any(|(_, node)| node.linked && lately(node))
+    }
+
     /// Whether a gang that has lost a node could go elsewhere now, with what it has on other nodes itself.
     fn has_room_without(&self, id: JobId, lost: &NodeId) -> bool {
         let Some(job) = self.jobs.get(&id) else { return false };
@@ -303,7 +324,8 @@ impl Engine {
         job.book.reclaim_undetected(turn.now, unseen_ms);
         turn.event(Some(id), "gang_failed", reason, Facts::from([("cause", serde_json::json!(Cause::NodeLost))]));
         if spread {
-            let grace = job.spec.stop_grace;
+            // The built-in program can not save without the others, and what it had is in shared memory.
+            let grace = if job.spec.worker.is_some() { Millis(0) } else { job.spec.stop_grace };
             self.end_gang(turn, id, ending, grace);
         } else {
             // Its new place is taken before the next one is looked at.

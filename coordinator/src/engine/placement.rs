@@ -46,6 +46,8 @@ pub struct Node {
     pub expelled: bool,
     /// When it was last heard of.
     pub seen_at: Option<Timestamp>,
+    /// When its agent last reported on this link; null before the first time.
+    pub reported_at: Option<Timestamp>,
     /// What gangs hold there.
     pub taken: Taken,
     /// What those who preempted others will have of it, beyond what the others leave.
@@ -269,9 +271,16 @@ impl Job {
         Need { excluded: self.excluded.iter().cloned().collect(), ..Need::of(&self.spec) }
     }
 
-    /// Where its newest checkpoint is: among places that are equal it goes back there.
-    pub(super) fn home(&self) -> Option<&NodeId> {
-        self.checkpoints.first().map(|newest| &newest.node)
+    /// Where its newest checkpoint is, on a node that is connected if there is one: among places that are equal it goes back there.
+    pub(super) fn home(&self, nodes: &BTreeMap<NodeId, Node>) -> Option<NodeId> {
+        let newest = self.checkpoints.first()?;
+        let linked = newest.nodes().find(|id| nodes.get(id).is_some_and(|node| node.linked));
+        Some(linked.unwrap_or(&newest.node).clone())
+    }
+
+    /// Its checkpoints are on this node alone.
+    pub(super) fn is_only_on(&self, node: &NodeId) -> bool {
+        self.checkpoints.first().is_some_and(|newest| newest.nodes().all(|other| other == node))
     }
 }
 

@@ -69,7 +69,7 @@ impl Engine {
     /// Has others stopped for a job, if that makes room for it.
     pub(super) fn preempt(&mut self, turn: &mut Turn, id: JobId, need: &Need) -> bool {
         let Some(job) = self.jobs.get(&id) else { return false };
-        let (priority, attempt, home) = (job.spec.priority, job.attempt, job.home().cloned());
+        let (priority, attempt, home) = (job.spec.priority, job.attempt, job.home(&self.nodes));
         let Some(victims) = self.plan_preemption(Some((id, attempt)), priority, need) else { return false };
         let gone = self.held_by(self.leaving().chain(victims.iter().copied()));
         let Some(place) = self.board_without(&gone).choose(need, home.as_ref()) else { return false };

@@ -118,7 +118,7 @@ impl Engine {
 
     fn look_at(&mut self, turn: &mut Turn, id: JobId, need: &Need) -> Looked {
         let Some(job) = self.jobs.get(&id) else { unreachable!("the queue holds active jobs") };
-        let home = job.home().cloned();
+        let home = job.home(&self.nodes);
         if let Some(head) = &self.pass.head {
             let in_time = need.ends_within.zip(head.at).is_some_and(|(within, at)| turn.now.0.saturating_add(within.0) <= at.0);
             let place = match head.shares.is_empty() {
@@ -159,7 +159,7 @@ impl Engine {
     /// Those who others were preempted for go first, or wait on for what the others still hold.
     fn keep_promise(&mut self, turn: &mut Turn, id: JobId) {
         let Some(job) = self.jobs.get(&id) else { return };
-        let (need, home) = (job.need(), job.home().cloned());
+        let (need, home) = (job.need(), job.home(&self.nodes));
         if let Some(place) = Board::now(&self.nodes).choose(&need, home.as_ref()) {
             self.send(turn, id, &need, place);
             return;

@@ -132,6 +132,9 @@ pub struct Gang {
     /// It resumed from a snapshot in shared memory.
     #[serde(default)]
     pub from_memory: bool,
+    /// What each node of a gang on several resumes from, until all have said so.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub resumes: BTreeMap<NodeId, Option<u64>>,
     /// Highest step of the job when this attempt began: steps up to it are repeated.
     pub floor: u64,
     /// Why it is ending.

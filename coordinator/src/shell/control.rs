@@ -55,6 +55,8 @@ pub struct Coordinator {
     pub members: Arc<Members>,
     /// What signs for them; `None` where agents of other machines can not come in.
     pub joining: Option<Arc<Joining>>,
+    /// The node timeout, for links.
+    pub agent_silence_max: std::time::Duration,
     /// How callers are known, in a word or two.
     pub auth: Arc<str>,
     /// Recovery is done and no end is near.
@@ -517,6 +519,10 @@ impl Control for Coordinator {
             self.agents.serve(&agent, link, &self.members, &self.handle.inputs).await;
             Ok(())
         })
+    }
+
+    fn agent_silence_max(&self) -> std::time::Duration {
+        self.agent_silence_max
     }
 
     fn node_of(&self, certificate: &[u8; 32]) -> Result<NodeId, BadCertificate> {

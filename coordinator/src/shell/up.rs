@@ -38,6 +38,8 @@ use crate::engine::{self, Event};
 
 /// Time for the first token to be durable.
 const FIRST_TOKEN_MAX: Duration = Duration::from_secs(5);
+/// However short the node timeout is, a link may be silent for so long.
+const LINK_SILENCE_MIN: Duration = Duration::from_secs(1);
 /// The first admin token, in the data folder.
 const ADMIN_TOKEN: &str = "admin.token";
 /// Between two looks at what is old.
@@ -126,6 +128,7 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
         tokens: Arc::new(Tokens::new(store.tokens().await?)),
         members: Arc::new(Members::new(store.join_tokens().await?, store.members().await?)),
         joining: tls.as_ref().map(|doors| doors.joining.clone()),
+        agent_silence_max: settings.node_timeout.as_duration().max(LINK_SILENCE_MIN),
         auth: auth(&settings).into(),
         ready: ready.clone(),
     };

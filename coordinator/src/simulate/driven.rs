@@ -161,7 +161,7 @@ impl Driven {
         }
         let (job, attempt) = (self.job, self.attempt);
         let resumed = Resumed { job, attempt, step, path: step.map(|_| "simulated".into()), from_memory, quarantined: Vec::new() };
-        orders.extend(self.feed(Event::AttemptResumed(resumed)));
+        orders.extend(self.feed(Event::AttemptResumed { node: NodeId("cluster".into()), resumed }));
         orders
     }
 

@@ -45,6 +45,8 @@ pub(super) const STUCK_UNKNOWN_MS: u64 = 30 * 60 * 1000;
 /// The built-in program: a step may take so much, and so many times the longest of the newest ones.
 pub(super) const STUCK_FLOOR_MS: u64 = 2_000;
 pub(super) const STUCK_FACTOR: u64 = 6;
+/// Ranks that wait may wait for one on another node, whose agent knows better: they are judged late, when all leases are long over.
+pub(super) const STUCK_SPREAD_FLOOR_MS: u64 = 60_000;
 /// The same when one rank gives no sign of life at all while others do: nothing else than that rank can be the cause.
 pub(super) const STUCK_EARLY_FLOOR_MS: u64 = 500;
 pub(super) const STUCK_EARLY_FACTOR: u64 = 4;

@@ -422,6 +422,10 @@ impl Control for Fake {
         })
     }
 
+    fn agent_silence_max(&self) -> std::time::Duration {
+        std::time::Duration::from_secs(20)
+    }
+
     fn node_of(&self, certificate: &[u8; 32]) -> Result<NodeId, BadCertificate> {
         match certificate[0] {
             1 => Ok(NodeId("a".into())),

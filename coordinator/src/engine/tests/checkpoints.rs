@@ -90,8 +90,8 @@ fn a_checkpoint_that_is_found_damaged_is_recorded_and_no_longer_listed() {
     scene.start_all(10, 1, 1, 1);
     scene.at(20, Event::CheckpointSeen { node: node("n1"), news: saved(1, 1, 50) });
     scene.take();
-    scene.at(30, Event::CheckpointQuarantined { job: job(1), step: 50, reason: "w.safetensors: chunk 3 differs".into() });
-    scene.at(31, Event::CheckpointQuarantined { job: job(9), step: 50, reason: "of a job that is gone".into() });
+    scene.at(30, Event::CheckpointQuarantined { node: node("n1"), job: job(1), step: 50, reason: "w.safetensors: chunk 3 differs".into() });
+    scene.at(31, Event::CheckpointQuarantined { node: node("n1"), job: job(9), step: 50, reason: "of a job that is gone".into() });
     scene.expect(expect![[r#"
         30 job 1: checkpoint_quarantined: checkpoint of step 50 was put aside: w.safetensors: chunk 3 differs
     "#]]);
@@ -109,7 +109,7 @@ fn a_resume_from_shared_memory_says_so_and_repeats_only_what_it_must() {
     scene.take();
     let path = Some("/dev/shm/x".to_string());
     let resumed = Resumed { job: job(1), attempt: 2, step: Some(69), path, from_memory: true, quarantined: vec![] };
-    scene.at(1_610, Event::AttemptResumed(resumed));
+    scene.at(1_610, Event::AttemptResumed { node: node("n1"), resumed });
     scene.expect(expect![[r#"
         1610 job 1: attempt_resumed: attempt 2 resumed from step 69 from the snapshot in shared memory
     "#]]);
@@ -129,7 +129,7 @@ fn an_evaluation_runs_to_its_end_and_shows_what_it_measured() {
     assert!(matches!(&started(step).program, Program::Worker { evaluate: true, .. }));
     scene.submit(0, 1, spec);
     let resumed = Resumed { job: job(1), attempt: 1, step: Some(50), path: None, from_memory: false, quarantined: vec![] };
-    scene.at(5, Event::AttemptResumed(resumed));
+    scene.at(5, Event::AttemptResumed { node: node("n1"), resumed });
     scene.at(10, Event::RankStarted(Started { incarnation: rank(1, 1, 0), pid: 7, at: Timestamp(10) }));
     let metrics = std::collections::BTreeMap::from([("evaluation_loss".to_string(), 2.5)]);
     let told = Beat { loss: Some(2.5), metrics, phase: Some(Phase::Evaluate), ..beat(rank(1, 1, 0), 50) };
@@ -195,7 +195,7 @@ fn fails_to_resume(scene: &mut Scene, attempt: u32, step: u64, from_memory: bool
     let now = scene.engine.next_deadline().map_or(0, |at| at.0);
     scene.at(now, Event::Woke);
     let resumed = Resumed { job: job(1), attempt, step: Some(step), path: None, from_memory, quarantined: vec![] };
-    scene.at(now, Event::AttemptResumed(resumed));
+    scene.at(now, Event::AttemptResumed { node: node("n1"), resumed });
     scene.at(now, Event::RankStarted(Started { incarnation: rank(1, attempt, 0), pid: attempt, at: Timestamp(now) }));
     scene.exits(now, rank(1, attempt, 0), exit(1, now));
     scene.take();

@@ -339,7 +339,10 @@ fn steps_told_before_the_resume_is_known_are_not_counted_as_repeated() {
     scene.at(600, Event::RanksBeat(vec![beat(rank(1, 2, 0), 510)]));
     scene.at(
         610,
-        Event::AttemptResumed(Resumed { job: job(1), attempt: 2, step: Some(500), path: None, from_memory: false, quarantined: vec![] }),
+        Event::AttemptResumed {
+            node: node("n1"),
+            resumed: Resumed { job: job(1), attempt: 2, step: Some(500), path: None, from_memory: false, quarantined: vec![] },
+        },
     );
     assert_eq!((scene.summary(1).step, scene.summary(1).lost_steps), (Some(510), 10));
     scene.take();

@@ -165,14 +165,17 @@ fn steps_checkpoints_and_repeats_are_counted() {
     scene.at(2_800, Event::Woke);
     scene.at(
         2_810,
-        Event::AttemptResumed(Resumed {
-            job: job(1),
-            attempt: 2,
-            step: Some(10),
-            path: Some("/c/10".into()),
-            from_memory: false,
-            quarantined: vec![],
-        }),
+        Event::AttemptResumed {
+            node: node("n1"),
+            resumed: Resumed {
+                job: job(1),
+                attempt: 2,
+                step: Some(10),
+                path: Some("/c/10".into()),
+                from_memory: false,
+                quarantined: vec![],
+            },
+        },
     );
     scene.start_all(2_820, 1, 2, 2);
     // The step that was loaded is not a step done.

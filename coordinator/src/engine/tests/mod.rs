@@ -145,7 +145,10 @@ impl Scene {
     pub(super) fn start_all(&mut self, ms: u64, n: u128, attempt: u32, world: u32) -> &mut Self {
         self.at(
             ms,
-            Event::AttemptResumed(Resumed { job: job(n), attempt, step: None, path: None, from_memory: false, quarantined: vec![] }),
+            Event::AttemptResumed {
+                node: node("n1"),
+                resumed: Resumed { job: job(n), attempt, step: None, path: None, from_memory: false, quarantined: vec![] },
+            },
         );
         for r in 0..world {
             let started = Started { incarnation: rank(n, attempt, r), pid: 100 * attempt + r, at: Timestamp(ms) };

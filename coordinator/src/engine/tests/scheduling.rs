@@ -638,7 +638,7 @@ fn a_gang_of_several_nodes_that_loses_one_is_stopped_on_the_others_before_it_is_
         10000   a <- start job 1 attempt 2 ranks 0+8 port 29501
         10000   b <- start job 1 attempt 2 ranks 8+8 port 29501
         10000 job 1: job_running: all 16 ranks of attempt 2 run
-        20000 node_lost: b was not heard of for 10 s
+        10000 node_lost: b was not heard of for 10 s
         20000 node_ready: d joined
         30000 job 1: gang_failed: b was lost
         30000   a <- stop job 1 attempt 2 grace 5s

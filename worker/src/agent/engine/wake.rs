@@ -9,8 +9,8 @@ use everlit_api::rank::Verdict;
 use everlit_api::time::Millis;
 
 use crate::agent::limits::{
-    BEAT_EVERY_MS, EARLY_LOOK_MS, FRESH_MS, LATE_MS, PROBE_FRESH_MS, PROBE_RUN_MS, PROBE_SLOW_MS, QUIET_MS, SUSPECT_MS, WAKE_MAX_MS,
-    WELL_BEFORE_SILENT_MS, WELL_BEFORE_STUCK_MS,
+    BEAT_EVERY_MS, EARLY_LOOK_MS, FRESH_MS, LATE_MS, PROBE_FRESH_MS, PROBE_RUN_MS, PROBE_SLOW_MS, QUIET_MS, STUCK_SPREAD_FLOOR_MS,
+    SUSPECT_MS, WAKE_MAX_MS, WELL_BEFORE_SILENT_MS, WELL_BEFORE_STUCK_MS,
 };
 
 use super::pace::Pace;
@@ -256,7 +256,14 @@ fn decide_stuck(now: u64, gang: &Gang, pace: &Pace) -> (Option<u32>, Option<u64>
     let ours = is_ours(gang);
     // A spare waits; that is all it does.
     let members = || gang.ranks.iter().filter(|(seat, _)| gang.spec.rank_of(**seat).is_some());
-    let due = || members().filter_map(|(seat, own)| Some((seat, own, own.stuck_at(&gang.spec.heartbeat, pace, ours)?)));
+    let due = || {
+        let at = |own: &Rank| {
+            let at = own.stuck_at(&gang.spec.heartbeat, pace, ours)?;
+            let waits = gang.spec.group_world_size > 1 && !own.is_silent(now, BEAT_EVERY_MS);
+            Some(if waits { at + STUCK_SPREAD_FLOOR_MS } else { at })
+        };
+        members().filter_map(move |(seat, own)| Some((seat, own, at(own)?)))
+    };
     let Some(first) = due().map(|(.., at)| at).min() else { return (None, None) };
     if first > now || members().any(|(_, own)| own.judged == Some(Verdict::Stuck)) {
         return (None, (first > now).then_some(first));
