@@ -233,7 +233,7 @@ def a_slow_link_works_and_a_half_open_one_is_found():
         seen = time.monotonic() - begun
         assert everlit.summary(job)["attempt"] == 1 and is_alive(before["ranks"][0]["pid"])
         proxy.silent = False
-        until("it dials again", lambda: everlit.node("far")["state"] == "ready", 60)
+        until("it dials again, by itself", lambda: everlit.node("far")["state"] == "ready", 60)
         back = time.monotonic() - begun
         after = everlit.running(job)
         assert (after["attempt"], after["ranks"][0]["pid"]) == (1, before["ranks"][0]["pid"]), after

@@ -284,6 +284,9 @@ pub enum ToAgent {
         protocol: u32,
         /// Time between reports.
         report_interval: Millis,
+        /// A link that is silent for so long is over, at both ends.
+        #[serde(default)]
+        silence_max: Option<Millis>,
     },
     /// This link is not taken, or not any more; it ends.
     Refused {

@@ -65,7 +65,7 @@ async fn bridge(control: Shared, agent: Agent, socket: WebSocket) {
         // Whichever side ends first ends the other: dropping the queues tells the coordinator.
         tokio::select! {
             () = read(source, from_agent, silence_max) => {}
-            () = write(sink, to_agent) => {}
+            () = write(sink, to_agent, PING_EVERY.min(silence_max / 3)) => {}
         }
     };
     tokio::join!(linked, carried);
@@ -92,8 +92,8 @@ async fn read(mut source: SplitStream<WebSocket>, to: mpsc::Sender<AgentFrame>, 
     }
 }
 
-async fn write(mut sink: SplitSink<WebSocket, Message>, mut from: mpsc::Receiver<String>) {
-    let mut ping = tokio::time::interval(PING_EVERY);
+async fn write(mut sink: SplitSink<WebSocket, Message>, mut from: mpsc::Receiver<String>, ping_every: Duration) {
+    let mut ping = tokio::time::interval(ping_every);
     ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let sent = tokio::select! {

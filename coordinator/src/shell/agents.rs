@@ -32,6 +32,7 @@ pub struct Agents {
     links: Mutex<BTreeMap<NodeId, Link>>,
     sessions: AtomicU64,
     report_interval: Millis,
+    silence_max: Millis,
     changed: watch::Sender<u64>,
     /// Log streams that are open over the links.
     pub streams: Streams,
@@ -39,11 +40,12 @@ pub struct Agents {
 
 impl Agents {
     /// Nobody yet.
-    pub fn new(report_interval: Millis) -> Self {
+    pub fn new(report_interval: Millis, silence_max: Millis) -> Self {
         Self {
             links: Mutex::default(),
             sessions: AtomicU64::new(1),
             report_interval,
+            silence_max,
             changed: watch::Sender::new(0),
             streams: Streams::default(),
         }
@@ -120,7 +122,8 @@ impl Agents {
             Agent::Local | Agent::Node { .. } => {}
         }
         let session = self.sessions.fetch_add(1, Ordering::Relaxed);
-        let welcome = ToAgent::Welcome { protocol: PROTOCOL, report_interval: self.report_interval };
+        let (report_interval, silence_max) = (self.report_interval, Some(self.silence_max));
+        let welcome = ToAgent::Welcome { protocol: PROTOCOL, report_interval, silence_max };
         let text = serde_json::to_string(&welcome).expect("frames are plain data");
         if link.to.send(text).await.is_err() {
             return;

@@ -39,7 +39,7 @@ use crate::engine::{self, Event};
 /// Time for the first token to be durable.
 const FIRST_TOKEN_MAX: Duration = Duration::from_secs(5);
 /// However short the node timeout is, a link may be silent for so long.
-const LINK_SILENCE_MIN: Duration = Duration::from_secs(1);
+const LINK_SILENCE_MIN: Millis = Millis::secs(1);
 /// The first admin token, in the data folder.
 const ADMIN_TOKEN: &str = "admin.token";
 /// Between two looks at what is old.
@@ -99,7 +99,8 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
     };
     let store = Arc::new(Store::open(&dir).await?);
     let metrics = Arc::new(Metrics::default());
-    let agents = Arc::new(Agents::new(settings.report_interval));
+    let silence_max = settings.node_timeout.max(LINK_SILENCE_MIN);
+    let agents = Arc::new(Agents::new(settings.report_interval, silence_max));
     let config = engine::Config { node_timeout_ms: settings.node_timeout.0, ports: settings.rendezvous_ports, ..engine::Config::default() };
     let token: Arc<str> = agent_token(&dir)?.into();
     let (driver, clock, news) = Driver::load(config, store.clone(), agents.clone(), metrics.clone(), token.clone()).await?;
@@ -128,7 +129,7 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
         tokens: Arc::new(Tokens::new(store.tokens().await?)),
         members: Arc::new(Members::new(store.join_tokens().await?, store.members().await?)),
         joining: tls.as_ref().map(|doors| doors.joining.clone()),
-        agent_silence_max: settings.node_timeout.as_duration().max(LINK_SILENCE_MIN),
+        agent_silence_max: silence_max.as_duration(),
         auth: auth(&settings).into(),
         ready: ready.clone(),
     };

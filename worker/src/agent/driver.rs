@@ -258,7 +258,7 @@ impl Driver {
 
     fn on_frame(&mut self, frame: ToAgent) -> Option<&'static str> {
         match frame {
-            ToAgent::Welcome { protocol, report_interval } => {
+            ToAgent::Welcome { protocol, report_interval, .. } => {
                 if protocol != PROTOCOL {
                     tracing::warn!(protocol, own = PROTOCOL, "the coordinator speaks another version");
                 }

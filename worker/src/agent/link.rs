@@ -220,8 +220,9 @@ enum Ended {
 
 async fn read(id: u64, mut stream: SplitStream<Socket>, events: &mpsc::Sender<LinkEvent>) -> Ended {
     let because = |reason: &str| Ended::Because(reason.into());
+    let mut silence_max = LINK_SILENCE_MAX;
     loop {
-        let text = match timeout(LINK_SILENCE_MAX, stream.next()).await {
+        let text = match timeout(silence_max, stream.next()).await {
             Err(_) => return because("the coordinator is silent"),
             Ok(None | Some(Ok(Message::Close(_)))) => return because("the coordinator closed it"),
             Ok(Some(Err(error))) => return because(&error.to_string()),
@@ -231,6 +232,9 @@ async fn read(id: u64, mut stream: SplitStream<Socket>, events: &mpsc::Sender<Li
         match serde_json::from_str(&text) {
             Ok(ToAgent::Refused { reason, expelled }) => return Ended::Refused(Refused { reason, expelled }),
             Ok(frame) => {
+                if let ToAgent::Welcome { silence_max: Some(said), .. } = &frame {
+                    silence_max = said.as_duration();
+                }
                 if events.send(LinkEvent::Frame(id, Box::new(frame))).await.is_err() {
                     return because("this agent ends");
                 }
