@@ -26,7 +26,7 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
     let lock = status::lock(&folders)?;
     // SAFETY: sets a disposition to a constant. Shims are never waited for, and the kernel reaps them then.
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn)? };
-    let gpus = gpu::Gpus::find();
+    let gpus = args.fake_gpus.map_or_else(gpu::Gpus::find, gpu::Gpus::fake);
     let node = node(folders, !gpus.infos().is_empty())?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -71,8 +71,8 @@ impl Driver {
             checkpoints: Vec::new(),
             draining: false,
             address: None,
-            labels: Default::default(),
-            taints: Vec::new(),
+            labels: args.labels.iter().cloned().collect(),
+            taints: args.taints.clone(),
         };
         let health = status::listen(node.folders.root()).context("could not open the health socket")?;
         let coordinator_file = std::path::absolute(&args.coordinator_file)?;

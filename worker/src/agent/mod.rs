@@ -22,6 +22,7 @@ mod load;
 mod logs;
 mod memory;
 mod metrics;
+mod place;
 mod policies;
 mod procs;
 mod progress;

@@ -152,7 +152,7 @@ prop_compose! {
         }
         JobSpec {
             kind: if measurable { JobKind::Evaluate } else { JobKind::Train },
-            world_size: world, worker, command, restart, heartbeat, resources: Resources { cpus, memory, gpus },
+            world_size: world, worker, command, restart, heartbeat, resources: Resources { cpus, memory, gpus, gpu_memory: memory / 2 },
             checkpoint: CheckpointPolicy { every_steps: if every.is_some() && every_steps % 2 == 0 { 0 } else { every_steps }, every, keep }, stop_grace: Millis(grace), time_limit: limit.map(Millis), ..texts
         }
     }
