@@ -92,9 +92,8 @@ pub(super) async fn drain(
     body: JsonBody,
 ) -> Result<Json<NodeView>, Refusal> {
     params.finish()?;
-    let deadline = deadline(body.fields(&["deadline"])?.get("deadline")).map_err(|detail| {
-        vec![Fault { pointer: "/deadline".into(), detail, kind: FaultKind::Invalid }]
-    })?;
+    let deadline = deadline(body.fields(&["deadline"])?.get("deadline"))
+        .map_err(|detail| vec![Fault { pointer: "/deadline".into(), detail, kind: FaultKind::Invalid }])?;
     Ok(Json(control.drain(id, deadline).await?))
 }
 

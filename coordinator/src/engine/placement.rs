@@ -104,7 +104,8 @@ impl Taken {
 
     /// What is left of it when the other is used up first. A GPU that is asked for whole is never left by halves.
     pub fn beyond(&self, other: &Self) -> Self {
-        let left = |gpu: &u32, bytes: u64| if bytes == WHOLE { WHOLE } else { bytes.saturating_sub(other.gpus.get(gpu).copied().unwrap_or(0)) };
+        let left =
+            |gpu: &u32, bytes: u64| if bytes == WHOLE { WHOLE } else { bytes.saturating_sub(other.gpus.get(gpu).copied().unwrap_or(0)) };
         Self {
             ranks: self.ranks.saturating_sub(other.ranks),
             cpu_milli: self.cpu_milli.saturating_sub(other.cpu_milli),
@@ -427,8 +428,7 @@ impl<'a> Board<'a> {
             let (room, on_gpu) = rooms.max_by_key(|(room, on_gpu)| (*room, *on_gpu))?;
             (room >= need.least).then_some((id, node, room, on_gpu))
         });
-        let (id, node, room, on_gpu) =
-            most.min_by_key(|(id, node, room, on_gpu)| (Reverse(*room), !*on_gpu, self.key(id, node, home)))?;
+        let (id, node, room, on_gpu) = most.min_by_key(|(id, node, room, on_gpu)| (Reverse(*room), !*on_gpu, self.key(id, node, home)))?;
         Some(vec![self.share(need, id, node, 0, room, on_gpu)])
     }
 }
@@ -473,7 +473,9 @@ fn why_not(nodes: &BTreeMap<NodeId, Node>, whole: &Need, own: bool) -> Placement
         let open = nodes.iter().filter(|(id, node)| node.is_open() && node.address.is_some() && allowed(id, node));
         let free: u64 = open.map(|(_, node)| u64::from(node.part(whole, &node.held_now(), on_gpu))).sum();
         let ranks = whole.ranks;
-        return Placement::Later(format!("it needs several nodes: {reached} could hold it, and have room for {free} of its {ranks} ranks now"));
+        return Placement::Later(format!(
+            "it needs several nodes: {reached} could hold it, and have room for {free} of its {ranks} ranks now"
+        ));
     }
     let reasons: Vec<_> = nodes.iter().take(4).map(|(id, n)| format!("{id} {}", n.explain(id, need, spread, own))).collect();
     let never = "no node can ever hold it";
@@ -491,7 +493,8 @@ fn why_not(nodes: &BTreeMap<NodeId, Node>, whole: &Need, own: bool) -> Placement
         0..=4 => String::new(),
         count => format!("; and {} nodes more", count - 4),
     };
-    let all = if reached > 1 { format!("; together {reached} nodes could hold {together} of its {} ranks", whole.ranks) } else { String::new() };
+    let all =
+        if reached > 1 { format!("; together {reached} nodes could hold {together} of its {} ranks", whole.ranks) } else { String::new() };
     Placement::Never(format!("{which}: {}{more}{all}", reasons.join("; ")))
 }
 

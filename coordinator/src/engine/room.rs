@@ -72,7 +72,7 @@ impl Node {
     /// Ranks of a gang that fit beside what is held, up to all of them; `spares` of its own, which take no GPU, beside them.
     pub(super) fn room(&self, need: &Need, held: &Held<'_>, on_gpu: bool, spares: u32) -> u32 {
         let sum = |of: fn(&Taken) -> u64| held.each().iter().fold(0u64, |sum, held| sum.saturating_add(of(held)));
-        let fit = |has: u64, taken: u64, each: u64| if each == 0 { u64::MAX } else { has.saturating_sub(taken) / each };
+        let fit = |has: u64, taken: u64, each: u64| has.saturating_sub(taken).checked_div(each).unwrap_or(u64::MAX);
         let beside = |room: u64| room.saturating_sub(u64::from(spares));
         let slots = fit(self.capacity.slots.into(), sum(|held| held.ranks.into()), 1);
         let cpus = fit((self.capacity.cpus * 1_000.0) as u64, sum(|held| held.cpu_milli), need.cpu_milli);

@@ -247,7 +247,11 @@ impl Engine {
         }
         let awaited = gone(enough);
         // With nodes that take no ranks now it waits for more than ends.
-        let at = ends.iter().take(enough).map(|(unknown, at, _)| (!unknown).then_some(*at)).try_fold(Timestamp(0), |last, at| Some(last.max(at?)));
+        let at = ends
+            .iter()
+            .take(enough)
+            .map(|(unknown, at, _)| (!unknown).then_some(*at))
+            .try_fold(Timestamp(0), |last, at| Some(last.max(at?)));
         let at = at.filter(|_| place.is_some() && enough > 0);
         let place = place.or_else(|| self.board_without(&awaited).closed_too().choose(need, None)).unwrap_or_default();
         for (name, taken) in need.held(&place) {

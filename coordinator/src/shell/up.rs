@@ -215,7 +215,13 @@ async fn drain(coordinator: &Coordinator) -> bool {
     let nodes = coordinator.agents.linked();
     println!("saving jobs and ending (Ctrl-C again leaves them running) …");
     for node in &nodes {
-        if coordinator.handle.inputs.send(Input::Wish(Event::NodeDraining { node: node.clone(), cordon: false, deadline: None })).await.is_err() {
+        if coordinator
+            .handle
+            .inputs
+            .send(Input::Wish(Event::NodeDraining { node: node.clone(), cordon: false, deadline: None }))
+            .await
+            .is_err()
+        {
             return false;
         }
     }

@@ -56,7 +56,8 @@ impl FromStr for FakeGpus {
     fn from_str(text: &str) -> Result<Self, String> {
         let (count, memory) = text.split_once(':').map_or((text, None), |(count, memory)| (count, Some(memory)));
         let count = count.parse().ok().filter(|count| *count <= FAKE_GPUS_MAX);
-        let count = count.ok_or_else(|| format!("must be a number of GPUs up to {FAKE_GPUS_MAX}, and may have their memory: 4 or 4:80Gi"))?;
+        let count =
+            count.ok_or_else(|| format!("must be a number of GPUs up to {FAKE_GPUS_MAX}, and may have their memory: 4 or 4:80Gi"))?;
         let gib = |text: &str| text.strip_suffix("Gi")?.parse::<u64>().ok().filter(|gib| (1..=1 << 20).contains(gib));
         let memory = match memory {
             None => FAKE_MEMORY,

@@ -127,7 +127,10 @@ fn a_missing_program_is_not_tried_again() {
     scene.submit(0, 1, command(1)).submit(0, 2, command(3));
     scene.start_all(1, 1, 1, 1);
     scene.exits(2, rank(1, 1, 0), exit(127, 2));
-    scene.at(3, Event::StartFailed { node: node("n1"), job: job(2), attempt: 1, reason: "everlit-worker is not built".into(), permanent: true });
+    scene.at(
+        3,
+        Event::StartFailed { node: node("n1"), job: job(2), attempt: 1, reason: "everlit-worker is not built".into(), permanent: true },
+    );
     scene.expect(expect![[r#"
         0 job 1: job_submitted: accepted
         0 job 1: attempt_placed: attempt 1 is starting on n1

@@ -89,7 +89,8 @@ impl Table {
         spec.min_world_size = number(words, "least").map(|least| least as u32);
         spec.node_selector = words.get("on").map(|text| pair(text)).into_iter().collect();
         let tolerated = words.get("tolerates").map(|text| pair(text));
-        spec.tolerations = tolerated.map(|(key, value)| Toleration { key, value: Some(value).filter(|v| !v.is_empty()) }).into_iter().collect();
+        spec.tolerations =
+            tolerated.map(|(key, value)| Toleration { key, value: Some(value).filter(|v| !v.is_empty()) }).into_iter().collect();
         spec.time_limit = number(words, "limit").map(|s| Millis(s * 1_000));
         spec.stop_grace = Millis(number(words, "grace").unwrap_or(5) * 1_000);
         self.jobs.push(n);
@@ -449,7 +450,9 @@ fn small_jobs_without_end_never_delay_a_big_one_beyond_what_ran_before() {
     for round in 0..60u128 {
         table.run(&format!("job {} normal {}\n after 1", 100 + round, 1 + round % 3));
         running.extend((100..=100 + round).filter(|n| placed(&table, *n) && !running.contains(n)).collect::<Vec<_>>());
-        if round % 2 == 1 && let Some(first) = running.first().copied() {
+        if round % 2 == 1
+            && let Some(first) = running.first().copied()
+        {
             running.remove(0);
             ended += 1;
             table.run(&format!("ends {first}"));
@@ -583,7 +586,8 @@ fn a_drain_with_a_deadline_leaves_no_grace_beyond_it() {
         0   b <- stop job 2 attempt 2 grace 3s
         0   a <- stop job 2 attempt 2 grace 1s
         0   b <- stop job 2 attempt 2 grace 1s
-    "#]].assert_eq(&(told.join("\n") + "\n"));
+    "#]]
+    .assert_eq(&(told.join("\n") + "\n"));
 }
 
 #[test]
@@ -647,5 +651,6 @@ fn a_gang_of_several_nodes_that_loses_one_is_stopped_on_the_others_before_it_is_
         30000   d <- start job 1 attempt 3 ranks 8+8 port 29502
         30000 job 1: job_running: all 16 ranks of attempt 3 run
         30000 node_ready: b is back
-    "#]].assert_eq(&table.told);
+    "#]]
+    .assert_eq(&table.told);
 }
