@@ -211,8 +211,8 @@ pub trait Control: Send + Sync + 'static {
     fn node(&self, id: NodeId) -> Answer<'_, NodeView>;
     /// No new ranks there (or again).
     fn cordon(&self, id: NodeId, cordoned: bool) -> Answer<'_, NodeView>;
-    /// Cordons it, stops its ranks with their grace and puts their jobs back in the queue.
-    fn drain(&self, id: NodeId) -> Answer<'_, NodeView>;
+    /// Cordons it, stops its ranks with their grace, which ends at the deadline, and puts their jobs back in the queue.
+    fn drain(&self, id: NodeId, deadline: Option<Millis>) -> Answer<'_, NodeView>;
     /// What `GET /status` tells.
     fn status(&self) -> Answer<'_, StatusView>;
     /// The Prometheus text.

@@ -16,6 +16,14 @@ pub struct StopRequest {
     pub force: bool,
 }
 
+/// What `POST /nodes/{id}/drain` takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DrainRequest {
+    /// What lives so long after is killed, whatever grace its job has; null: each its own grace. At most "1d".
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<Millis>,
+}
+
 /// The body of a purge.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PurgeRequest {

@@ -2,6 +2,10 @@
 //!
 //! `beats` is what a busy cluster says all the time, one rank's heartbeat an event; `mixed` has a checkpoint in twenty events and a rank that is
 //! killed in a hundred, with the restart of its gang. Rows are made, as they would be written; writing them is not in it.
+//!
+//! `placement/pass` is one look at the queue: a gang of 8,000 ranks has ended, and 1,000 gangs that wait, no two of the same need and every
+//! tenth larger than a node, are placed on its 1,000 nodes of eight GPUs. `placement/blocked` is one that places nobody: a job is submitted
+//! while all of them wait.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -11,7 +15,7 @@ use everlit_api::agent::{Beat, CheckpointNews, Exited, Hello, Resumed, Started};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::JobSpec;
 use everlit_api::rank::RankExit;
-use everlit_api::status::Capacity;
+use everlit_api::status::{Capacity, GpuInfo};
 use everlit_api::time::Timestamp;
 use everlit_coordinator::engine::{Config, Engine, Event};
 
@@ -145,6 +149,67 @@ impl Cluster {
     }
 }
 
+/// Gangs that wait, and nodes.
+const WAITING: u32 = 1_000;
+const GPUS: u32 = 8;
+
+/// Every node is held by one gang, of which one rank still lives.
+struct Waiting {
+    engine: Engine,
+}
+
+impl Waiting {
+    fn new() -> Self {
+        let mut own = Self { engine: Engine::new(Config::default()) };
+        for node in 0..WAITING {
+            let Event::NodeLinked { mut hello } = hello(node) else { unreachable!("a hello") };
+            let gpu = |index| GpuInfo { index, name: "GPU".into(), uuid: format!("{node}-{index}"), memory: 80 << 30 };
+            hello.capacity = Capacity { cpus: 64.0, memory: 1 << 40, gpus: (0..GPUS).map(gpu).collect(), slots: 64 };
+            hello.address = Some(format!("10.0.{}.{}", node / 250, node % 250));
+            own.say(Event::NodeLinked { hello });
+        }
+        own.submit(0, WAITING * GPUS);
+        // One that needs more than a node, and nine that do not: 72 of each ten nodes' 80 GPUs.
+        (1..=WAITING).for_each(|job| own.submit(job, if job.is_multiple_of(10) { 18 } else { 6 }));
+        assert_eq!(own.engine.queue_depth(), WAITING as usize);
+        (1..WAITING * GPUS).for_each(|rank| own.end(rank));
+        own
+    }
+
+    fn say(&mut self, event: Event) {
+        drop(black_box(self.engine.handle(Timestamp(1_000), event)));
+    }
+
+    fn submit(&mut self, job: u32, ranks: u32) {
+        let mut spec = JobSpec { worker: None, command: vec!["train".into()], ..JobSpec::default_for(ranks) };
+        // Bytes of memory, so that no two jobs are of the same need.
+        (spec.resources.gpus, spec.resources.memory) = (1, 1 + u64::from(job));
+        self.say(Event::JobSubmitted { id: id(job), spec: Arc::new(spec), seed: job.into(), user: None });
+    }
+
+    fn end(&mut self, rank: u32) {
+        let exit = RankExit { at: Timestamp(1_000), code: Some(0), signal: None, ..killed() };
+        self.say(Event::RankExited(Exited { incarnation: Incarnation { job: id(0), attempt: 1, rank }, exit, lost: false }));
+    }
+
+    fn pass(&mut self) {
+        self.end(0);
+        assert_eq!(self.engine.queue_depth(), 0, "all are placed");
+    }
+
+    fn blocked(&mut self) {
+        self.submit(WAITING + 1, 7);
+    }
+}
+
+fn placement(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("placement");
+    group.sample_size(10);
+    group.bench_function("pass", |bench| bench.iter_batched_ref(Waiting::new, Waiting::pass, BatchSize::PerIteration));
+    group.bench_function("blocked", |bench| bench.iter_batched_ref(Waiting::new, Waiting::blocked, BatchSize::PerIteration));
+    group.finish();
+}
+
 fn killed() -> RankExit {
     serde_json::from_str(r#"{"code": null, "signal": 9, "at": "2026-01-01T00:00:00Z"}"#).expect("an exit")
 }
@@ -157,5 +222,5 @@ fn engine(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, engine);
+criterion_group!(benches, engine, placement);
 criterion_main!(benches);

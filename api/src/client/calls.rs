@@ -8,10 +8,11 @@ use super::{Client, Error, PATIENT_MAX, segment};
 use crate::auth::{AuditView, Caller, MadeToken, NewToken, TokenView};
 use crate::ids::{JobId, NodeId};
 use crate::join::{MadeNodeToken, NewNodeToken, NodeTokenView};
-use crate::request::{PurgeRequest, Purged, StopRequest};
+use crate::request::{DrainRequest, PurgeRequest, Purged, StopRequest};
 use crate::status::{
     AttemptView, CheckpointView, EventView, Explanation, JobState, JobView, MetricPoint, NodeView, Page, PlacementPlan, StatusView, Summary,
 };
+use crate::time::Millis;
 
 /// Which part of a list of jobs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -190,9 +191,10 @@ impl Client {
         self.act_on_node(id, "uncordon").await
     }
 
-    /// Empties a node: its jobs go back in the queue.
-    pub async fn drain(&self, id: &NodeId) -> Result<NodeView, Error> {
-        self.act_on_node(id, "drain").await
+    /// Empties a node: its jobs go back in the queue. What lives at the deadline is killed.
+    pub async fn drain(&self, id: &NodeId, deadline: Option<Millis>) -> Result<NodeView, Error> {
+        let request = self.post(&format!("/nodes/{}/drain", segment(&id.0)), &DrainRequest { deadline });
+        self.json_within(request, PATIENT_MAX).await
     }
 
     async fn act_on_node(&self, id: &NodeId, act: &str) -> Result<NodeView, Error> {

@@ -2,12 +2,19 @@
 
 use axum::extract::State;
 use axum::{Extension, Json};
+use serde_json::Value;
 
 use super::Shared;
 use super::answer::Refusal;
 use super::extract::{JsonBody, LIMIT_DEFAULT, LIMIT_MAX, Node, Params, page};
 use crate::auth::Caller;
+use crate::job::{Fault, FaultKind};
+use crate::request::DrainRequest;
 use crate::status::{NodeView, Page};
+use crate::time::Millis;
+
+/// The longest that a drain may give what it stops.
+const DEADLINE_MAX: Millis = Millis::secs(86_400);
 
 /// What is held against a node names jobs, of which a user sees its own only.
 fn shown(mut node: NodeView, caller: &Caller) -> NodeView {
@@ -86,8 +93,8 @@ pub(super) async fn uncordon(
     Ok(Json(control.cordon(id, false).await?))
 }
 
-/// Cordon a node, stop its ranks with their grace, and put their jobs back in the queue.
-#[utoipa::path(post, path = "/nodes/{id}/drain", tag = "nodes", operation_id = "drain_node", params(("id" = String, Path, description = "Node name")),
+/// Cordon a node, stop its ranks with their grace, within the deadline if there is one, and put their jobs back in the queue.
+#[utoipa::path(post, path = "/nodes/{id}/drain", tag = "nodes", operation_id = "drain_node", request_body(content = Option<DrainRequest>), params(("id" = String, Path, description = "Node name")),
     responses((status = 200, description = "The node", body = NodeView)))]
 pub(super) async fn drain(
     State(control): State<Shared>,
@@ -96,6 +103,16 @@ pub(super) async fn drain(
     body: JsonBody,
 ) -> Result<Json<NodeView>, Refusal> {
     params.finish()?;
-    body.fields(&[])?;
-    Ok(Json(control.drain(id).await?))
+    let deadline = deadline(body.fields(&["deadline"])?.get("deadline"))
+        .map_err(|detail| vec![Fault { pointer: "/deadline".into(), detail, kind: FaultKind::Invalid }])?;
+    Ok(Json(control.drain(id, deadline).await?))
+}
+
+fn deadline(value: Option<&Value>) -> Result<Option<Millis>, String> {
+    let text = match value {
+        None | Some(Value::Null) => return Ok(None),
+        Some(value) => value.as_str().ok_or("must be a duration with its unit in quotes, like \"5m\"")?,
+    };
+    let deadline: Millis = text.parse().map_err(|bad: crate::time::BadDuration| bad.to_string())?;
+    if deadline <= DEADLINE_MAX { Ok(Some(deadline)) } else { Err(format!("must be at most {DEADLINE_MAX}")) }
 }

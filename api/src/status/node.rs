@@ -5,19 +5,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{BlameView, GpuBlameView};
+use super::{BlameView, GpuBlameView, Taint};
 use crate::ids::NodeId;
 use crate::join::Joined;
-
-/// Keeps jobs off a node that do not tolerate it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
-pub struct Taint {
-    /// Like `reserved-for`.
-    pub key: String,
-    /// Like `research`; may be empty.
-    #[serde(default)]
-    pub value: String,
-}
 
 /// What a node has.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]

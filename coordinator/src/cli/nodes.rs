@@ -31,6 +31,9 @@ enum NodeAct {
     Drain {
         /// The node's name
         name: String,
+        /// Kill what still lives after so long, whatever grace its job has
+        #[arg(long, value_name = "TIME")]
+        deadline: Option<Millis>,
     },
     /// Have its certificate open nothing any more, and forget it
     Expel {
@@ -89,7 +92,7 @@ pub(super) async fn nodes(client: &Client, args: NodesArgs, url: &str, output: O
         }
         Some(NodeAct::Cordon { name }) => client.cordon(&NodeId(name)).await?,
         Some(NodeAct::Uncordon { name }) => client.uncordon(&NodeId(name)).await?,
-        Some(NodeAct::Drain { name }) => client.drain(&NodeId(name)).await?,
+        Some(NodeAct::Drain { name, deadline }) => client.drain(&NodeId(name), deadline).await?,
     };
     if output == Output::Json { out::json(&node) } else { show::nodes(&[node]) }
 }

@@ -112,5 +112,25 @@ impl Engine {
             }
         }
         assert!(taken.is_empty(), "places on unknown nodes");
+        self.check_promises();
+    }
+
+    /// What is promised is there once those who leave have left, and for nobody else.
+    fn check_promises(&self) {
+        let leaving = self.held_by(self.leaving());
+        for (id, shares) in &self.pass.promises {
+            let waits = self.jobs.get(id).is_some_and(|job| job.state == JobState::Queued);
+            assert!(waits && !shares.is_empty(), "{id}: promised places, and does not wait for them");
+        }
+        for (name, promised) in &self.pass.promised {
+            let Some(node) = self.nodes.get(name).filter(|node| node.is_open()) else { continue };
+            let mut later = node.taken.clone();
+            leaving.get(name).into_iter().for_each(|gone| later.remove(gone));
+            let twice = promised.gpus.iter().find(|(gpu, bytes)| later.gpus.contains_key(gpu) && **bytes == WHOLE);
+            assert!(twice.is_none(), "INV-9: a GPU of {name} is promised that somebody keeps: {twice:?}");
+            later.add(promised);
+            let fits = later.ranks <= node.capacity.slots && later.memory <= node.capacity.memory;
+            assert!(fits, "INV-9: more of {name} is promised than there is");
+        }
     }
 }

@@ -3,7 +3,7 @@
 /// Jobs that wait for a place at most; one more is refused with 429.
 pub const QUEUED_JOBS_MAX: usize = 110_000;
 /// Lines of the queue behind the first that waits that are looked at for one that can go before it.
-pub const BACKFILL_LINES_MAX: usize = 200;
+pub const BACKFILL_LINES_MAX: usize = 100;
 /// Jobs at a time that others are preempted for.
 pub const PREEMPTING_MAX: usize = 64;
 /// Jobs by which one was preempted that are remembered of it.

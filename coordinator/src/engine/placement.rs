@@ -395,8 +395,12 @@ impl<'a> Board<'a> {
 
     /// As few nodes as hold it, those that are not suspected first; of the last as little as will do.
     fn several(&self, need: &'a Need, on_gpu: bool, home: Option<&NodeId>) -> Option<Vec<PlacedRanks>> {
-        let with_address = self.usable(need).filter(|(_, node)| node.address.is_some());
-        let mut rooms: Vec<(usize, Reverse<u32>, bool, &NodeId, &Node)> = with_address
+        let with_address = || self.usable(need).filter(|(_, node)| node.address.is_some());
+        let part = |(id, node): (&NodeId, &Node)| u64::from(node.part(need, &self.held(id, node), on_gpu));
+        if need.ranks < 2 || with_address().map(part).sum::<u64>() < u64::from(need.ranks) {
+            return None;
+        }
+        let mut rooms: Vec<(usize, Reverse<u32>, bool, &NodeId, &Node)> = with_address()
             .map(|(id, node)| {
                 let room = node.part(need, &self.held(id, node), on_gpu);
                 let bad = node.avoided() + if on_gpu && !node.gpu_blames.is_empty() { node.avoided_gpus().len() } else { 0 };
@@ -404,9 +408,6 @@ impl<'a> Board<'a> {
             })
             .filter(|(_, Reverse(room), ..)| *room > 0)
             .collect();
-        if need.ranks < 2 || rooms.iter().map(|(_, Reverse(room), ..)| u64::from(*room)).sum::<u64>() < u64::from(need.ranks) {
-            return None;
-        }
         rooms.sort_unstable_by_key(|(bad, room, away, id, _)| (*bad, *room, *away, *id));
         let (mut left, mut chosen) = (need.ranks, Vec::new());
         for (at, (bad, Reverse(room), _, id, node)) in rooms.iter().enumerate() {

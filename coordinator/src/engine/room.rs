@@ -95,8 +95,13 @@ impl Node {
         if need.shares_gpus() {
             return gpus.filter_map(|gpu| held.left_of(gpu)).map(|left| left / need.gpu_memory).sum();
         }
-        let whole = gpus.filter(|gpu| Self::is_large_enough(gpu, need) && held.is_untouched(gpu)).count() as u64;
-        whole / u64::from(need.gpus.max(1))
+        let whole = if need.estimate.device.max(need.gpu_memory) == 0 && held.promised.gpus.is_empty() && held.reserved.gpus.is_empty() {
+            // Asked for every node and every gang that waits.
+            gpus.len().saturating_sub(held.taken.gpus.len())
+        } else {
+            gpus.filter(|gpu| Self::is_large_enough(gpu, need) && held.is_untouched(gpu)).count()
+        };
+        whole as u64 / u64::from(need.gpus.max(1))
     }
 
     /// The GPUs of so many ranks, for which there is room: suspected ones last, and parts of those that have the least left.

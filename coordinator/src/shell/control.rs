@@ -17,7 +17,7 @@ use everlit_api::status::{
     AttemptView, CheckpointView, EventView, Explanation, GpuCounts, JobState, JobView, MetricPoint, NodeCounts, NodeView, Page,
     PlacementPlan, ServingCounts, StatusView, Summary,
 };
-use everlit_api::time::Timestamp;
+use everlit_api::time::{Millis, Timestamp};
 use tokio::sync::{mpsc, oneshot};
 
 use super::agents::Agents;
@@ -432,10 +432,10 @@ impl Control for Coordinator {
         })
     }
 
-    fn drain(&self, id: NodeId) -> Answer<'_, NodeView> {
+    fn drain(&self, id: NodeId, deadline: Option<Millis>) -> Answer<'_, NodeView> {
         Box::pin(async move {
             self.node_view(id.clone()).await?;
-            self.send(Input::Wish(Event::NodeDraining { node: id.clone(), cordon: true, deadline: None })).await?;
+            self.send(Input::Wish(Event::NodeDraining { node: id.clone(), cordon: true, deadline })).await?;
             self.node_view(id).await
         })
     }

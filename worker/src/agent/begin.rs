@@ -29,7 +29,7 @@ pub(super) fn run(args: &RunArgs, dir: &Path) -> anyhow::Result<End> {
     let identity = if args.coordinator_file.is_some() { None } else { Identity::load(folders.root())? };
     // SAFETY: sets a disposition to a constant. Shims are never waited for, and the kernel reaps them then.
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn)? };
-    let gpus = gpu::Gpus::find();
+    let gpus = args.fake_gpus.map_or_else(gpu::Gpus::find, gpu::Gpus::fake);
     let node = node(folders, !gpus.infos().is_empty())?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -6,9 +6,11 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use everlit_api::manifest::{MANIFEST_FORMAT, Manifest};
+use everlit_api::status::Taint;
 use everlit_api::time::{Millis, Timestamp};
 use tracing_subscriber::EnvFilter;
 
+use super::place::{self, FakeGpus};
 use super::{begin, identity, status};
 use crate::checkpoint;
 
@@ -64,6 +66,15 @@ pub struct RunArgs {
     /// Ranks that this node takes at most [default: 16 per CPU, at least 64].
     #[arg(long, env = "EVERLIT_SLOTS")]
     pub slots: Option<u32>,
+    /// A label of this node, `KEY=VALUE`, for jobs that ask for it (`node_selector`); several may be given.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = place::label)]
+    pub labels: Vec<(String, String)>,
+    /// A taint of this node, `KEY=VALUE` or `KEY`: only jobs that tolerate it have ranks here; several may be given.
+    #[arg(long = "taint", value_name = "KEY=VALUE", value_parser = place::taint)]
+    pub taints: Vec<Taint>,
+    /// Claim so many GPUs that are not there, `N` or `N:80Gi`, for tests and demos of placement.
+    #[arg(long, value_name = "N[:MEMORY]")]
+    pub fake_gpus: Option<FakeGpus>,
     /// End after so long with neither a coordinator nor living ranks [default: 60s; a node that joined does not end].
     #[arg(long, env = "EVERLIT_LINGER")]
     pub linger: Option<Millis>,

@@ -93,8 +93,8 @@ impl Driver {
             checkpoints: Vec::new(),
             draining: false,
             address: None,
-            labels: Default::default(),
-            taints: Vec::new(),
+            labels: args.labels.iter().cloned().collect(),
+            taints: args.taints.clone(),
         };
         let health = status::listen(node.folders.root()).context("could not open the health socket")?;
         let data_dir = node.folders.root().to_path_buf();

@@ -120,7 +120,10 @@ pub(super) fn environment(
         set(SNAPSHOT_DIR, path(snapshots));
     }
     if node_has_gpus {
-        let gpus: Vec<String> = spec.gpus.iter().map(ToString::to_string).collect();
+        // Ranks that share GPUs see only their own: one that is there twice in the list would hide what comes after it.
+        let own = local as usize..local as usize + 1;
+        let seen = if spec.shares_gpus { spec.gpus.get(own).unwrap_or_default() } else { spec.gpus.as_slice() };
+        let gpus: Vec<String> = seen.iter().map(ToString::to_string).collect();
         set("CUDA_VISIBLE_DEVICES", gpus.join(","));
     }
     env

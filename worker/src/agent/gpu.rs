@@ -18,6 +18,7 @@ use nvml_wrapper::{Device, Nvml};
 use tokio::sync::mpsc;
 
 use super::limits::GPU_WAIT_MS;
+use super::place::FakeGpus;
 
 /// What the driver reports of a GPU that fell off the bus.
 const FELL_OFF_XID: u32 = 79;
@@ -50,6 +51,13 @@ impl Gpus {
     /// A node without GPUs.
     pub(super) fn none() -> Self {
         Self { nvml: None, infos: Vec::new() }
+    }
+
+    /// GPUs that are not there, for tests and demos of placement: nothing can be computed on them.
+    pub(super) fn fake(asked: FakeGpus) -> Self {
+        tracing::warn!(count = asked.count, memory = asked.memory, "these GPUs are FAKE (--fake-gpus): programs find none");
+        let info = |index| GpuInfo { index, name: "fake".into(), uuid: format!("FAKE-{index}"), memory: asked.memory };
+        Self { nvml: None, infos: (0..asked.count).map(info).collect() }
     }
 
     /// What there is.

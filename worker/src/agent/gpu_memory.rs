@@ -38,7 +38,11 @@ trait Machine {
 
 /// Waits until nobody holds memory of a gang's GPUs who will let it go; answers who still does.
 pub(super) fn wait(gpus: &Gpus, folders: &Folders, spec: &GangSpec) -> Vec<GpuHolder> {
-    let held = wait_on(&mut Real { gpus, folders, spec }, &spec.gpus);
+    let mut held = wait_on(&mut Real { gpus, folders, spec }, &spec.gpus);
+    if spec.shares_gpus {
+        // Others may have memory of them: that is what sharing is.
+        held.clear();
+    }
     let name = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_string();
     let held: Vec<_> = held.into_iter().map(|(gpu, pid)| GpuHolder { gpu, pid, name: name(pid) }).collect();
     for GpuHolder { gpu, pid, name } in &held {
@@ -82,13 +86,14 @@ impl Machine for Real<'_> {
     }
 
     fn whose(&mut self, pid: u32) -> Whose {
-        match std::fs::read(format!("/proc/{pid}/environ")) {
+        let whose = match std::fs::read(format!("/proc/{pid}/environ")) {
             // Its own memory is gone already, its program too, and the driver still cleans up.
             Ok(environ) if environ.is_empty() && std::fs::read_link(format!("/proc/{pid}/exe")).is_err() => Whose::Unsettled,
             Ok(environ) => whose_run(self.folders, self.spec, &environ),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Whose::Foreign,
             Err(_) => Whose::Unsettled,
-        }
+        };
+        if self.spec.shares_gpus && whose == Whose::Unsettled { Whose::Foreign } else { whose }
     }
 
     fn kill(&mut self, pid: u32) {

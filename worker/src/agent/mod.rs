@@ -25,6 +25,7 @@ mod load;
 mod logs;
 mod memory;
 mod metrics;
+mod place;
 mod policies;
 mod procs;
 mod progress;

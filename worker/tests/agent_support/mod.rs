@@ -152,7 +152,7 @@ impl Bench {
         });
         self.link = Some(link);
         let hello = self.wait_for("a hello", |frame| if let FromAgent::Hello(hello) = frame { Some(hello.clone()) } else { None });
-        self.send(ToAgent::Welcome { protocol: PROTOCOL, report_interval: Millis(200) });
+        self.send(ToAgent::Welcome { protocol: PROTOCOL, report_interval: Millis(200), silence_max: None });
         hello
     }
 

@@ -75,12 +75,11 @@ fn what_is_not_built_is_refused_as_such() {
         json!({
             "world_size": 4, "min_world_size": 2, "kind": "serve", "image": "x", "replicas": 1, "engine": "vllm", "model": "m", "port": 1,
             "health": {}, "autoscale": {}, "checkpoint": {"to": "s3://b"},
-            "resources": {"gpu_memory": "8Gi", "gpus": 0.5},
+            "resources": {"gpus": 0.5},
         }),
         expect![[r#"
             - /kind kind serve is not built: only "train" and "evaluate" are
-            - /resources/gpu_memory sharing a GPU by memory is not built: use resources.gpus
-            - /resources/gpus fractions of a GPU are not built: give a whole number
+            - /resources/gpus fractions of a GPU are not built: give gpu_memory, the part of a GPU's memory that a rank takes
             - /checkpoint/to checkpoints go to the node's data folder; object storage is not built
             - /image containers are not built: give a command that is installed on the nodes
             - /replicas belongs to kind serve, which is not built
@@ -484,4 +483,27 @@ fn the_hint_table_names_fields_that_exist() {
             assert!(!text.contains(&format!("/{section}/{field} is not a known field")), "{text}");
         }
     }
+}
+
+#[test]
+fn which_nodes_a_job_may_go_to_is_read_and_its_faults_named() {
+    let body = json!({"node_selector": {"zone": "x"}, "resources": {"gpu_memory": "8Gi"},
+        "tolerations": [{"key": "team", "value": "vision"}, {"key": "old"}, {"key": "old"}]});
+    let spec = parse(&body).expect("well formed");
+    assert_eq!((spec.node_selector["zone"].as_str(), spec.resources.gpu_memory), ("x", 8 << 30));
+    let toleration = |key: &str, value: Option<&str>| crate::job::Toleration { key: key.into(), value: value.map(Into::into) };
+    assert_eq!(spec.tolerations, [toleration("old", None), toleration("team", Some("vision"))]);
+    check(
+        json!({"node_selector": {"a b": "x", "zone": 5}, "tolerations": [{"value": "x"}, {"key": "", "value": 1}, "old"],
+            "resources": {"gpu_memory": "lots"}}),
+        expect![[r#"
+            x /resources/gpu_memory must be a number of bytes up to 1125899906842624 or a size like "2Gi", "500Mi" or "2G"
+            x /node_selector/a b a label's name must be 1 to 63 letters, digits, `.`, `_`, `-` and `/`
+            x /node_selector/zone must be a text in quotes, not a number
+            x /tolerations/0/key is missing: the taint's key, like "reserved-for"
+            x /tolerations/1/value must be a text in quotes, not a number
+            x /tolerations/1/key a taint's name must be 1 to 63 letters, digits, `.`, `_`, `-` and `/`
+            x /tolerations/2 must be an object, not a text
+        "#]],
+    );
 }

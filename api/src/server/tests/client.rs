@@ -65,8 +65,9 @@ async fn every_call_reaches_its_door_and_reads_its_answer() {
     let odd = NodeId("my/node".into());
     client.cordon(&odd).await.expect("done");
     client.uncordon(&odd).await.expect("done");
-    client.drain(&odd).await.expect("done");
-    assert_eq!(house.asked(), "cordon my/node true\ncordon my/node false\ndrain my/node");
+    client.drain(&odd, None).await.expect("done");
+    client.drain(&odd, Some(Millis::secs(300))).await.expect("done");
+    assert_eq!(house.asked(), "cordon my/node true\ncordon my/node false\ndrain my/node\ndrain my/node within 5m");
     assert_eq!(client.status().await.expect("a status").version, "0.1.0");
     assert_eq!(client.version().await.expect("a version"), "0.1.0");
     assert!(client.prometheus().await.expect("text").contains("x 1"));

@@ -327,8 +327,9 @@ impl Control for Fake {
         self.answer(format!("cordon {id} {cordoned}"), Ok(node("a")))
     }
 
-    fn drain(&self, id: NodeId) -> Answer<'_, NodeView> {
-        self.answer(format!("drain {id}"), Ok(node("a")))
+    fn drain(&self, id: NodeId, deadline: Option<crate::time::Millis>) -> Answer<'_, NodeView> {
+        let within = deadline.map(|deadline| format!(" within {deadline}")).unwrap_or_default();
+        self.answer(format!("drain {id}{within}"), Ok(node("a")))
     }
 
     fn status(&self) -> Answer<'_, StatusView> {

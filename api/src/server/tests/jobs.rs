@@ -169,6 +169,16 @@ async fn nodes_are_taken_out_of_use() {
         assert_eq!(house.asked(), asked);
     }
     assert_eq!(house.get("/nodes/zzz").await.code(), "not_found");
+    assert_eq!(house.call("POST", "/nodes/a/drain", r#"{"deadline": "90s"}"#).await.status, StatusCode::OK);
+    assert_eq!(house.asked(), "node\ndrain a within 90s");
+    for (body, detail) in
+        [(r#"{"deadline": 5}"#, "must be a duration with its unit in quotes, like \"5m\""), (r#"{"deadline": "2d"}"#, "must be at most 1d")]
+    {
+        let answer = house.call("POST", "/nodes/a/drain", body).await;
+        assert_eq!(answer.status, StatusCode::UNPROCESSABLE_ENTITY, "{body}");
+        let told = String::from_utf8_lossy(&answer.body).into_owned();
+        assert!(told.contains(&detail.replace('"', "\\\"")), "{told}");
+    }
 }
 
 #[tokio::test]

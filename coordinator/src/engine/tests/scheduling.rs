@@ -1,6 +1,6 @@
 //! Who runs where: each scenario is a table, on the left what happens and on the right every job after it.
 //!
-//! `node NAME PLACES [gpus=N] [gib=N] [cpus=N] [label=K:V] [taint=K:V] [alone]` · `job N PRIORITY RANKS [gpus=N] [part=GIB] [cpus=N] [least=N]
+//! `node NAME PLACES [gpus=N] [gib=N] [cpus=N] [label=K:V] [taint=K:V] [alone]` · `job N PRIORITY RANKS [gpus=N] [part=GIB] [cpus=N] [least=N] [spares=N]
 //! [on=K:V] [tolerates=K[:V]] [limit=S] [grace=S]` · `ends N` (its ranks end, told to or not) · `after S` · `cordon|uncordon|drain|lose|back NAME` ·
 //! `why N`. On the right: `2 a:0+8` has ranks 0 to 7 on a (`/0,1` its GPUs), `!` it saves and stops, `2 -` it waits.
 
@@ -86,6 +86,7 @@ impl Table {
         spec.resources.gpus = number(words, "gpus").unwrap_or(0) as u32;
         spec.resources.gpu_memory = number(words, "part").unwrap_or(0) << 30;
         spec.resources.cpus = number(words, "cpus").unwrap_or(0) as f64;
+        spec.restart.spares = number(words, "spares").unwrap_or(0) as u32;
         spec.min_world_size = number(words, "least").map(|least| least as u32);
         spec.node_selector = words.get("on").map(|text| pair(text)).into_iter().collect();
         let tolerated = words.get("tolerates").map(|text| pair(text));
@@ -651,6 +652,99 @@ fn a_gang_of_several_nodes_that_loses_one_is_stopped_on_the_others_before_it_is_
         30000   d <- start job 1 attempt 3 ranks 8+8 port 29502
         30000 job 1: job_running: all 16 ranks of attempt 3 run
         30000 node_ready: b is back
+    "#]]
+    .assert_eq(&table.told);
+}
+
+#[test]
+fn whom_a_job_does_without_runs_on() {
+    check(
+        "node a 8
+         job 1 low 4
+         job 2 low 3
+         job 3 low 1
+         job 4 normal 7
+         ends 2
+         ends 1",
+        expect![[r#"
+            node a 8
+            job 1 low 4                                   | 1 a:0+4
+            job 2 low 3                                   | 1 a:0+4  2 a:0+3
+            job 3 low 1                                   | 1 a:0+4  2 a:0+3  3 a:0+1
+            job 4 normal 7                                | 1 a:0+4!  2 a:0+3!  3 a:0+1  4 -
+            ends 2                                        | 1 a:0+4!  2 -  3 a:0+1  4 -
+            ends 1                                        | 1 -  2 -  3 a:0+1  4 a:0+7
+        "#]],
+    );
+}
+
+#[test]
+fn spares_are_only_with_a_gang_on_one_node_and_an_elastic_one_takes_the_most_of_one() {
+    check(
+        "node a 8
+         node b 3
+         job 1 normal 7 spares=2
+         ends 1
+         job 2 normal 6 spares=2
+         job 3 normal 3
+         node c 5
+         job 4 normal 12 least=2",
+        expect![[r#"
+            node a 8
+            node b 3
+            job 1 normal 7 spares=2                       | 1 a:0+6 b:6+1
+            ends 1                                        | 
+            job 2 normal 6 spares=2                       | 2 a:0+6
+            job 3 normal 3                                | 2 a:0+6  3 b:0+3
+            node c 5
+            job 4 normal 12 least=2                       | 2 a:0+6  3 b:0+3  4 c:0+5
+        "#]],
+    );
+}
+
+#[test]
+fn each_node_of_a_gang_is_told_its_part_and_where_rank_0_is() {
+    let mut table = Table::new();
+    table.run("node 1 8\n node 2 4\n job 1 normal 10\n node 3 16\n job 2 normal 16");
+    let frames = |n| table.scene.engine.job(job(n)).expect("active").start_frames(0).into_iter();
+    let part = |(node, frame): (NodeId, ToAgent)| {
+        let ToAgent::StartGang(gang) = frame else { panic!("a start") };
+        let (own, of) = (gang.group_rank, gang.group_world_size);
+        format!(
+            "{node}: ranks {}+{} of {}, node {own} of {of}, rank 0 at {}\n",
+            gang.first_rank, gang.count, gang.world_size, gang.master_addr
+        )
+    };
+    expect![[r#"
+        1: ranks 0+8 of 10, node 0 of 2, rank 0 at 10.0.0.1
+        2: ranks 8+2 of 10, node 1 of 2, rank 0 at 10.0.0.1
+        3: ranks 0+16 of 16, node 0 of 1, rank 0 at 127.0.0.1
+    "#]]
+    .assert_eq(&frames(1).chain(frames(2)).map(part).collect::<String>());
+}
+
+#[test]
+fn where_one_node_can_not_start_its_part_the_others_are_stopped_and_awaited() {
+    let mut table = Table::new();
+    table.run("node a 8\n node b 4\n job 1 normal 10");
+    let refused = |permanent| Event::StartFailed { node: node("b"), job: job(1), attempt: 1, reason: "the disk is full".into(), permanent };
+    table.told.clear();
+    table.at(refused(false));
+    assert_eq!(table.places(), "1 a:0+8 b:8+2!");
+    for r in 0..8 {
+        table.at(Event::RankExited(Exited { incarnation: rank(1, 1, r), exit: exit(143, 0), lost: false }));
+    }
+    table.line("after 1");
+    expect![[r#"
+        0 job 1: gang_failed: b: the disk is full
+        0   a <- stop job 1 attempt 1 grace 5s
+        0   b <- stop job 1 attempt 1 grace 5s
+        0 job 1: restart_scheduled: attempt 2 in 500 ms: restart without cost to the budget
+        0   a <- forget 1.1.0 1.1.1 1.1.2 1.1.3 1.1.4 1.1.5 1.1.6 1.1.7
+        0   b <- forget 1.1.8 1.1.9
+        1000 job 1: attempt_placed: attempt 2 is starting on a, b
+        1000   a <- start job 1 attempt 2 ranks 0+8 port 29501
+        1000   b <- start job 1 attempt 2 ranks 8+2 port 29501
     "#]]
     .assert_eq(&table.told);
 }
