@@ -1,7 +1,23 @@
 #!/usr/bin/env bash
-# Several machines, from the outside: servers that join over TLS, and every refusal with its message.
-# `scripts/e2e-nodes.sh NAME…` runs single checks of scripts/e2e/joining.py.
+# Several machines, from the outside: servers that join over TLS with every refusal and its message; then gangs across hosts, which are network
+# namespaces: hosts that are cut off, links that are half open. The second part needs root and `ip` (iproute2).
+# `scripts/e2e-nodes.sh NAME…` runs single checks of scripts/e2e/joining.py and scripts/e2e/nodes.py.
 . "$(dirname "$0")/common.sh"
-need python3 openssl
+need python3
+skipped=
+skip() {
+  echo "SKIPPED: $1"
+  skipped=yes
+}
+command -v openssl >/dev/null || skip "certificates that are not ours: openssl is not here"
 scripts/build.sh >/dev/null || exit 1
-EVERLIT_BIN=$BIN python3 scripts/e2e/joining.py "$@"
+export EVERLIT_BIN=$BIN
+python3 scripts/e2e/joining.py "$@" || exit 1
+probe=everlit-probe-$$
+if ip netns add "$probe" 2>/dev/null; then
+  ip netns del "$probe"
+  python3 scripts/e2e/nodes.py "$@" || exit 1
+else
+  skip "hosts in network namespaces: they take root and \`ip\` (iproute2)"
+fi
+[ -z "$skipped" ] || exit 77

@@ -141,7 +141,9 @@ impl Engine {
             }
         }
         if let Some(regroup) = job.gang.as_ref().and_then(|gang| gang.regroup.as_ref()) {
-            self.timers.set(Timer::Regroup(id), Timestamp(regroup.since.0 + REGROUP_MAX_MS).max(now));
+            // It may be over, and nobody has heard so yet; and the clock may have been set while nobody looked.
+            let heard_by = Timestamp(now.0 + 3 * self.config.node_timeout_ms);
+            self.timers.set(Timer::Regroup(id), Timestamp(regroup.since.0 + REGROUP_MAX_MS).max(heard_by));
         }
         for gang in job.gang.iter().filter(|gang| gang.ending.is_none()) {
             let waits = gang.restarts.iter().filter_map(|(rank, own)| Some((*rank, own.retry_at?)));

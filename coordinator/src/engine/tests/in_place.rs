@@ -271,3 +271,19 @@ fn a_recovery_that_began_under_another_coordinator_is_given_up_in_time_too() {
     scene.at(1_000 + REGROUP_MAX_MS, Event::Woke);
     assert!(scene.take().contains("gang_failed: the recovery in place of rank 1 did not end within 5 min"));
 }
+
+#[test]
+fn a_recovery_that_was_over_before_a_restart_is_not_given_up_for_a_clock_that_was_set() {
+    let mut scene = running(0);
+    scene.exits(1_000, rank(1, 1, 1), killed(999));
+    let later = 1_000 + 2 * REGROUP_MAX_MS;
+    scene.restart_coordinator(later);
+    scene.at(later, Event::Woke);
+    scene.at(later + 100, hello("n1", vec![alive(rank(1, 1, 0), 100), alive(rank(1, 1, 2), 1_002)]));
+    assert!(!scene.take().contains("gang_failed"));
+    let waits = 3 * scene.engine.config.node_timeout_ms;
+    scene.at(later + waits - 1, Event::Woke);
+    assert!(!scene.take().contains("gang_failed"));
+    scene.at(later + waits, Event::Woke);
+    assert!(scene.take().contains("gang_failed"), "that long, and no longer");
+}
