@@ -21,6 +21,7 @@ use everlit_api::time::{Millis, Timestamp};
 use tokio::sync::{mpsc, oneshot};
 
 use super::agents::Agents;
+use super::cannot_save::cannot_save;
 use super::clock::Clock;
 use super::driver::{Handle, Input};
 use super::logs::{ITEMS_MAX, Reader};
@@ -558,26 +559,6 @@ impl Control for Coordinator {
     }
 }
 
-fn cannot_save(id: JobId, why: &CannotSave) -> Problem {
-    match why {
-        CannotSave::NotRunning(JobState::Stopping) => {
-            Problem::new(Code::Conflict, format!("job {id} is stopping: the built-in program saves at a stop anyway"))
-        }
-        CannotSave::NotRunning(state) => {
-            let remedy = "only what runs has something to save; ask again when its state is running";
-            Problem::new(Code::Conflict, format!("job {id} is {state}: {remedy}")).retry_after(1)
-        }
-        CannotSave::NotActive | CannotSave::NotHeard => {
-            Problem::new(Code::Conflict, format!("job {id} has only just started: ask again when its summary shows a step")).retry_after(1)
-        }
-        CannotSave::NotSupported => {
-            let remedy = "a program that saves when it gets SIGUSR1 and goes on may write \"saves_on_signal\": true in its heartbeat file; \
-                          others save when they are stopped (POST /jobs/{id}/stop) or by themselves";
-            Problem::new(Code::Conflict, format!("job {id} does not save on demand: {remedy}"))
-        }
-    }
-}
-
 fn engine_now(engine: &Engine) -> Now {
     let ready = engine.nodes().values().filter(|n| n.linked).count() as u64;
     Now {
@@ -599,33 +580,5 @@ fn gpu_counts(engine: &Engine) -> GpuCounts {
         total: linked().map(|n| n.capacity.gpus.len() as u64).sum(),
         used: linked().map(|n| n.taken.gpus.len() as u64).sum(),
         utilization: mean,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use expect_test::expect;
-
-    use super::*;
-
-    #[test]
-    fn a_save_that_can_not_be_is_a_conflict_with_its_remedy() {
-        let told = [
-            CannotSave::NotRunning(JobState::Queued),
-            CannotSave::NotRunning(JobState::Stopping),
-            CannotSave::NotHeard,
-            CannotSave::NotSupported,
-        ]
-        .map(|why| {
-            let problem = cannot_save(JobId::from_parts(0, 1), &why);
-            assert_eq!(problem.status, 409);
-            format!("{} retry {:?}\n", problem.detail, problem.retry_after)
-        });
-        expect![[r#"
-            job 00000000000000000000000001 is queued: only what runs has something to save; ask again when its state is running retry Some(1)
-            job 00000000000000000000000001 is stopping: the built-in program saves at a stop anyway retry None
-            job 00000000000000000000000001 has only just started: ask again when its summary shows a step retry Some(1)
-            job 00000000000000000000000001 does not save on demand: a program that saves when it gets SIGUSR1 and goes on may write "saves_on_signal": true in its heartbeat file; others save when they are stopped (POST /jobs/{id}/stop) or by themselves retry None
-        "#]].assert_eq(&told.concat());
     }
 }

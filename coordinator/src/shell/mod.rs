@@ -4,6 +4,7 @@ use std::path::Path;
 
 pub mod agents;
 pub mod ca;
+mod cannot_save;
 pub mod clock;
 pub mod control;
 pub mod down;
