@@ -14,10 +14,11 @@ scripts/build.sh >/dev/null || exit 1
 export EVERLIT_BIN=$BIN
 python3 scripts/e2e/joining.py "$@" || exit 1
 probe=everlit-probe-$$
-if ip netns add "$probe" 2>/dev/null; then
+if ip netns add "$probe" 2>/dev/null && ip -n "$probe" link add evlprobe type bridge 2>/dev/null; then
   ip netns del "$probe"
   python3 scripts/e2e/nodes.py "$@" || exit 1
 else
+  ip netns del "$probe" 2>/dev/null
   skip "hosts in network namespaces: they take root and \`ip\` (iproute2)"
 fi
 [ -z "$skipped" ] || exit 77
