@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-use crate::agent::log::{Header, LogPosition};
+use crate::agent::log::{Header, LogPlace, LogPosition};
 use crate::auth::{AuditEntry, AuditView, BadToken, Caller, MadeToken, NewToken, TokenView};
 use crate::ids::{JobId, NodeId};
 use crate::job::JobSpec;
@@ -72,16 +72,19 @@ pub struct LogQuery {
     /// Only the last so many lines that are there now (then go on, when following).
     pub tail: Option<u64>,
     /// Go on after this place.
-    pub after: Option<LogPosition>,
+    pub after: Option<LogPlace>,
     /// Go on until the job is final; else end with what is there.
     pub follow: bool,
 }
 
-/// What a log stream gives out, in order. The receiver is bounded; a slow reader holds up only itself.
+/// What a log stream gives out, in order. The receiver is bounded; a slow reader holds up only itself. A source is one of the job's nodes,
+/// by its number in the order in which they came to the job.
 #[derive(Debug, Clone)]
 pub enum LogItem {
     /// A record: whole lines of one stream of one rank (a part of a line when flagged so).
     Record {
+        /// Whose log it stands in.
+        source: usize,
         /// Who, when, which stream.
         header: Header,
         /// Its bytes.
@@ -93,10 +96,26 @@ pub enum LogItem {
     },
     /// So many bytes of older log are gone.
     Gap {
+        /// Of whose log.
+        source: usize,
         /// Bytes.
         bytes: u64,
         /// Where what follows begins.
         next: LogPosition,
+    },
+    /// Nothing that is wanted stands before this place of a source, or not after what was given out of it.
+    Passed {
+        /// Of whose log.
+        source: usize,
+        /// Where what follows begins.
+        next: LogPosition,
+    },
+    /// The part of this node can not be had now, and the others' is given without it. A reader that comes back gets it.
+    Missing {
+        /// Whose part.
+        node: NodeId,
+        /// Why.
+        reason: String,
     },
     /// The job is final (or was, at the time of asking) and everything was given out.
     End(JobState),

@@ -214,6 +214,46 @@ impl FromStr for LogPosition {
     }
 }
 
+/// A place in the log of a job that is on several nodes: one position each, in the order in which the nodes came to the job.
+///
+/// A node that is not named yet stands at its beginning; so the id of a job with one node is a position.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct LogPlace(Vec<LogPosition>);
+
+/// Nodes in a place that somebody shows us.
+const PLACE_NODES_MAX: usize = 4096;
+
+impl LogPlace {
+    /// Of one node.
+    pub fn of(&self, source: usize) -> LogPosition {
+        self.0.get(source).copied().unwrap_or_default()
+    }
+
+    /// That node is here now.
+    pub fn set(&mut self, source: usize, position: LogPosition) {
+        if self.0.len() <= source {
+            self.0.resize(source + 1, LogPosition::default());
+        }
+        self.0[source] = position;
+    }
+}
+
+impl fmt::Display for LogPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.of(0))?;
+        self.0.iter().skip(1).try_for_each(|position| write!(f, ",{position}"))
+    }
+}
+
+impl FromStr for LogPlace {
+    type Err = BadPosition;
+
+    fn from_str(text: &str) -> Result<Self, BadPosition> {
+        let positions = text.split(',').take(PLACE_NODES_MAX + 1).map(str::parse).collect::<Result<Vec<_>, _>>()?;
+        if positions.len() > PLACE_NODES_MAX { Err(BadPosition) } else { Ok(Self(positions)) }
+    }
+}
+
 /// Where a reader begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -340,5 +380,22 @@ mod tests {
         for text in ["", "1-2", "1-2-3-4", "a-b-c", "1-2-99999999999"] {
             assert_eq!(text.parse::<LogPosition>(), Err(BadPosition), "{text}");
         }
+    }
+
+    #[test]
+    fn places_read_back_and_one_node_s_is_a_position() {
+        let position = LogPosition { segment: 3, offset: 40, line: 1 };
+        let mut place = LogPlace::default();
+        assert_eq!(place.to_string(), "0-0-0");
+        place.set(0, position);
+        assert_eq!((place.to_string(), place.to_string().parse()), ("3-40-1".into(), Ok(place.clone())));
+        place.set(2, position);
+        assert_eq!((place.to_string(), place.to_string().parse()), ("3-40-1,0-0-0,3-40-1".into(), Ok(place.clone())));
+        assert_eq!((place.of(2), place.of(7)), (position, LogPosition::default()));
+        let too_many = vec!["1-2-3"; PLACE_NODES_MAX + 1].join(",");
+        for text in ["", ",", "1-2-3,", ",1-2-3", "1-2-3,,1-2-3", "1-2-3;1-2-3", "1-2-3, 1-2-3", too_many.as_str()] {
+            assert_eq!(text.parse::<LogPlace>(), Err(BadPosition), "{text}");
+        }
+        assert!(too_many[6..].parse::<LogPlace>().is_ok());
     }
 }

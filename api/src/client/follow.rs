@@ -33,6 +33,13 @@ pub enum LogNews {
     Line(LogLine),
     /// So many bytes are gone.
     Gap(u64),
+    /// The part of this node can not be had now.
+    Missing {
+        /// Whose part.
+        node: String,
+        /// Why.
+        reason: String,
+    },
     /// The job is final and everything was given out.
     End(JobState),
 }
@@ -70,8 +77,20 @@ impl Client {
 }
 
 #[derive(Deserialize)]
-struct Bytes {
+struct Gap {
     bytes: u64,
+    node: Option<String>,
+    #[serde(default)]
+    reason: String,
+}
+
+impl Gap {
+    fn news(self) -> LogNews {
+        match self.node {
+            Some(node) => LogNews::Missing { node, reason: self.reason },
+            None => LogNews::Gap(self.bytes),
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -85,7 +104,7 @@ impl LogStream {
         while let Some(event) = self.0.next().await? {
             let news = match event.name.as_str() {
                 "log" => read(&event.data).map(LogNews::Line),
-                "gap" => read::<Bytes>(&event.data).map(|gap| LogNews::Gap(gap.bytes)),
+                "gap" => read(&event.data).map(Gap::news),
                 "end" => read::<State>(&event.data).map(|end| LogNews::End(end.state)),
                 _ => continue,
             }?;

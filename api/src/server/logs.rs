@@ -15,7 +15,7 @@ use super::Shared;
 use super::answer::Refusal;
 use super::extract::{Job, Params};
 use super::sse;
-use crate::agent::log::{FLAG_DROPPED, LogPosition};
+use crate::agent::log::{FLAG_DROPPED, LogPlace};
 use crate::control::{LogItem, LogQuery};
 use crate::problem::Problem;
 
@@ -37,7 +37,7 @@ fn selection(params: &mut Params) -> LogQuery {
     }
 }
 
-/// The log as plain text, all ranks in the order in which they wrote.
+/// The log as plain text, all ranks in the order in which they wrote; of several nodes merged by time. A line of its own names a node whose part is missing.
 #[utoipa::path(get, path = "/jobs/{id}/logs", tag = "logs", operation_id = "get_logs", params(
         ("id" = String, Path, description = "Job id"),
         ("rank" = Option<u32>, Query, description = "Of this rank only"),
@@ -49,10 +49,10 @@ pub(super) async fn text(State(control): State<Shared>, Job(id): Job, mut params
     let query = LogQuery { follow: params.flag("follow"), ..selection(&mut params) };
     params.finish()?;
     let from = control.logs(id, query).await?;
-    let stream = futures_util::stream::unfold(Some(from), |from| async move {
-        let mut from = from?;
-        match next_bytes(&mut from).await {
-            Ok(Some(bytes)) => Some((Ok(bytes), Some(from))),
+    let stream = futures_util::stream::unfold(Some((from, false)), |state| async move {
+        let (mut from, mut in_line) = state?;
+        match next_bytes(&mut from, &mut in_line).await {
+            Ok(Some(bytes)) => Some((Ok(bytes), Some((from, in_line)))),
             Ok(None) => None,
             Err(problem) => {
                 // A pause lets the server send what came before; an error in the same breath would take it along.
@@ -64,11 +64,19 @@ pub(super) async fn text(State(control): State<Shared>, Job(id): Job, mut params
     Ok(([(CONTENT_TYPE, "text/plain; charset=utf-8"), (CACHE_CONTROL, "no-cache")], Body::from_stream(stream)).into_response())
 }
 
-async fn next_bytes(from: &mut mpsc::Receiver<LogItem>) -> Result<Option<Bytes>, Problem> {
+/// `in_line`: what was given out so far ends in mid-line.
+async fn next_bytes(from: &mut mpsc::Receiver<LogItem>, in_line: &mut bool) -> Result<Option<Bytes>, Problem> {
     loop {
         match from.recv().await {
-            Some(LogItem::Record { header, data, .. }) if header.flags & FLAG_DROPPED == 0 && !data.is_empty() => return Ok(Some(data)),
-            Some(LogItem::Record { .. } | LogItem::Gap { .. }) => {}
+            Some(LogItem::Record { header, data, .. }) if header.flags & FLAG_DROPPED == 0 && !data.is_empty() => {
+                *in_line = !data.ends_with(b"\n");
+                return Ok(Some(data));
+            }
+            Some(LogItem::Missing { node, reason }) => {
+                let begin = if std::mem::take(in_line) { "\n" } else { "" };
+                return Ok(Some(format!("{begin}everlit: the part of this log that is on node {node} is missing: {reason}\n").into()));
+            }
+            Some(LogItem::Record { .. } | LogItem::Gap { .. } | LogItem::Passed { .. }) => {}
             Some(LogItem::End(_) | LogItem::CaughtUp) => return Ok(None),
             Some(LogItem::Failed(problem)) => return Err(problem),
             None => return Err(Problem::new(crate::problem::Code::Internal, "the log ended early")),
@@ -78,7 +86,8 @@ async fn next_bytes(from: &mut mpsc::Receiver<LogItem>) -> Result<Option<Bytes>,
 
 /// The log as server-sent events, until the job is final.
 ///
-/// `event: log` has `{rank, attempt, stream, time, line}`; `event: gap` says how many bytes are gone; `event: end` has the final state.
+/// `event: log` has `{rank, attempt, stream, time, line}`; `event: gap` says how many bytes are gone, or which node's part can not be had now;
+/// `event: end` has the final state.
 /// Reconnect with `Last-Event-ID` to go on without a gap or a repeat.
 #[utoipa::path(get, path = "/jobs/{id}/logs/stream", tag = "logs", operation_id = "stream_logs", params(
         ("id" = String, Path, description = "Job id"),
@@ -98,14 +107,14 @@ pub(super) async fn stream(
     let given = params.one("after");
     let place = sse::last_event_id(&headers).or(given);
     if let Some(text) = place {
-        query.after = text.parse::<LogPosition>().ok();
+        query.after = text.parse::<LogPlace>().ok();
         query.tail = None;
         if query.after.is_none() {
             params.fault("after", "(or Last-Event-ID) must be the id of an event of this log");
         }
     }
     params.finish()?;
-    let after = query.after;
+    let after = query.after.clone();
     let from = control.logs(id, query).await?;
     Ok(sse::respond(from, sse::LogEvents::new(after)))
 }

@@ -1,13 +1,15 @@
 //! Why an attempt ended as it did: put together from its history, the events, and what its ranks wrote last.
 //!
-//! Nothing is kept for it twice: events are durable and hold the evidence (exits, stacks, what the nodes were doing), logs are on the node.
-//! Lines are there as long as the job's log is, and its node is linked; else the answer says so and has the rest.
+//! Nothing is kept for it twice: events are durable and hold the evidence (exits, stacks, what the nodes were doing), logs are on the nodes.
+//! Lines are there as long as the job's log is, and the rank's node is linked; else the answer says so and has the rest. Which node that was nobody
+//! needs to know: only that one has lines of this rank and attempt.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
+use futures_util::StreamExt;
 use tokio::time::timeout;
 
 use super::Shared;
@@ -29,8 +31,10 @@ const LINE_BYTES_MAX: usize = 2_000;
 /// Pages of events that are looked through.
 const PAGES_MAX: usize = 2_000;
 const PAGE: u32 = 500;
-/// A node that does not answer is not waited for.
-const LOG_PATIENCE: Duration = Duration::from_secs(5);
+/// Who does not answer is not waited for: longer than a log of several nodes waits for one of them.
+const LOG_PATIENCE: Duration = Duration::from_secs(12);
+/// Ranks whose lines are looked for at once.
+const RANKS_AT_ONCE: usize = 8;
 
 /// Why an attempt ended, or what it has been through so far.
 ///
@@ -53,19 +57,8 @@ pub(super) async fn one(State(control): State<Shared>, Attempt(id, n): Attempt, 
     order.extend(0..summary.world_size.min(RANKS_MAX as u32));
     let mut seen = std::collections::BTreeSet::new();
     order.retain(|rank| seen.insert(*rank));
-    let mut ranks = Vec::new();
-    let mut missing = None;
-    for rank in order.into_iter().take(RANKS_MAX) {
-        match last_lines(&control, id, n, rank).await {
-            Ok(lines) => ranks.push(RankWords { rank, lines }),
-            Err(why) => {
-                // The others are on the same node.
-                missing = Some(why);
-                break;
-            }
-        }
-    }
-    ranks.sort_by_key(|words| words.rank);
+    order.truncate(RANKS_MAX);
+    let (ranks, missing) = words(&control, id, n, order).await;
     Ok(Json(Postmortem {
         job_id: id,
         attempt: n,
@@ -159,24 +152,51 @@ fn story(events: Vec<EventView>, attempt: u32) -> (Vec<FailureView>, Option<Stri
     (failures, decision)
 }
 
-/// The last lines of a rank, or why there are none to be had.
-async fn last_lines(control: &Shared, id: JobId, attempt: u32, rank: u32) -> Result<Vec<String>, String> {
+/// What the ranks wrote last, and why it is not all.
+async fn words(control: &Shared, id: JobId, attempt: u32, order: Vec<u32>) -> (Vec<RankWords>, Option<String>) {
+    let asked = order.into_iter().map(|rank| async move { (rank, last_lines(control, id, attempt, rank).await) });
+    let mut answers = futures_util::stream::iter(asked).buffered(RANKS_AT_ONCE);
+    let (mut ranks, mut missing) = (Vec::new(), None);
+    while let Some((rank, answer)) = answers.next().await {
+        match answer {
+            Ok((lines, why)) => {
+                // With lines its node is there, and it does not matter which is not.
+                missing = missing.or(why.filter(|_| lines.is_empty()));
+                ranks.push(RankWords { rank, lines });
+            }
+            Err(why) => {
+                // No node is there: nothing of the others either.
+                missing = Some(why);
+                break;
+            }
+        }
+    }
+    ranks.sort_by_key(|words| words.rank);
+    (ranks, missing)
+}
+
+/// The last lines of a rank, and whose part of the log is missing; or why there is nothing to be had.
+async fn last_lines(control: &Shared, id: JobId, attempt: u32, rank: u32) -> Result<(Vec<String>, Option<String>), String> {
     let query = LogQuery { rank: Some(rank), attempt: Some(attempt), tail: Some(LINES), ..LogQuery::default() };
     let mut from = control.logs(id, query).await.map_err(|problem| problem.detail)?;
-    let mut text = Vec::new();
+    let (mut text, mut missing) = (Vec::new(), None);
     loop {
         match timeout(LOG_PATIENCE, from.recv()).await {
             Err(_) => return Err("the node that has the log does not answer".into()),
             Ok(None | Some(LogItem::End(_) | LogItem::CaughtUp)) => break,
             Ok(Some(LogItem::Failed(problem))) => return Err(problem.detail),
             Ok(Some(LogItem::Record { header, data, .. })) if header.flags & FLAG_DROPPED == 0 => text.extend_from_slice(&data),
-            Ok(Some(LogItem::Record { .. } | LogItem::Gap { .. })) => {}
+            Ok(Some(LogItem::Missing { node, reason })) => {
+                missing = Some(format!("the part of the log on node {node} is missing: {reason}"))
+            }
+            Ok(Some(LogItem::Record { .. } | LogItem::Gap { .. } | LogItem::Passed { .. })) => {}
         }
     }
     let text = String::from_utf8_lossy(&text);
     let lines: Vec<&str> = text.lines().collect();
     let from = lines.len().saturating_sub(LINES as usize);
-    Ok(lines[from..].iter().map(|line| line[..line.floor_char_boundary(LINE_BYTES_MAX)].to_string()).collect())
+    let lines = lines[from..].iter().map(|line| line[..line.floor_char_boundary(LINE_BYTES_MAX)].to_string()).collect();
+    Ok((lines, missing))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Server-sent events as bytes: frames are written by hand into big chunks, because a log may bring 100,000 lines a second.
 //!
-//! An id names the place *after* its event, so `Last-Event-ID` goes on without a gap or a repeat. The trap is a resume inside a record:
+//! An id names the place *after* its event, in the log of each of the job's nodes, so `Last-Event-ID` goes on without a gap or a repeat. The trap is a resume inside a record:
 //! the lines that were given out already are skipped by number, for the record is given again as a whole.
 
 use std::fmt::Write as _;
@@ -14,7 +14,7 @@ use bytes::{BufMut, BytesMut};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
-use crate::agent::log::{FLAG_DROPPED, FLAG_PARTIAL, Header, LogPosition, Stream};
+use crate::agent::log::{FLAG_DROPPED, FLAG_PARTIAL, Header, LogPlace, LogPosition, Stream};
 use crate::control::{EventItem, LogItem};
 use crate::problem::Problem;
 use crate::status::JobState;
@@ -104,38 +104,39 @@ fn end(out: &mut BytesMut, id: &str, state: JobState) {
 
 /// A log as events.
 pub(super) struct LogEvents {
-    /// Resumed from here: what was given out of that record is skipped.
-    after: Option<LogPosition>,
+    /// Resumed from here: what was given out of those records is skipped.
+    after: LogPlace,
     /// After the last thing given out.
-    last: LogPosition,
+    last: LogPlace,
     time: TimeText,
 }
 
 impl LogEvents {
     /// Goes on after a place, or begins.
-    pub(super) fn new(after: Option<LogPosition>) -> Self {
-        Self { after, last: after.unwrap_or_default(), time: TimeText::default() }
+    pub(super) fn new(after: Option<LogPlace>) -> Self {
+        let after = after.unwrap_or_default();
+        Self { last: after.clone(), after, time: TimeText::default() }
     }
 
-    fn record(&mut self, header: &Header, data: &[u8], at: LogPosition, next: LogPosition, out: &mut BytesMut) {
-        let skip = lines_to_skip(self.after, at);
+    fn record(&mut self, source: usize, header: &Header, data: &[u8], at: LogPosition, next: LogPosition, out: &mut BytesMut) {
+        let skip = lines_to_skip(self.after.of(source), at);
         let stream = if header.stream == Stream::Stdout { "stdout" } else { "stderr" };
         let time = self.time.at(header.time_us);
         let goes_on = header.flags & FLAG_PARTIAL != 0 || header.is_torn(data);
         let mut lines = Lines::new(data, goes_on).zip(at.line + 1..).skip(skip as usize).peekable();
         while let Some((line, number)) = lines.next() {
             out.reserve(line.text.len() + 160);
-            let place = if lines.peek().is_some() { LogPosition { line: number, ..at } } else { next };
+            self.last.set(source, if lines.peek().is_some() { LogPosition { line: number, ..at } } else { next });
             // Writing to a BytesMut can not fail.
             let _ = write!(
                 out,
-                "id: {place}\nevent: log\ndata: {{\"rank\":{},\"attempt\":{},\"stream\":\"{stream}\",\"time\":\"{time}\",\"line\":\"",
-                header.rank, header.attempt
+                "id: {}\nevent: log\ndata: {{\"rank\":{},\"attempt\":{},\"stream\":\"{stream}\",\"time\":\"{time}\",\"line\":\"",
+                self.last, header.rank, header.attempt
             );
             escape(&String::from_utf8_lossy(line.text), out);
             out.put_slice(if line.partial { b"\",\"partial\":true}\n\n" } else { b"\"}\n\n" });
         }
-        self.last = next;
+        self.last.set(source, next);
     }
 }
 
@@ -144,19 +145,24 @@ impl Encode for LogEvents {
 
     fn encode(&mut self, item: LogItem, out: &mut BytesMut) -> bool {
         match item {
-            LogItem::Record { header, data, at, next } if header.flags & FLAG_DROPPED != 0 => {
+            LogItem::Record { source, header, data, at, next } if header.flags & FLAG_DROPPED != 0 => {
                 // A torn count is written again as a whole.
                 let count = std::str::from_utf8(&data).ok().filter(|_| !header.is_torn(&data)).and_then(|text| text.parse::<u64>().ok());
-                if let Some(bytes) = count.filter(|_| lines_to_skip(self.after, at) == 0) {
+                self.last.set(source, next);
+                if let Some(bytes) = count.filter(|_| lines_to_skip(self.after.of(source), at) == 0) {
                     let gap = format!("{{\"bytes\":{bytes},\"rank\":{},\"attempt\":{}}}", header.rank, header.attempt);
-                    event(out, &next.to_string(), "gap", gap.as_bytes());
+                    event(out, &self.last.to_string(), "gap", gap.as_bytes());
                 }
-                self.last = next;
             }
-            LogItem::Record { header, data, at, next } => self.record(&header, &data, at, next, out),
-            LogItem::Gap { bytes, next } => {
-                event(out, &next.to_string(), "gap", format!("{{\"bytes\":{bytes}}}").as_bytes());
-                self.last = next;
+            LogItem::Record { source, header, data, at, next } => self.record(source, &header, &data, at, next, out),
+            LogItem::Gap { source, bytes, next } => {
+                self.last.set(source, next);
+                event(out, &self.last.to_string(), "gap", format!("{{\"bytes\":{bytes}}}").as_bytes());
+            }
+            LogItem::Passed { source, next } => self.last.set(source, next),
+            LogItem::Missing { node, reason } => {
+                let gap = serde_json::json!({ "bytes": 0, "node": node, "reason": reason });
+                event(out, &self.last.to_string(), "gap", gap.to_string().as_bytes());
             }
             LogItem::End(state) => {
                 end(out, &self.last.to_string(), state);
@@ -177,8 +183,8 @@ fn failed(out: &mut BytesMut, id: &str, problem: &Problem) {
 }
 
 /// Lines of what came from `at` that the reader has already.
-fn lines_to_skip(after: Option<LogPosition>, at: LogPosition) -> u32 {
-    let given = after.filter(|after| (after.segment, after.offset) == (at.segment, at.offset)).map_or(0, |after| after.line);
+fn lines_to_skip(after: LogPosition, at: LogPosition) -> u32 {
+    let given = if (after.segment, after.offset) == (at.segment, at.offset) { after.line } else { 0 };
     given.saturating_sub(at.line)
 }
 

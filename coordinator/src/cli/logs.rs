@@ -50,6 +50,7 @@ pub(super) async fn logs(client: &Client, args: &LogsArgs, output: Output) -> Re
             LogNews::Line(line) if output == Output::Json => out::json(&line)?,
             LogNews::Line(line) => out::bytes(printer.text(&line).as_bytes())?,
             LogNews::Gap(bytes) => eprintln!("everlit: {bytes} bytes of this log are gone"),
+            LogNews::Missing { node, reason } => eprintln!("everlit: the part of this log that is on node {node} is missing: {reason}"),
             LogNews::End(state) => eprintln!("everlit: the job {state}"),
         }
     }

@@ -71,9 +71,10 @@ impl Engine {
             if let Some(node) = self.nodes.get_mut(name) {
                 node.take(&taken);
             }
-            // The newest is the last: its log is the one that goes on.
-            job.nodes.retain(|node| node != name);
-            job.nodes.push(name.clone());
+            // Ids of log lines count by this order: nobody ever changes his place.
+            if !job.nodes.contains(name) {
+                job.nodes.push(name.clone());
+            }
         }
         let first = placement.first().filter(|_| placement.len() > 1);
         let master_addr = first.and_then(|share| self.nodes.get(&share.node)).and_then(|node| node.address.clone());
@@ -260,6 +261,7 @@ impl Engine {
                 }
             }
         }
+        job.ran_on = gang.placement;
     }
 
     pub(super) fn requeue(&mut self, turn: &mut Turn, id: JobId, why: &str) {

@@ -85,8 +85,11 @@ pub struct Job {
     pub book: Book,
     /// Newest first.
     pub checkpoints: Vec<CheckpointView>,
-    /// Every node that ever had files of it.
+    /// Every node that ever had files of it, in the order in which they came: it only grows at its end.
     pub nodes: Vec<NodeId>,
+    /// Where the ranks of the attempt before this one ran, or of the last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ran_on: Vec<PlacedRanks>,
     /// Nodes that it is kept from, by its `log_policies`; oldest first.
     #[serde(default)]
     pub excluded: Vec<NodeId>,
@@ -520,14 +523,23 @@ impl Ranks {
 impl Job {
     /// The node that holds a rank of the current attempt.
     pub fn node_of(&self, rank: u32) -> Option<&NodeId> {
-        let share = |p: &&PlacedRanks| rank >= p.first_rank && rank - p.first_rank < p.count;
-        self.gang.as_ref()?.placement.iter().find(share).map(|p| &p.node)
+        node_in(&self.gang.as_ref()?.placement, rank)
+    }
+
+    /// The node that holds a rank, or did when it ended.
+    pub fn node_or_last_of(&self, rank: u32) -> Option<&NodeId> {
+        node_in(self.gang.as_ref().map_or(&self.ran_on, |gang| &gang.placement), rank)
     }
 
     /// Its next attempt's number, which no attempt ever had.
     pub fn next_attempt(&self) -> u32 {
         self.attempt.max(self.known_attempt) + 1
     }
+}
+
+fn node_in(placement: &[PlacedRanks], rank: u32) -> Option<&NodeId> {
+    let share = |p: &&PlacedRanks| rank >= p.first_rank && rank - p.first_rank < p.count;
+    placement.iter().find(share).map(|p| &p.node)
 }
 
 /// Facts of an event, by name.

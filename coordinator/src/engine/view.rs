@@ -86,7 +86,7 @@ impl Job {
                 let asked = self.gang.is_some() && self.retry_at.is_none() && own.state == RankState::Pending;
                 RankView {
                     rank,
-                    node: self.node_of(rank).or(if own.exit.is_some() { self.nodes.last() } else { None }).cloned(),
+                    node: if own.exit.is_some() { self.node_or_last_of(rank) } else { self.node_of(rank) }.cloned(),
                     pid: own.pid,
                     state: if asked { RankState::Starting } else { own.state },
                     phase: own.phase,

@@ -334,16 +334,16 @@ impl Control for Coordinator {
     fn logs(&self, id: JobId, query: LogQuery) -> Answer<'_, mpsc::Receiver<LogItem>> {
         Box::pin(async move {
             let news = self.handle.news.subscribe();
-            let (node, state) = self.of_job(id, |job, _, _| (job.nodes.last().cloned(), job.state)).await?;
+            let (nodes, state) = self.of_job(id, |job, _, _| (job.nodes.clone(), job.state)).await?;
             let (items, receiver) = mpsc::channel(ITEMS_MAX);
             let own = self.clone();
             let look = move || {
                 let own = own.clone();
-                let found = async move { own.of_job(id, |job, _, _| (job.nodes.last().cloned(), job.state)).await.ok() };
+                let found = async move { own.of_job(id, |job, _, _| (job.nodes.clone(), job.state)).await.ok() };
                 Box::pin(found) as futures_util::future::BoxFuture<'static, _>
             };
             let ended = state.is_final().then_some(state);
-            let reader = Reader { agents: self.agents.clone(), job: id, node, query, ended, news, look: Box::new(look), items };
+            let reader = Reader { agents: self.agents.clone(), job: id, nodes, query, ended, news, look: Box::new(look), items };
             tokio::spawn(reader.run());
             Ok(receiver)
         })

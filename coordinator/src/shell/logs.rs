@@ -1,24 +1,34 @@
-//! Readers of a job's log: a stream over the agent's link per reader, with credit, so that a slow reader holds up only itself.
+//! Readers of a job's log: a stream over the link of each node that has a part of it, with credit, so that a slow reader holds up only itself.
 //!
-//! The order of lines is the order in the segments on the node; this file only filters, and goes on from its position when a link breaks.
+//! Promised: the order of a node's lines is the order in its segments, for ever; over any reconnect no line is lost or repeated, for an id is the
+//! vector of the places on all nodes. Between nodes history is merged by time as long as every node answers; one that is silent for 2 s (10 s
+//! while it looks for where a tail begins) is not waited for, and its lines come when they come. What is new comes in the order of arrival.
+//! Not promised: that two readers see lines of different nodes in the same order; a tail has no lines of nodes that did not answer in time.
 //! A job's end: once it is final the log is read once more without following, so nothing written before the end is missed.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use everlit_api::agent::log::{LogPosition, LogStart, Records};
-use everlit_api::agent::{LogFrame, ToAgent};
+use everlit_api::agent::LogFrame;
+use everlit_api::agent::log::LogStart;
 use everlit_api::control::{LogItem, LogQuery};
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::problem::{Code, Problem};
 use everlit_api::status::JobState;
 use tokio::sync::{broadcast, mpsc};
+use tokio::time::{Instant, sleep_until};
 
 use super::agents::Agents;
 use super::driver::News;
+use sources::Sources;
+use tail::Tail;
+
+mod merge;
+mod sources;
+mod tail;
 
 /// Items that wait for a reader.
 pub const ITEMS_MAX: usize = 256;
@@ -41,8 +51,7 @@ pub enum LogMessage {
 #[derive(Debug)]
 struct Open {
     node: NodeId,
-    // Unbounded as a type, bounded by the credit that the coordinator gives.
-    to: mpsc::UnboundedSender<LogMessage>,
+    to: mpsc::UnboundedSender<(u64, LogMessage)>,
 }
 
 /// Streams that are open.
@@ -57,30 +66,29 @@ impl Streams {
         self.open.lock().expect("no panic while holding the lock")
     }
 
-    fn add(&self, node: NodeId) -> (u64, mpsc::UnboundedReceiver<LogMessage>) {
-        let (to, from) = mpsc::unbounded_channel();
+    fn add(&self, node: NodeId, to: mpsc::UnboundedSender<(u64, LogMessage)>) -> u64 {
         let stream = self.next.fetch_add(1, Ordering::Relaxed);
         self.open().insert(stream, Open { node, to });
-        (stream, from)
+        stream
     }
 
     /// Passes on what came for a stream.
     pub fn deliver(&self, stream: u64, message: LogMessage) {
         if let Some(open) = self.open().get(&stream) {
-            let _ = open.to.send(message);
+            let _ = open.to.send((stream, message));
         }
     }
 
     /// A node's link ended.
     pub fn node_gone(&self, node: &NodeId) {
-        for open in self.open().values().filter(|o| o.node == *node) {
-            let _ = open.to.send(LogMessage::Gone);
+        for (stream, open) in self.open().iter().filter(|(_, o)| o.node == *node) {
+            let _ = open.to.send((*stream, LogMessage::Gone));
         }
     }
 }
 
 /// Where a job's log is and how far the job is; `None` when it is gone.
-pub type Look = Box<dyn Fn() -> futures_util::future::BoxFuture<'static, Option<(Option<NodeId>, JobState)>> + Send + Sync>;
+pub type Look = Box<dyn Fn() -> futures_util::future::BoxFuture<'static, Option<(Vec<NodeId>, JobState)>> + Send + Sync>;
 
 /// One reader of one job's log.
 pub struct Reader {
@@ -88,301 +96,137 @@ pub struct Reader {
     pub agents: Arc<Agents>,
     /// Which job.
     pub job: JobId,
-    /// Where its log is; `None` when it never had a place.
-    pub node: Option<NodeId>,
+    /// Where its log is, in the order in which they came to the job; empty when it never had a place.
+    pub nodes: Vec<NodeId>,
     /// What is wanted.
     pub query: LogQuery,
     /// How it ended, when it has.
     pub ended: Option<JobState>,
     /// Tells of the end.
     pub news: broadcast::Receiver<News>,
-    /// Finds out where the log is and whether the job is final, after missed news.
+    /// Finds out where the log is and whether the job is final, after news of it or when some were missed.
     pub look: Look,
     /// Where items go.
     pub items: mpsc::Sender<LogItem>,
 }
 
-/// How a pass over the log ended.
-enum Pass {
-    /// Everything that there was.
-    Done,
-    /// The job became final while following.
-    Ended,
-    /// The link broke, or the reader must look again.
-    Again,
-    /// The reader went away, or nothing more can be read.
-    Stop,
-}
-
-/// Closes the stream at the agent when it goes, however that happens.
-struct Stream<'a> {
-    agents: &'a Agents,
-    node: NodeId,
-    id: u64,
-}
-
-impl Drop for Stream<'_> {
-    fn drop(&mut self) {
-        if self.agents.streams.open().remove(&self.id).is_some() {
-            self.agents.tell(&self.node, &ToAgent::CloseLog { stream: self.id });
-        }
-    }
-}
-
 impl Reader {
     /// Gives out items until the end, or until nobody takes them.
     pub async fn run(mut self) {
-        let mut start = match (self.query.after, self.query.tail) {
-            (Some(at), _) => LogStart::At { segment: at.segment, offset: at.offset },
-            (None, Some(lines)) => LogStart::Tail { lines: lines.min(TAIL_LINES_MAX), rank: self.query.rank, attempt: self.query.attempt },
-            (None, None) => LogStart::Beginning,
-        };
+        let mut changes = self.agents.changes();
+        let mut sources = Sources::new(self.agents.clone(), self.job, &self.query);
+        let mut tail = self.query.tail.filter(|_| self.query.after.is_none()).map(|lines| Tail::new(lines.min(TAIL_LINES_MAX)));
         loop {
-            let Some(node) = self.node.clone() else {
-                if !self.wait_for_place().await {
-                    return;
-                }
-                continue;
-            };
-            if !self.wait_for_link(&node).await {
-                let why = format!("node {node} has the log and is not connected");
-                let _ = self.items.send(LogItem::Failed(Problem::new(Code::NodeUnavailable, why).retry_after(3))).await;
-                return;
+            let now = Instant::now();
+            self.add_new(&mut sources, tail.is_some(), now);
+            // Before anybody is called silent.
+            while let Ok((stream, message)) = sources.inbox.try_recv() {
+                sources.on_message(stream, message, now);
             }
             let follow = self.query.follow && self.ended.is_none();
-            match self.pass(&node, &mut start, follow).await {
-                Pass::Stop => return,
-                Pass::Again | Pass::Ended => {}
-                Pass::Done => {
-                    let last = self.ended.map_or(LogItem::CaughtUp, LogItem::End);
-                    let _ = self.items.send(last).await;
+            sources.open(follow, now);
+            sources.judge(now);
+            if !self.give_out(&mut sources, &mut tail, follow).await {
+                return;
+            }
+            let now = Instant::now();
+            if let Some(end) = sources.end(follow, now) {
+                return self.last_words(end).await;
+            }
+            let deadline = sources.deadline(now);
+            tokio::select! {
+                Some((stream, message)) = sources.inbox.recv() => sources.on_message(stream, message, Instant::now()),
+                () = self.items.closed() => return,
+                // An error is the end of all links, and of this process.
+                _ = changes.changed() => {}
+                news = self.news.recv(), if follow => if !self.on_news(news).await {
                     return;
-                }
-            }
-        }
-    }
-
-    /// A job without a place has no log yet. False when there is nothing to wait for.
-    async fn wait_for_place(&mut self) -> bool {
-        if let Some(state) = self.ended {
-            let _ = self.items.send(LogItem::End(state)).await;
-            return false;
-        }
-        if !self.query.follow {
-            let _ = self.items.send(LogItem::CaughtUp).await;
-            return false;
-        }
-        loop {
-            tokio::select! {
-                () = self.items.closed() => return false,
-                news = self.news.recv() => {
-                    let ours = match news {
-                        Ok(News::Event(event)) => event.view.job_id == Some(self.job),
-                        Ok(News::Final(job, _)) => job == self.job,
-                        Err(broadcast::error::RecvError::Lagged(_)) => true,
-                        Err(broadcast::error::RecvError::Closed) => return false,
-                    };
-                    if ours {
-                        return self.look_again().await;
-                    }
-                }
-            }
-        }
-    }
-
-    /// False when the job is gone.
-    async fn look_again(&mut self) -> bool {
-        let Some((node, state)) = (self.look)().await else {
-            let gone = Problem::new(Code::NotFound, format!("job {} was removed", self.job));
-            let _ = self.items.send(LogItem::Failed(gone)).await;
-            return false;
-        };
-        self.node = node.or(self.node.take());
-        self.ended = state.is_final().then_some(state);
-        true
-    }
-
-    async fn wait_for_link(&self, node: &NodeId) -> bool {
-        let mut changes = self.agents.changes();
-        let deadline = tokio::time::Instant::now() + NODE_WAIT;
-        while !self.agents.is_linked(node) {
-            tokio::select! {
-                () = self.items.closed() => return false,
-                changed = tokio::time::timeout_at(deadline, changes.changed()) => {
-                    if !matches!(changed, Ok(Ok(()))) {
-                        return false;
-                    }
-                }
-            }
-        }
-        true
-    }
-
-    async fn pass(&mut self, node: &NodeId, start: &mut LogStart, follow: bool) -> Pass {
-        let (id, mut from) = self.agents.streams.add(node.clone());
-        let agents = self.agents.clone();
-        let stream = Stream { agents: &agents, node: node.clone(), id };
-        agents.tell(node, &ToAgent::OpenLog { stream: id, job: self.job, from: *start, follow });
-        if !agents.is_linked(node) {
-            return Pass::Again;
-        }
-        let mut tail = match *start {
-            LogStart::Tail { lines, .. } => Some(Tail { lines, held: VecDeque::new(), held_lines: 0 }),
-            _ => None,
-        };
-        loop {
-            tokio::select! {
-                biased;
-                message = from.recv() => match message {
-                    Some(LogMessage::Frame(header, records)) => {
-                        if !self.give_out(&header, &records, start, &mut tail).await {
-                            return Pass::Stop;
-                        }
-                        agents.tell(node, &ToAgent::LogCredit { stream: stream.id, bytes: records.len() as u64 });
-                    }
-                    Some(LogMessage::Closed(None)) => {
-                        if !self.give_out_tail(&mut tail).await {
-                            return Pass::Stop;
-                        }
-                        return Pass::Done;
-                    }
-                    Some(LogMessage::Closed(Some(error))) => {
-                        let _ = self.items.send(LogItem::Failed(Problem::new(Code::Internal, format!("the log can not be read: {error}")))).await;
-                        return Pass::Stop;
-                    }
-                    Some(LogMessage::Gone) | None => return Pass::Again,
                 },
-                () = self.items.closed() => return Pass::Stop,
-                news = self.news.recv(), if follow => match news {
-                    Ok(News::Final(job, state)) if job == self.job => {
-                        self.ended = Some(state);
-                        return Pass::Ended;
-                    }
-                    Ok(_) => {}
-                    Err(broadcast::error::RecvError::Lagged(_)) => {
-                        if !self.look_again().await {
-                            return Pass::Stop;
-                        }
-                        if self.ended.is_some() {
-                            return Pass::Ended;
-                        }
-                    }
-                    Err(broadcast::error::RecvError::Closed) => return Pass::Stop,
-                },
+                () = async { sleep_until(deadline.expect("guarded")).await }, if deadline.is_some() => {}
             }
         }
     }
 
-    /// False when nobody takes items any more.
-    async fn give_out(&self, header: &LogFrame, records: &Bytes, start: &mut LogStart, tail: &mut Option<Tail>) -> bool {
-        let place = |offset: usize| LogPosition { segment: header.segment, offset: header.offset + offset as u64, line: 0 };
-        if header.skipped > 0 && self.items.send(LogItem::Gap { bytes: header.skipped, next: place(0) }).await.is_err() {
-            return false;
+    /// Nodes that came to the job, now or since.
+    fn add_new(&self, sources: &mut Sources, tail: bool, now: Instant) {
+        let live = sources.len() > 0 && !tail;
+        for index in sources.len()..self.nodes.len() {
+            let start = match (&self.query.after, self.query.tail) {
+                (Some(place), _) => {
+                    let at = place.of(index);
+                    LogStart::At { segment: at.segment, offset: at.offset }
+                }
+                (None, Some(lines)) if tail => {
+                    LogStart::Tail { lines: lines.min(TAIL_LINES_MAX), rank: self.query.rank, attempt: self.query.attempt }
+                }
+                _ => LogStart::Beginning,
+            };
+            sources.add(self.nodes[index].clone(), start, live, now);
         }
-        for record in Records::new(records, true) {
-            let ours = self.query.rank.is_none_or(|rank| rank == record.header.rank)
-                && self.query.attempt.is_none_or(|attempt| attempt == record.header.attempt);
-            if !ours {
-                continue;
-            }
-            let data = records.slice_ref(record.data);
-            let item = LogItem::Record { header: record.header, data, at: place(record.at), next: place(record.end) };
+    }
+
+    /// False when nobody takes items any more, or one was the last.
+    async fn give_out(&self, sources: &mut Sources, tail: &mut Option<Tail>, follow: bool) -> bool {
+        while let Some(item) = sources.next() {
+            let is_last = matches!(item, LogItem::Failed(_));
             match tail {
-                Some(tail) => tail.hold(item),
-                None if self.items.send(item).await.is_err() => return false,
-                None => {}
+                Some(tail) if !is_last && !matches!(item, LogItem::Missing { .. }) => tail.hold(item),
+                _ if self.items.send(item).await.is_err() || is_last => return false,
+                _ => {}
             }
         }
-        if tail.is_none() || header.caught_up {
-            *start = LogStart::At { segment: header.segment, offset: header.offset + records.len() as u64 };
+        if !sources.is_level() {
+            return true;
         }
-        if header.caught_up && !self.give_out_tail(tail).await {
-            return false;
-        }
-        true
-    }
-
-    async fn give_out_tail(&self, tail: &mut Option<Tail>) -> bool {
-        for item in tail.take().map(Tail::trimmed).unwrap_or_default() {
+        let Some(tail) = tail.take() else { return true };
+        // Who is late would bring more lines than were asked for; a follower wants them none the less.
+        let missing = if follow { Vec::new() } else { sources.abandon() };
+        for item in tail.trimmed().chain(missing) {
             if self.items.send(item).await.is_err() {
                 return false;
             }
         }
         true
     }
-}
 
-/// The last lines, held back until the end is reached.
-struct Tail {
-    lines: u64,
-    held: VecDeque<LogItem>,
-    held_lines: u64,
-}
-
-fn lines_of(item: &LogItem) -> u64 {
-    let LogItem::Record { data, .. } = item else { return 0 };
-    let whole = data.iter().filter(|b| **b == b'\n').count() as u64;
-    whole + u64::from(data.last().is_some_and(|b| *b != b'\n'))
-}
-
-impl Tail {
-    fn hold(&mut self, item: LogItem) {
-        self.held_lines += lines_of(&item);
-        self.held.push_back(item);
-        while let Some(first) = self.held.front().map(lines_of)
-            && self.held_lines - first >= self.lines
-        {
-            self.held_lines -= first;
-            self.held.pop_front();
+    async fn last_words(&self, end: Result<Vec<LogItem>, Problem>) {
+        let last = self.ended.map_or(LogItem::CaughtUp, LogItem::End);
+        let items = end.map_or_else(|problem| vec![LogItem::Failed(problem)], |missing| missing.into_iter().chain([last]).collect());
+        for item in items {
+            // Nobody listening is no error.
+            let _ = self.items.send(item).await;
         }
     }
 
-    /// What is held, the first record cut to the lines that are wanted of it.
-    fn trimmed(mut self) -> VecDeque<LogItem> {
-        let extra = self.held_lines.saturating_sub(self.lines);
-        if let Some(LogItem::Record { data, at, .. }) = self.held.front_mut() {
-            for _ in 0..extra {
-                let cut = data.iter().position(|b| *b == b'\n').map_or(data.len(), |n| n + 1);
-                *data = data.slice(cut..);
-                at.line += 1;
+    /// False when there is nothing more to read.
+    async fn on_news(&mut self, news: Result<News, broadcast::error::RecvError>) -> bool {
+        match news {
+            Ok(News::Final(job, state)) if job == self.job => {
+                self.ended = Some(state);
+                true
             }
+            // What a long job has most of moves it nowhere.
+            Ok(News::Event(event)) if event.view.job_id == Some(self.job) && event.view.event != "checkpoint_committed" => {
+                self.look_again().await
+            }
+            Ok(_) => true,
+            Err(broadcast::error::RecvError::Lagged(_)) => self.look_again().await,
+            Err(broadcast::error::RecvError::Closed) => false,
         }
-        self.held
+    }
+
+    /// False when the job is gone.
+    async fn look_again(&mut self) -> bool {
+        let Some((nodes, state)) = (self.look)().await else {
+            let gone = Problem::new(Code::NotFound, format!("job {} was removed", self.job));
+            let _ = self.items.send(LogItem::Failed(gone)).await;
+            return false;
+        };
+        self.nodes = nodes;
+        self.ended = state.is_final().then_some(state);
+        true
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use everlit_api::agent::log::{Header, Stream};
-
-    use super::*;
-
-    fn item(text: &str) -> LogItem {
-        let header = Header { len: text.len() as u32, rank: 0, attempt: 1, stream: Stream::Stdout, flags: 0, time_us: 0 };
-        LogItem::Record { header, data: Bytes::copy_from_slice(text.as_bytes()), at: LogPosition::default(), next: LogPosition::default() }
-    }
-
-    fn tail_of(lines: u64, records: &[&str]) -> (Vec<String>, u32) {
-        let mut tail = Tail { lines, held: VecDeque::new(), held_lines: 0 };
-        for record in records {
-            tail.hold(item(record));
-        }
-        let held = tail.trimmed();
-        let first = match held.front() {
-            Some(LogItem::Record { at, .. }) => at.line,
-            _ => 0,
-        };
-        let text = held
-            .iter()
-            .filter_map(|i| if let LogItem::Record { data, .. } = i { Some(String::from_utf8_lossy(data).into_owned()) } else { None });
-        (text.collect(), first)
-    }
-
-    #[test]
-    fn a_tail_is_cut_to_the_line() {
-        assert_eq!(tail_of(3, &["a\nb\n", "c\n", "d\ne\n"]), (vec!["c\n".into(), "d\ne\n".into()], 0));
-        assert_eq!(tail_of(2, &["a\nb\nc\nd\n"]), (vec!["c\nd\n".into()], 2));
-        assert_eq!(tail_of(9, &["a\n", "b"]), (vec!["a\n".into(), "b".into()], 0));
-        assert_eq!(tail_of(1, &["a\nb"]), (vec!["b".into()], 1));
-    }
-}
+mod tests;

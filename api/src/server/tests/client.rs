@@ -126,15 +126,18 @@ async fn a_followed_log_survives_a_broken_connection() {
     assert!(house.asked().contains("tail: Some(3), after: None"));
     *house.fake.log.lock().expect("lock") = vec![
         record(b"d\n", 77, 0, Stream::Stdout, 0),
-        LogItem::Gap { bytes: 5, next: crate::agent::log::LogPosition { segment: 1, offset: 0, line: 0 } },
+        LogItem::Gap { source: 0, bytes: 5, next: crate::agent::log::LogPosition { segment: 1, offset: 0, line: 0 } },
+        LogItem::Missing { node: crate::ids::NodeId("n2".into()), reason: "it is away".into() },
         LogItem::End(JobState::Stopped),
     ];
     let next = tokio::time::timeout(Duration::from_secs(10), stream.next()).await.expect("comes back");
     let Ok(Some(LogNews::Line(line))) = next else { panic!("a line: {next:?}") };
     lines.push(line.line);
     assert_eq!(lines, ["a", "b", "c", "d"]);
-    assert!(house.asked().contains("tail: None, after: Some(LogPosition { segment: 0, offset: 78, line: 0 })"));
+    assert!(house.asked().contains("tail: None, after: Some(LogPlace([LogPosition { segment: 0, offset: 78, line: 0 }]))"));
     assert_eq!(stream.next().await.expect("news"), Some(LogNews::Gap(5)));
+    let missing = LogNews::Missing { node: "n2".into(), reason: "it is away".into() };
+    assert_eq!(stream.next().await.expect("news"), Some(missing));
     assert_eq!(stream.next().await.expect("news"), Some(LogNews::End(JobState::Stopped)));
     assert_eq!(stream.next().await.expect("news"), None);
 }

@@ -176,7 +176,7 @@ pub(super) fn happening(id: u64) -> EventItem {
 pub(super) fn record(data: &[u8], offset: u64, flags: u8, stream: Stream, rank: u32) -> LogItem {
     let header = Header { len: data.len() as u32, rank, attempt: 1, stream, flags, time_us: 1_767_225_600_123_456 };
     let next = LogPosition { segment: 0, offset: offset + 36 + data.len() as u64, line: 0 };
-    LogItem::Record { header, data: Bytes::copy_from_slice(data), at: LogPosition { segment: 0, offset, line: 0 }, next }
+    LogItem::Record { source: 0, header, data: Bytes::copy_from_slice(data), at: LogPosition { segment: 0, offset, line: 0 }, next }
 }
 
 fn one_page<T>(data: Vec<T>) -> Page<T> {

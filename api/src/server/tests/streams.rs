@@ -8,6 +8,7 @@ use super::fake::{Fake, happening, id, record};
 use super::{House, Policy, request, router};
 use crate::agent::log::{FLAG_DROPPED, FLAG_PARTIAL, LogPosition, Stream};
 use crate::control::{EventItem, LogItem};
+use crate::ids::NodeId;
 use crate::problem::{Code, Problem};
 use crate::status::JobState;
 
@@ -19,7 +20,7 @@ fn script() -> Vec<LogItem> {
         record(b"4096", 300, FLAG_DROPPED, Stream::Stdout, 0),
         torn(b"half a li", 340, 0),
         torn(b"40", 380, FLAG_DROPPED),
-        LogItem::Gap { bytes: 77, next: LogPosition { segment: 2, offset: 0, line: 0 } },
+        LogItem::Gap { source: 0, bytes: 77, next: LogPosition { segment: 2, offset: 0, line: 0 } },
         record(b"no end", 0, 0, Stream::Stdout, 0),
         LogItem::End(JobState::Succeeded),
     ]
@@ -27,9 +28,9 @@ fn script() -> Vec<LogItem> {
 
 /// What a full disk leaves: less than was to be written.
 fn torn(data: &[u8], offset: u64, flags: u8) -> LogItem {
-    let LogItem::Record { mut header, data, at, next } = record(data, offset, flags, Stream::Stdout, 0) else { unreachable!() };
+    let LogItem::Record { source, mut header, data, at, next } = record(data, offset, flags, Stream::Stdout, 0) else { unreachable!() };
     header.len += 10;
-    LogItem::Record { header, data, at, next }
+    LogItem::Record { source, header, data, at, next }
 }
 
 async fn stream(items: Vec<LogItem>, query: &str, last_event_id: Option<&str>) -> (String, String) {
@@ -110,7 +111,7 @@ async fn a_stream_goes_on_inside_a_record() {
     for (query, header) in [("?after=0-0-2", None), ("?after=9-9-9&tail=5", Some("0-0-2"))] {
         let (text, asked) = stream(script().drain(..1).collect(), query, header).await;
         expect![
-            "LogQuery { rank: None, attempt: None, tail: None, after: Some(LogPosition { segment: 0, offset: 0, line: 2 }), follow: true }"
+            "LogQuery { rank: None, attempt: None, tail: None, after: Some(LogPlace([LogPosition { segment: 0, offset: 0, line: 2 }])), follow: true }"
         ]
         .assert_eq(&asked);
         check(
@@ -150,15 +151,59 @@ async fn any_reconnect_gives_every_line_once() {
 
 #[tokio::test]
 async fn a_tail_that_begins_inside_a_record_keeps_its_numbers() {
-    let LogItem::Record { header, data, at, next } = script().remove(0) else { unreachable!("a record") };
+    let LogItem::Record { source, header, data, at, next } = script().remove(0) else { unreachable!("a record") };
     let data = data.slice("step=1 loss=2.5\n".len()..);
-    let item = LogItem::Record { header, data, at: LogPosition { line: 1, ..at }, next };
+    let item = LogItem::Record { source, header, data, at: LogPosition { line: 1, ..at }, next };
     let (text, _) = stream(vec![item.clone()], "?tail=1", None).await;
     let ids: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("id: ")).collect();
     assert_eq!(ids, ["0-0-2", "0-87-0"]);
     let house = House::new();
     *house.fake.log.lock().expect("lock") = vec![item, LogItem::CaughtUp];
     assert_eq!(house.get(&format!("/jobs/{}/logs?tail=2", id())).await.body, b"with \"quotes\" \\ and\ttab\r\n\x1b[1mbold\x07\n");
+}
+
+/// A record of another node: positions of two logs in one id.
+fn of_node(source: usize, data: &[u8], offset: u64) -> LogItem {
+    let LogItem::Record { header, data, at, next, .. } = record(data, offset, 0, Stream::Stdout, source as u32) else { unreachable!() };
+    LogItem::Record { source, header, data, at, next }
+}
+
+fn ids_of(text: &str) -> Vec<&str> {
+    text.lines().filter_map(|line| line.strip_prefix("id: ")).collect()
+}
+
+#[tokio::test]
+async fn an_id_is_the_place_on_every_node() {
+    let missing = LogItem::Missing { node: NodeId("n2".into()), reason: "it is not connected".into() };
+    let passed = LogItem::Passed { source: 2, next: LogPosition { segment: 4, offset: 9, line: 0 } };
+    let items =
+        vec![of_node(0, b"a\n", 0), of_node(1, b"b\nc\n", 0), passed, of_node(0, b"d\n", 38), missing, LogItem::End(JobState::Stopped)];
+    let (text, _) = stream(items, "", None).await;
+    let expected = ["0-38-0", "0-38-0,0-0-1", "0-38-0,0-40-0", "0-76-0,0-40-0,4-9-0", "0-76-0,0-40-0,4-9-0", "0-76-0,0-40-0,4-9-0"];
+    assert_eq!(ids_of(&text), expected);
+    let gap = "event: gap\ndata: {\"bytes\":0,\"node\":\"n2\",\"reason\":\"it is not connected\"}\n\n";
+    assert!(text.contains(gap), "{text}");
+}
+
+#[tokio::test]
+async fn a_stream_goes_on_inside_the_records_of_two_nodes() {
+    let items = vec![of_node(1, b"x\ny\n", 7), of_node(0, b"a\nb\nc\n", 0), of_node(1, b"z\n", 7)];
+    let (text, asked) = stream(items[..2].to_vec(), "", Some("0-0-2,0-7-1")).await;
+    expect![[r#"LogQuery { rank: None, attempt: None, tail: None, after: Some(LogPlace([LogPosition { segment: 0, offset: 0, line: 2 }, LogPosition { segment: 0, offset: 7, line: 1 }])), follow: true }"#]]
+        .assert_eq(&asked);
+    assert_eq!(ids_of(&text), ["0-0-2,0-47-0", "0-42-0,0-47-0"]);
+    assert!(text.contains("\"line\":\"y\"") && text.contains("\"line\":\"c\""), "{text}");
+    assert!(!text.contains("\"line\":\"x\"") && !text.contains("\"line\":\"b\""), "{text}");
+}
+
+#[tokio::test]
+async fn plain_text_names_the_node_whose_part_is_missing() {
+    let house = House::new();
+    let missing = || LogItem::Missing { node: NodeId("n2".into()), reason: "it is not connected".into() };
+    *house.fake.log.lock().expect("lock") = vec![of_node(0, b"a\n", 0), missing(), of_node(0, b"half", 38), missing(), LogItem::CaughtUp];
+    let told = "everlit: the part of this log that is on node n2 is missing: it is not connected\n";
+    let body = house.get(&format!("/jobs/{}/logs", id())).await.body;
+    assert_eq!(String::from_utf8_lossy(&body), format!("a\n{told}half\n{told}"));
 }
 
 #[tokio::test]
@@ -172,8 +217,19 @@ async fn a_log_that_fails_says_so() {
 #[tokio::test]
 async fn bad_places_are_refused() {
     let house = House::new();
-    for query in ["?after=x", "?after=1-2", "?rank=-1", "?rank=x", "?tail=x", "?tail=-5", "?attempt=y", "?tail=99999999999", "?follow=true"]
-    {
+    for query in [
+        "?after=x",
+        "?after=1-2",
+        "?after=1-2-3,",
+        "?after=1-2-3,4-5",
+        "?rank=-1",
+        "?rank=x",
+        "?tail=x",
+        "?tail=-5",
+        "?attempt=y",
+        "?tail=99999999999",
+        "?follow=true",
+    ] {
         let reply = house.get(&format!("/jobs/{}/logs/stream{query}", id())).await;
         assert_eq!((reply.status, reply.code().as_str()), (StatusCode::UNPROCESSABLE_ENTITY, "invalid"), "{query}");
     }

@@ -192,6 +192,26 @@ fn a_user_who_uncordons_a_node_says_that_it_is_well() {
     scene.take();
 }
 
+/// Ids of log lines count by it.
+#[test]
+fn the_order_of_a_job_s_nodes_stays_when_it_comes_back_to_one() {
+    let mut scene = two_nodes();
+    scene.submit(0, 1, command(1));
+    for (attempt, ms, placed, closed) in [(1, 1_000, "n1", "n1"), (2, 10_000, "n2", "n2"), (3, 20_000, "n1", "n1")] {
+        assert_eq!(place(&scene, 1).as_deref(), Some(placed));
+        scene.start_all(ms, 1, attempt, 1);
+        for name in ["n1", "n2"] {
+            scene.at(ms + 5, Event::CordonRequested { node: node(name), cordoned: name == closed });
+        }
+        scene.exits(ms + 10, rank(1, attempt, 0), exit(1, ms));
+        let own = scene.engine.job(job(1)).unwrap();
+        assert_eq!(own.node_or_last_of(0), Some(&node(placed)), "where it ended, in no gang any more");
+        assert_eq!(own.nodes, [node("n1"), node("n2")][..own.nodes.len()]);
+        scene.at(ms + 9_000, Event::Woke);
+    }
+    scene.take();
+}
+
 #[test]
 fn failures_that_follow_a_job_to_another_node_are_held_against_none() {
     let mut scene = two_nodes();
