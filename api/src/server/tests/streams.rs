@@ -187,7 +187,7 @@ async fn an_id_is_the_place_on_every_node() {
 
 #[tokio::test]
 async fn a_stream_goes_on_inside_the_records_of_two_nodes() {
-    let items = vec![of_node(1, b"x\ny\n", 7), of_node(0, b"a\nb\nc\n", 0), of_node(1, b"z\n", 7)];
+    let items = [of_node(1, b"x\ny\n", 7), of_node(0, b"a\nb\nc\n", 0), of_node(1, b"z\n", 7)];
     let (text, asked) = stream(items[..2].to_vec(), "", Some("0-0-2,0-7-1")).await;
     expect![[r#"LogQuery { rank: None, attempt: None, tail: None, after: Some(LogPlace([LogPosition { segment: 0, offset: 0, line: 2 }, LogPosition { segment: 0, offset: 7, line: 1 }])), follow: true }"#]]
         .assert_eq(&asked);

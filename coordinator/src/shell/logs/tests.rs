@@ -172,7 +172,7 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
-        let agents = Arc::new(Agents::new(Millis(1_000)));
+        let agents = Arc::new(Agents::new(Millis(1_000), Millis(10_000)));
         Self { agents, news: broadcast::channel(64).0, now: Arc::new(Mutex::new((Vec::new(), JobState::Running))) }
     }
 
