@@ -164,6 +164,7 @@ impl Gate {
         let Some(door) = matched.and_then(|path| self.access.door(request.method(), path.as_str())) else { return Ok(()) };
         let peer = request.extensions().get::<ConnectInfo<Peer>>().map(|ConnectInfo(peer)| *peer);
         let address = peer.map(|peer| peer.address.ip());
+        let changes = !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
         let (caller, decided) = match door.needs {
             Needs::Agent => match self.agent(peer) {
                 Ok(agent) => {
@@ -171,6 +172,8 @@ impl Gate {
                     request.extensions_mut().insert(agent);
                     (caller, Ok(()))
                 }
+                // Else whoever can reach the door could fill the audit log. Dialling is not in it, and a node that is expelled must hear so.
+                Err(refusal) if changes => (None, Err(self.counted(refusal, address))),
                 Err(refusal) => (None, Err(refusal)),
             },
             Needs::JoinToken => match self.join_token(request, address) {
@@ -190,7 +193,6 @@ impl Gate {
                 Err(refusal) => (None, Err(refusal)),
             },
         };
-        let changes = !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
         // What is refused for coming too often is not worth a line each: a flood would fill the disk with them.
         if changes && !decided.as_ref().is_err_and(|refusal| refusal.0.code == Code::RateLimited) {
             let entry = AuditEntry {
@@ -216,11 +218,16 @@ impl Gate {
     /// Who calls, by the token that is shown.
     fn caller(&self, request: &Request, address: Option<IpAddr>) -> Result<Caller, Refusal> {
         let known = self.shown(request);
-        known.map_err(|refusal| match self.bad_tokens.take(address) {
+        // A good token is let in whatever else comes from its address: many may share it.
+        known.map_err(|refusal| self.counted(refusal, address))
+    }
+
+    /// A refusal of one who showed nothing good: so many from an address, and then another.
+    fn counted(&self, refusal: Refusal, address: Option<IpAddr>) -> Refusal {
+        match self.bad_tokens.take(address) {
             Ok(()) => refusal,
-            // A good token is let in whatever else comes from its address: many may share it.
             Err(wait) => too_often("too many requests without a good token came from this address", wait),
-        })
+        }
     }
 
     fn shown(&self, request: &Request) -> Result<Caller, Refusal> {
@@ -255,10 +262,7 @@ impl Gate {
             Some(None) => Err(ONE_BEARER),
             None => Err("a join token is needed: `everlit node token create` makes one"),
         };
-        known.map_err(|detail| match self.bad_tokens.take(address) {
-            Ok(()) => unauthorized(detail),
-            Err(wait) => too_often("too many requests without a good token came from this address", wait),
-        })
+        known.map_err(|detail| self.counted(unauthorized(detail), address))
     }
 
     fn not_too_often(&self, caller: Option<&Caller>, address: Option<IpAddr>) -> Result<(), Refusal> {

@@ -347,3 +347,42 @@ fn an_expelled_node_is_forgotten_and_what_it_held_goes_on_elsewhere() {
     scene.at(80, Event::NodeExpelled { node: node("n3"), force: true });
     scene.expect(expect![""]);
 }
+
+#[test]
+fn a_job_whose_checkpoints_are_on_a_lost_node_alone_waits_for_it_and_one_with_a_copy_moves() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1)).submit(0, 2, command(1));
+    scene.start_all(10, 1, 1, 1).start_all(10, 2, 1, 1).at(20, hello("n2", vec![]));
+    for (name, n) in [("n1", 1), ("n1", 2), ("n2", 2)] {
+        scene.at(30, Event::CheckpointSeen { node: node(name), news: saved(n, 1, 5) });
+    }
+    assert_eq!(scene.engine.job(job(2)).unwrap().checkpoints[0].nodes().collect::<Vec<_>>(), [&node("n1"), &node("n2")]);
+    scene.at(1_000, Event::NodeUnlinked { node: node("n1") });
+    scene.at(11_000, Event::Woke);
+    scene.take();
+    assert_eq!((scene.summary(1).attempt, scene.summary(2).attempt), (1, 2));
+    let why = scene.summary(1).reason.unwrap();
+    assert!(why.contains("the job's checkpoints are there alone"), "{why}");
+    // What a node puts aside is gone there, and stays where it is elsewhere.
+    scene.at(12_000, Event::CheckpointQuarantined { node: node("n1"), job: job(2), step: 5, reason: "x".into() });
+    assert_eq!(scene.engine.job(job(2)).unwrap().checkpoints[0].nodes().collect::<Vec<_>>(), [&node("n2")]);
+    scene.take();
+}
+
+#[test]
+fn when_no_node_is_heard_of_any_more_none_is_lost() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(10, 1, 1, 1).at(20, hello("n2", vec![]));
+    for name in ["n1", "n2"] {
+        scene.at(1_000, Event::NodeReported { node: node(name), load: Default::default() });
+    }
+    scene.at(1_500, Event::NodeUnlinked { node: node("n1") });
+    scene.take();
+    // The other's link is there, and as silent.
+    scene.at(11_000, Event::Woke);
+    scene.expect(expect![""]);
+    scene.at(11_100, Event::NodeReported { node: node("n2"), load: Default::default() });
+    scene.at(13_500, Event::Woke);
+    assert!(scene.take().contains("node_lost: n1"), "now it is that node's fault");
+}
