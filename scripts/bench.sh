@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures what README states, on the built programs and loopback: a table, and the same as JSON in target/bench/results.json.
-# `scripts/bench.sh [AREA…]` with areas: control, engine, logs, train, recovery, large, idle, steps, checkpoint (all by default).
+# `scripts/bench.sh [AREA…]` with areas: control, engine, logs, train, recovery, large, idle, agents, steps, checkpoint (all by default).
 # large needs about 16 GB of memory; steps and recovery run PyTorch beside us, which is fetched once (scripts/fetch-python-torch.sh, about 4 GB).
 . "$(dirname "$0")/common.sh"
 need python3

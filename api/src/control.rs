@@ -14,11 +14,15 @@ use crate::auth::{AuditEntry, AuditView, BadToken, Caller, MadeToken, NewToken, 
 use crate::ids::{JobId, NodeId};
 use crate::job::JobSpec;
 use crate::join::{BadCertificate, BadJoin, JoinRequest, MadeNodeToken, NewNodeToken, NodeCertificate, NodeTokenView};
+use crate::package::PackageView;
 use crate::problem::Problem;
 use crate::status::{
     AttemptView, CheckpointView, EventView, Explanation, JobState, JobView, MetricPoint, NodeView, Page, PlacementPlan, StatusView, Summary,
 };
 use crate::time::Millis;
+
+/// Bytes of a package as they come; an error ends them.
+pub type PackageBytes = Pin<Box<dyn futures_util::Stream<Item = std::io::Result<Bytes>> + Send>>;
 
 /// An answer to come.
 pub type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, Problem>> + Send + 'a>>;
@@ -186,6 +190,20 @@ pub struct Accepted {
     pub replayed: bool,
 }
 
+/// A package that somebody uploads.
+pub struct Upload {
+    /// How it is named: the sha256 that its bytes must have.
+    pub package: String,
+    /// Its bytes; no more than [`crate::package::PACKED_BYTES_MAX`] of them are read.
+    pub bytes: PackageBytes,
+}
+
+impl std::fmt::Debug for Upload {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Upload").field("package", &self.package).finish_non_exhaustive()
+    }
+}
+
 /// Whoever is in control.
 pub trait Control: Send + Sync + 'static {
     /// Accepts a job; durable when answered.
@@ -252,6 +270,12 @@ pub trait Control: Send + Sync + 'static {
     fn tokens(&self) -> Vec<TokenView>;
     /// Opens nothing from now on; durable when answered. 404 for an unknown one.
     fn revoke_token(&self, id: String) -> Answer<'_, TokenView>;
+    /// Keeps a package once it was read to its end, its bytes have its hash and it was found good; true when it was not there before.
+    fn keep_package(&self, upload: Upload) -> Answer<'_, (PackageView, bool)>;
+    /// A package that is kept; 404 for another.
+    fn package(&self, package: String) -> Answer<'_, PackageView>;
+    /// Its length and its bytes; 404 when it is not kept.
+    fn read_package(&self, package: String) -> Answer<'_, (u64, PackageBytes)>;
     /// Whether this is the token of an agent.
     fn agent_token_is(&self, token: &str) -> bool;
     /// Takes an agent's link over; ends when the link does.

@@ -27,6 +27,11 @@ pub const NAME_CHARS_MAX: usize = 128;
 /// Bytes of a request body at most.
 pub const BODY_BYTES_MAX: usize = 1024 * 1024;
 
+/// Whether this is how a package is named: the 64 lower-case hexadecimal digits of a sha256.
+pub fn is_package(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+}
+
 /// What a user submitted, complete: everything that decides how the job runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct JobSpec {
@@ -62,9 +67,12 @@ pub struct JobSpec {
     /// Added to each rank's environment and never shown again. In answers the values are `"***"`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub secrets: BTreeMap<String, String>,
-    /// Folder that each rank starts in.
+    /// Folder that each rank starts in: one of the node, or with `package` one in that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workdir: Option<String>,
+    /// A packed folder that was uploaded (`PUT /packages/{package}`), by its sha256: each node unpacks it once for the job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub package: Option<String>,
     /// How to read progress from the output of a program without heartbeats; empty means the defaults.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub log_metrics: Vec<LogMetric>,
@@ -291,11 +299,13 @@ pub struct CheckpointPolicy {
     pub every: Option<CheckpointInterval>,
     /// Checkpoints kept, the newest verified always among them.
     pub keep: u32,
+    /// Other nodes that are to have the newest verified one, too (0 to 4).
+    pub copies: u32,
 }
 
 impl Default for CheckpointPolicy {
     fn default() -> Self {
-        Self { every_steps: 50, every: None, keep: 3 }
+        Self { every_steps: 50, every: None, keep: 3, copies: 1 }
     }
 }
 
@@ -340,6 +350,7 @@ impl JobSpec {
             env: BTreeMap::new(),
             secrets: BTreeMap::new(),
             workdir: None,
+            package: None,
             log_metrics: Vec::new(),
             log_policies: Vec::new(),
             resources: Resources::default(),

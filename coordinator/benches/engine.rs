@@ -6,12 +6,14 @@
 //! `placement/pass` is one look at the queue: a gang of 8,000 ranks has ended, and 1,000 gangs that wait, no two of the same need and every
 //! tenth larger than a node, are placed on its 1,000 nodes of eight GPUs. `placement/blocked` is one that places nobody: a job is submitted
 //! while all of them wait.
+//!
+//! `link` is what packing a frame costs, and what it comes to: news of 8 and of 64 ranks, and 256 KiB of a log.
 
 use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use everlit_api::agent::{Beat, CheckpointNews, Exited, Hello, Resumed, Started};
+use everlit_api::agent::{Beat, CheckpointNews, Exited, FromAgent, Hello, Resumed, Started, pack};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::JobSpec;
 use everlit_api::rank::RankExit;
@@ -48,6 +50,7 @@ fn hello(node: u32) -> Event {
             checkpoints: Vec::new(),
             draining: false,
             address: None,
+            copies: None,
             labels: Default::default(),
             taints: Vec::new(),
         }),
@@ -62,7 +65,7 @@ impl Cluster {
         for job in 0..JOBS {
             let mut spec = JobSpec { worker: None, command: vec!["train".into()], ..JobSpec::default_for(RANKS) };
             (spec.restart.max_restarts, spec.restart.max_start_failures) = (1_000_000, 1_000_000);
-            own.say(Event::JobSubmitted { id: id(job), spec: Arc::new(spec), seed: job.into(), user: None });
+            own.say(Event::JobSubmitted { id: id(job), spec: Arc::new(spec), seed: job.into(), user: None, origin: Vec::new() });
             own.start(job);
         }
         assert_eq!(own.engine.queue_depth(), 0, "every gang has its places");
@@ -81,7 +84,8 @@ impl Cluster {
 
     fn start(&mut self, job: u32) -> u64 {
         let Some(Incarnation { attempt, .. }) = self.incarnation(job, 0) else { return 0 };
-        let resumed = Resumed { job: id(job), attempt, step: None, path: None, from_memory: false, quarantined: Vec::new() };
+        let resumed =
+            Resumed { job: id(job), attempt, step: None, path: None, from_memory: false, fetched_from: None, quarantined: Vec::new() };
         self.say(Event::AttemptResumed { node: NodeId("n1".into()), resumed });
         for rank in 0..RANKS {
             let incarnation = Incarnation { job: id(job), attempt, rank };
@@ -184,7 +188,7 @@ impl Waiting {
         let mut spec = JobSpec { worker: None, command: vec!["train".into()], ..JobSpec::default_for(ranks) };
         // Bytes of memory, so that no two jobs are of the same need.
         (spec.resources.gpus, spec.resources.memory) = (1, 1 + u64::from(job));
-        self.say(Event::JobSubmitted { id: id(job), spec: Arc::new(spec), seed: job.into(), user: None });
+        self.say(Event::JobSubmitted { id: id(job), spec: Arc::new(spec), seed: job.into(), user: None, origin: Vec::new() });
     }
 
     fn end(&mut self, rank: u32) {
@@ -222,5 +226,29 @@ fn engine(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, engine, placement);
+/// What a rank says of itself a few times a second.
+fn news(rank: u32) -> Beat {
+    let metrics =
+        [("lr", 0.000_3), ("tokens_per_second", 10_431.5 + f64::from(rank))].map(|(name, value)| (name.to_string(), value)).into();
+    let incarnation = Some(Incarnation { job: id(1), attempt: 1, rank });
+    let (step, samples, loss) = (Some(12_345), Some(790_080), Some(2.312_345 + f64::from(rank) / 1e4));
+    Beat { incarnation, heartbeat: true, step, total_steps: Some(20_000), samples, loss, metrics, age_ms: 12, ..Beat::default() }
+}
+
+fn link(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("link");
+    let beats = |ranks| serde_json::to_string(&FromAgent::Beats { beats: (0..ranks).map(news).collect() }).expect("plain data");
+    let line = |n: u32| format!("2026-01-01 00:00:00 step={n} loss={:.4} tokens/s=10{}\n", 2.0 + f64::from(n % 977) / 1e3, n % 431);
+    let log = (0..5_000).map(line).collect::<String>().chars().take(256 * 1024).collect();
+    for (name, text) in [("8_ranks", beats(8)), ("64_ranks", beats(64)), ("log", log)] {
+        let packed = pack::pack_text(&text).expect("it pays");
+        println!("link/{name}: {} bytes, packed {}", text.len(), packed.len());
+        group.throughput(Throughput::Bytes(text.len() as u64));
+        group.bench_function(format!("pack/{name}"), |bench| bench.iter(|| pack::pack_text(black_box(&text))));
+        group.bench_function(format!("unpack/{name}"), |bench| bench.iter(|| pack::unpack(black_box(&packed))));
+    }
+    group.finish();
+}
+
+criterion_group!(benches, engine, placement, link);
 criterion_main!(benches);

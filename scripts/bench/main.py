@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 
+import agents
 import recovery
 import training
 from lib import Everlit, is_alive, parent, until
@@ -147,6 +148,7 @@ AREAS = {
     "recovery": lambda: recovery.recovery(row),
     "large": lambda: recovery.large(row),
     "idle": idle,
+    "agents": lambda: agents.agents(row, RUNS),
     "steps": lambda: training.steps(row),
     "checkpoint": lambda: training.checkpoint(row),
 }

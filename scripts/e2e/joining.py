@@ -1,6 +1,7 @@
 """Servers that join a coordinator over TLS, from the outside (scripts/e2e-nodes.sh)."""
 
 import contextlib
+import ctypes
 import json
 import os
 import pathlib
@@ -368,7 +369,138 @@ def a_restart_of_the_coordinator_is_no_news_to_ranks():
             everlit.post(f"/jobs/{job}/stop?force=true")
 
 
+def a_drains_deadline_is_kept_over_restarts_of_agent_and_coordinator():
+    with Cluster() as everlit:
+        agent = everlit.join("one")
+        # It does not end when it is told to.
+        job = everlit.submit(command=["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"], stop_grace="5m")
+        pid = everlit.running(job)["ranks"][0]["pid"]
+        begun = time.monotonic()
+        everlit.post("/nodes/one/drain", {"deadline": "10s"})
+        agent.process.kill()
+        agent.process.wait()
+        agent.start("run")
+        until("the agent is back", lambda: agent.text().count("linked ranks=1") == 1, 20)
+        until("half of the time", lambda: time.monotonic() - begun > 5, 10)
+        everlit.kill()
+        Everlit.up(everlit, wait=False)
+        until("the agent is back", lambda: agent.text().count("linked ranks=1") == 2, 20)
+        assert is_alive(pid)
+        until("it is killed", lambda: not is_alive(pid), 20)
+        took = time.monotonic() - begun
+        assert 9.9 < took < 13, took
+        print(f"     killed {took:.1f} s after a drain within 10 s, by a new agent and a new coordinator")
+        until("its job waits", lambda: everlit.state(job) == "queued", 20)
+
+
+class Manager:
+    """What a service manager hears."""
+
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = f"{self.folder.name}/notify"
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(self.path)
+        self.heard = []
+        # Always: what it does not take is not told.
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def listen(self):
+        while True:
+            self.heard.append(self.socket.recv(4096).decode())
+
+    def count(self):
+        """How much it has heard of what was told until now."""
+        mark = f"mark {len(self.heard)}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
+            own.sendto(mark.encode(), self.path)
+        until("all that was told before", lambda: mark in self.heard, 5)
+        return len(self.heard)
+
+    def has(self, *words):
+        return all(any(word in told for told in self.heard) for word in words)
+
+    @contextlib.contextmanager
+    def near(self):
+        """What is started here is told whom to tell."""
+        own = {"NOTIFY_SOCKET": self.path, "WATCHDOG_USEC": "300000"}
+        os.environ.update(own)
+        try:
+            yield
+        finally:
+            for name in own:
+                del os.environ[name]
+
+
+@contextlib.contextmanager
+def stopped(process):
+    """Nothing of it runs."""
+    process.send_signal(signal.SIGSTOP)
+    threads = pathlib.Path(f"/proc/{process.pid}/task")
+    try:
+        until("it stands", lambda: all((thread / "stat").read_text().rsplit(")", 1)[1].split()[0] == "T" for thread in threads.iterdir()), 5)
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def first_thread_stopped(process):
+    """Its first thread does not run, in which an agent has its loop; its others do."""
+    ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+    ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    seize, interrupt, detach, any_child = 0x4206, 0x4207, 17, 0x40000000
+    for request in [seize, interrupt]:
+        assert ptrace(request, process.pid, None, None) == 0, os.strerror(ctypes.get_errno())
+    assert os.waitpid(process.pid, any_child)[0] == process.pid
+    try:
+        yield
+    finally:
+        assert ptrace(detach, process.pid, None, None) == 0, os.strerror(ctypes.get_errno())
+
+
+def a_service_manager_is_told_what_goes_on():
+    one, two = Manager(), Manager()
+    everlit = Cluster()
+    with one.near():
+        everlit.__enter__()
+    try:
+        until("the doors are open", lambda: one.has("READY=1"), 20)
+        assert everlit.is_ready()
+        with two.near():
+            agent = everlit.join("one")
+        until("the agent's loop turns", lambda: two.has("READY=1", "WATCHDOG=1", "STATUS=linked, 0 ranks"), 20)
+        job = everlit.submit(command=COMMAND)
+        rank = everlit.running(job)["ranks"][0]["pid"]
+        until("both tell of it", lambda: two.has("STATUS=linked, 1 ranks") and one.has("STATUS=1 nodes, 1 jobs, 0 more in the queue"), 20)
+        assert b"NOTIFY_SOCKET" not in pathlib.Path(f"/proc/{rank}/environ").read_bytes()
+        for manager, process, how in [(one, everlit.process, stopped), (two, agent.process, stopped), (two, agent.process, first_thread_stopped)]:
+            with how(process):
+                before = manager.count()
+                with contextlib.suppress(AssertionError):
+                    until("a word", lambda: len(manager.heard) > before, 0.7)
+                    raise RuntimeError(f"it told something while it was stopped: {manager.heard[before:]}")
+            until("more words", lambda: len(manager.heard) > before + 2, 5)
+        # Asked to leave: another takes over.
+        agent.process.send_signal(signal.SIGUSR1)
+        assert agent.process.wait(20) == 0 and two.has("STOPPING=1", "STATUS=asked to leave its ranks running"), two.heard[-3:]
+        assert is_alive(rank)
+        agent.start("run")
+        until("it is back", lambda: everlit.node("one")["state"] == "ready", 20)
+        now = everlit.running(job)
+        assert now["ranks"][0]["pid"] == rank and now["restarts"] == 0, now
+        everlit.process.send_signal(signal.SIGTERM)
+        assert everlit.process.wait(20) == 0 and one.has("STOPPING=1", "STATUS=ending"), one.heard[-3:]
+        Everlit.up(everlit, wait=False)
+        until("ready", everlit.is_ready, 20)
+        everlit.post(f"/jobs/{job}/stop?force=true")
+    finally:
+        everlit.end()
+
+
 CHECKS = [
+    a_drains_deadline_is_kept_over_restarts_of_agent_and_coordinator,
+    a_service_manager_is_told_what_goes_on,
     servers_join_by_the_line_that_is_printed,
     who_may_not_join_is_told_why,
     a_fake_coordinator_never_sees_the_secret,

@@ -154,7 +154,9 @@ def a_stopped_rank_is_found_by_its_gang_s_own_pace():
         # Of the one that was stopped as of the other, which waits for it. A verdict waits half a second for them, which a busy machine may exceed.
         for stack in failure["stacks"]:
             late = "were not told within" in stack["text"]
-            assert has_frames(stack["text"]) != late, stack
+            # A thread of the one that lives may run just then: such a one is told without.
+            has = has_frames(stack["text"]) if stack["rank"] == 1 else "everlit_worker::" in stack["text"]
+            assert has != late, stack
             print(f"     frames of rank {stack['rank']}: {'not told in time' if late else 'told'}")
         assert failure["recovered_ms"] and failure["nodes"] and all(rank["lines"] for rank in told["ranks"]), told
         assert everlit.refused("GET", f"/jobs/{job}/attempts/9/postmortem")[0] == 404

@@ -47,6 +47,24 @@ def steps_on(agent, job):
     return sorted(int(f.name[5:]) for f in folder.glob("step-*")) if folder.exists() else []
 
 
+class Elsewhere:
+    """The second attempt, once it is beyond a step; and when it had done its first one."""
+
+    def __init__(self, everlit, job, step):
+        self.everlit, self.job, self.step = everlit, job, step
+        self.begun = self.first_step_at = None
+
+    def __call__(self):
+        summary = self.everlit.summary(self.job)
+        if summary["attempt"] != 2 or summary["step"] is None:
+            return None
+        self.begun = summary["step"] if self.begun is None else self.begun
+        # Where it is asked too seldom to see it begin, it has begun.
+        if self.first_step_at is None and summary["step"] > min(self.begun, self.step):
+            self.first_step_at = time.monotonic()
+        return summary["state"] == "running" and summary["step"] > self.step and summary
+
+
 def places(summary):
     return [rank["node"] for rank in summary["ranks"]]
 
@@ -97,12 +115,9 @@ def a_host_that_is_cut_off_costs_a_lease_and_commits_nothing_more():
         cut = time.monotonic()
         last = steps_on(agent, job)[-1]
 
-        def elsewhere():
-            summary = everlit.summary(job)
-            return summary["attempt"] == 2 and summary["state"] == "running" and (summary["step"] or 0) > before["step"] and summary
-
+        elsewhere = Elsewhere(everlit, job, before["step"])
         after = until("training elsewhere", elsewhere, 60)
-        took = time.monotonic() - cut
+        took, first = time.monotonic() - cut, elsewhere.first_step_at - cut
         assert lost not in places(after) and after["last_checkpoint"]["verified"], after
         attempts = everlit.get(f"/jobs/{job}/attempts")
         attempts = attempts.get("data", attempts) if isinstance(attempts, dict) else attempts
@@ -121,10 +136,122 @@ def a_host_that_is_cut_off_costs_a_lease_and_commits_nothing_more():
         assert steps_on(agent, job) == frozen and everlit.node(lost)["ranks"] == 0
         now = everlit.summary(job)
         assert (now["attempt"], now["state"]) == (2, "running"), now
-        print(f"     cut off at step {before['step']}; {took:.1f} s later {places(after)} are beyond it (lease 10 s), resumed from step {resumed}")
+        print(f"     cut off at step {before['step']}; first step elsewhere after {first:.1f} s, {took:.1f} s later {places(after)} are beyond it (lease 10 s), resumed from step {resumed}")
         # It is used again.
         other = everlit.submit(command=["true"], world_size=2)
         assert everlit.final(other)["state"] == "succeeded" and set(places(everlit.summary(other))) == {lost}
+
+
+def quarantined_on(agent, job):
+    shelf = agent.data / f"jobs/{job}/checkpoints/quarantine"
+    # The reason is written when it is there.
+    return {int(f.parent.name[5:17]): f.read_text().strip() for f in shelf.glob("step-*/REASON")} if shelf.exists() else {}
+
+
+def resumed(everlit, job, attempt):
+    """The sentence of an attempt's start."""
+    told = (e["reason"] for e in everlit.events(job) if e["event"] == "attempt_resumed")
+    return next((reason for reason in told if reason.startswith(f"attempt {attempt} ")), None)
+
+
+def a_gang_on_one_host_goes_on_from_a_copy_when_the_host_is_lost():
+    with Hosts() as everlit:
+        everlit.join_all("--slots", "2")
+        job = everlit.submit(world_size=2, worker=LONG, checkpoint=EVERY)
+        before = everlit.at_step(job, 700)
+        (lost,) = set(places(before))
+        agent = everlit.agent(lost)
+        copied = until("a copy", lambda: next((c for c in everlit.get(f"/jobs/{job}/checkpoints")["data"] if c.get("also_on")), None), 20)
+        (keeper,) = copied["also_on"]
+        theirs = until("the copy is there", lambda: steps_on(everlit.agent(keeper), job), 5)
+        everlit.cut(lost)
+        cut = time.monotonic()
+
+        elsewhere = Elsewhere(everlit, job, before["step"])
+        after = until("training elsewhere", elsewhere, 60)
+        took, first = time.monotonic() - cut, elsewhere.first_step_at - cut
+        assert set(places(after)) == {keeper}, (places(after), keeper)
+        begun = int(resumed(everlit, job, 2).rsplit(" ", 1)[1])
+        assert begun >= theirs[-1], (begun, theirs)
+        # The lost host trains on by itself, and commits what is worth nothing.
+        late = until("late commits", lambda: [s for s in steps_on(agent, job) if s > before["step"] + 600], 30)
+        everlit.heal(lost)
+        until("what ran there is stopped", lambda: not any(is_alive(r["pid"]) for r in before["ranks"]), 60)
+        until("put aside", lambda: (aside := quarantined_on(agent, job)) and max(aside) >= max(late) and all(s <= begun for s in steps_on(agent, job)), 20)
+        aside = quarantined_on(agent, job)
+        assert all(why == "it was committed when a later attempt had begun elsewhere" for why in aside.values()), aside
+        assert all(c["attempt"] == 2 or c["step"] <= begun for c in everlit.get(f"/jobs/{job}/checkpoints")["data"])
+        print(f"     {lost} cut off at step {before['step']}: first step elsewhere after {first:.1f} s (lease 10 s), after {took:.1f} s beyond it on {keeper} from its copy of step {begun}; late and put aside: {sorted(aside)}")
+        # Back to where the late ones were: from what the second attempt has saved.
+        for name in set(everlit.names) - {lost}:
+            everlit.post(f"/nodes/{name}/cordon")
+        everlit.post(f"/nodes/{keeper}/drain")
+        back = until("back", lambda: (s := everlit.summary(job))["attempt"] == 3 and s["state"] == "running" and s["step"] and s, 60)
+        told = resumed(everlit, job, 3)
+        step = int(told.split(",")[0].rsplit(" ", 1)[1])
+        # Fetched now, or copied there since it is back.
+        assert set(places(back)) == {lost} and manifest(agent, job, step)["attempt"] == 2 and step >= begun, told
+        assert not {c["step"] for c in everlit.get(f"/jobs/{job}/checkpoints")["data"] if c["attempt"] == 1 and c["step"] > begun}
+        print(f"     {told}")
+
+
+def a_gang_that_moves_takes_its_checkpoint_along():
+    with Hosts(names=("a", "b")) as everlit:
+        everlit.join_all("--slots", "2")
+        worker = {**LONG, "steps": 1500, "deterministic": True}
+        job = everlit.submit(world_size=2, worker=worker, checkpoint={**EVERY, "copies": 0})
+        before = everlit.at_step(job, 500)
+        (first,) = set(places(before))
+        (other,) = set(everlit.names) - {first}
+        assert not steps_on(everlit.agent(other), job)
+        everlit.post(f"/nodes/{first}/drain")
+        end = everlit.final(job)
+        assert end["state"] == "succeeded" and set(places(end)) == {other}, end
+        told = resumed(everlit, job, 2)
+        assert told.endswith(f", fetched from {first}"), told
+        assert end["lost_steps"] == 0 and end["restarts"] == 0, end
+        everlit.post(f"/nodes/{first}/uncordon")
+        undisturbed = everlit.submit(world_size=2, worker=worker, checkpoint=EVERY)
+        assert everlit.final(undisturbed)["state"] == "succeeded"
+        (place,) = set(places(everlit.summary(undisturbed)))
+        one, two = manifest(everlit.agent(other), job, 1500)["files"], manifest(everlit.agent(place), undisturbed, 1500)["files"]
+        assert [f["sha256"] for f in one] == [f["sha256"] for f in two], (one, two)
+        # What a job leaves goes from every host that has some of it.
+        (copy,) = set(everlit.names) - {place}
+        until("its last checkpoint is copied", lambda: steps_on(everlit.agent(copy), undisturbed)[-1:] == [1500], 20)
+        everlit.request("DELETE", f"/jobs/{undisturbed}")
+        until("removed everywhere", lambda: not any((everlit.agent(n).data / f"jobs/{undisturbed}").exists() for n in everlit.names), 20)
+        print(f"     {told}; step 1500 is bit for bit that of an undisturbed run")
+
+
+def an_agent_that_ends_hands_over_what_only_it_has():
+    with Hosts(names=("a", "b")) as everlit:
+        everlit.join_all("--slots", "2")
+        job = everlit.submit(world_size=2, worker={**LONG, "steps": 1500}, checkpoint={**EVERY, "copies": 0})
+        (first,) = set(places(everlit.at_step(job, 500)))
+        leaving = everlit.agent(first)
+        leaving.process.terminate()
+        end = everlit.final(job)
+        told = resumed(everlit, job, 2)
+        assert end["state"] == "succeeded" and first not in places(end) and told.endswith(f", fetched from {first}"), (end, told)
+        assert (end["lost_steps"], end["restarts"]) == (0, 0), end
+        assert leaving.process.wait(30) == 0
+        print(f"     {first} was told to end: {told}")
+
+
+def a_job_begins_from_what_another_has_left_on_another_host():
+    with Hosts(names=("a", "b")) as everlit:
+        everlit.join_all("--slots", "2")
+        one = everlit.submit(world_size=2, worker={**LONG, "steps": 300}, checkpoint={**EVERY, "copies": 0})
+        assert everlit.final(one)["state"] == "succeeded"
+        (place,) = set(places(everlit.summary(one)))
+        everlit.post(f"/nodes/{place}/cordon")
+        two = everlit.submit(world_size=2, worker={"steps": 500}, resume_from=one)
+        end = everlit.final(two)
+        told = resumed(everlit, two, 1)
+        assert end["state"] == "succeeded" and place not in places(end) and end["step"] == 500, end
+        assert told == f"attempt 1 resumes from the checkpoint of step 300, fetched from {place}", told
+        print(f"     {told}")
 
 
 def all_hosts_silent_at_once_is_our_own_fault_and_ends_nothing():
@@ -251,6 +378,10 @@ CHECKS = [
     a_gang_trains_across_hosts_as_on_one,
     a_program_that_is_not_ours_meets_where_it_is_told,
     a_host_that_is_cut_off_costs_a_lease_and_commits_nothing_more,
+    a_gang_on_one_host_goes_on_from_a_copy_when_the_host_is_lost,
+    a_gang_that_moves_takes_its_checkpoint_along,
+    an_agent_that_ends_hands_over_what_only_it_has,
+    a_job_begins_from_what_another_has_left_on_another_host,
     all_hosts_silent_at_once_is_our_own_fault_and_ends_nothing,
     a_coordinator_that_dies_is_no_news_to_a_gang_across_hosts,
     a_slow_link_works_and_a_half_open_one_is_found,

@@ -3,12 +3,15 @@
 //! The agent dials `GET /agent/link` with `Authorization: Bearer <token>`. Every frame is about facts or wishes that can be said twice:
 //! the agent ignores what it has done already, the coordinator ignores what it knows already. After every connect the agent says
 //! [`FromAgent::Hello`] with all that it has; an exit is repeated there until [`ToAgent::Forget`] says that it is durable.
-//! Unknown fields are ignored, so a frame may grow; a frame that changes its meaning needs a new [`PROTOCOL`].
+//! Unknown fields are ignored, so a frame may grow; a frame that changes its meaning needs a new [`PROTOCOL`]. Large frames
+//! may be packed ([`pack`]).
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use self::copies::{CopyDoor, CopyOrder, Fetch};
 use crate::gpu::GpuError;
 use crate::ids::{Incarnation, JobId, NodeId};
 use crate::job::{CheckpointPolicy, HeartbeatPolicy, LogMetric, LogPolicy};
@@ -17,11 +20,13 @@ use crate::rank::{RankExit, Stacks, Verdict};
 use crate::status::{Capacity, NodeLoad, Taint};
 use crate::time::{Millis, Timestamp};
 
+pub mod copies;
 pub mod log;
+pub mod pack;
 
 /// Version of the frames.
 pub const PROTOCOL: u32 = 1;
-/// Bytes of one frame at most, either way.
+/// Bytes of one frame at most, either way, packed or not.
 pub const FRAME_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Bytes of log that may be under way per stream before the coordinator gives credit.
 pub const LOG_CREDIT_BYTES: u64 = 1024 * 1024;
@@ -68,6 +73,15 @@ pub enum FromAgent {
         /// Its step.
         step: u64,
         /// What is wrong with it.
+        reason: String,
+    },
+    /// A checkpoint could not be fetched from any node that has it.
+    CopyFailed {
+        /// Whose.
+        job: JobId,
+        /// Its step.
+        step: u64,
+        /// Why, for people.
         reason: String,
     },
     /// A rank could not save and trains on; said once per failed step.
@@ -142,6 +156,9 @@ pub struct Hello {
     /// Where ranks of other nodes reach this one; without it the node takes no part in gangs of several nodes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
+    /// Where other nodes fetch checkpoints from it; without it the node neither gives nor takes copies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copies: Option<CopyDoor>,
     /// What kind of node it is, for `node_selector`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
@@ -238,8 +255,18 @@ pub struct Resumed {
     /// It is a snapshot in shared memory, newer than every checkpoint on disk.
     #[serde(default)]
     pub from_memory: bool,
+    /// The node that it was fetched from for this start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fetched_from: Option<NodeId>,
     /// What did not verify and was put aside, with the reason.
     pub quarantined: Vec<(u64, String)>,
+}
+
+impl Resumed {
+    /// A fresh start.
+    pub fn from_nothing(job: JobId, attempt: u32) -> Self {
+        Self { job, attempt, step: None, path: None, from_memory: false, fetched_from: None, quarantined: Vec::new() }
+    }
 }
 
 /// A process that holds memory of a GPU.
@@ -320,6 +347,17 @@ pub enum ToAgent {
         /// Which.
         incarnations: Vec<Incarnation>,
     },
+    /// Fetch a checkpoint from another node and keep it.
+    CopyCheckpoint(CopyOrder),
+    /// Put aside what attempts up to this one have committed beyond a step: it was committed when a later attempt had begun elsewhere.
+    PutAside {
+        /// Whose.
+        job: JobId,
+        /// The last attempt that it is about.
+        attempt: u32,
+        /// What is newer than this goes; null: all.
+        beyond: Option<u64>,
+    },
     /// Remove everything that is kept of a job (no rank of it lives).
     RemoveJob {
         /// Which job.
@@ -358,7 +396,7 @@ pub enum ToAgent {
 }
 
 /// Everything that an agent needs to run its share of a gang.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub struct GangSpec {
     /// Which job.
     pub job: JobId,
@@ -408,12 +446,18 @@ pub struct GangSpec {
     pub program: Program,
     /// The job's `env` and `secrets`.
     pub env: BTreeMap<String, String>,
-    /// Folder that each rank starts in; null for the agent's.
+    /// Folder that each rank starts in, in the package if there is one; null for the agent's, or that of the package.
     pub workdir: Option<String>,
+    /// The sha256 of a packed folder, which the agent gets at `GET /agent/packages/{package}`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub package: Option<String>,
     /// Data shards of the job, in order.
     pub shards: Vec<String>,
     /// Where to start from.
     pub resume_from: Option<ResumeFrom>,
+    /// A checkpoint that is elsewhere and may be newer than what is here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fetch: Option<Fetch>,
     /// The checkpoint of this step failed too many resumes: it is put aside if there is an older good one.
     #[serde(default)]
     pub rejected_step: Option<u64>,
@@ -434,6 +478,17 @@ pub struct GangSpec {
     /// From SIGTERM to SIGKILL when the agent itself is told to end and has no coordinator to ask.
     #[serde(default = "crate::job::default_stop_grace")]
     pub stop_grace: Millis,
+}
+
+// Orders are logged, and secrets are not.
+impl fmt::Debug for GangSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (job, attempt, generation) = (self.job, self.attempt, self.generation);
+        let ranks = self.first_rank..self.first_rank.saturating_add(self.count);
+        let mut shown = f.debug_struct("GangSpec");
+        shown.field("job", &job).field("attempt", &attempt).field("generation", &generation).field("ranks", &ranks);
+        shown.field("seats", &self.seats).field("spares", &self.spares).field("gpus", &self.gpus).finish_non_exhaustive()
+    }
 }
 
 impl GangSpec {

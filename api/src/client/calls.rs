@@ -1,6 +1,7 @@
 //! One method per call of the REST API (CONTRACT section 6).
 
 use bytes::Bytes;
+use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
 
@@ -8,6 +9,8 @@ use super::{Client, Error, PATIENT_MAX, segment};
 use crate::auth::{AuditView, Caller, MadeToken, NewToken, TokenView};
 use crate::ids::{JobId, NodeId};
 use crate::join::{MadeNodeToken, NewNodeToken, NodeTokenView};
+use crate::package::{PackageView, Packed};
+use crate::problem::Code;
 use crate::request::{DrainRequest, PurgeRequest, Purged, StopRequest};
 use crate::status::{
     AttemptView, CheckpointView, EventView, Explanation, JobState, JobView, MetricPoint, NodeView, Page, PlacementPlan, StatusView, Summary,
@@ -79,6 +82,22 @@ impl LogText {
 }
 
 impl Client {
+    /// Whether a package is there.
+    pub async fn package(&self, package: &str) -> Result<Option<PackageView>, Error> {
+        match self.json(self.get(&format!("/packages/{}", segment(package)))).await {
+            Ok(kept) => Ok(Some(kept)),
+            Err(Error::Problem(problem)) if problem.code == Code::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Uploads a packed folder.
+    pub async fn put_package(&self, packed: Packed) -> Result<PackageView, Error> {
+        let file = tokio::fs::File::from_std(packed.file);
+        let request = self.request(Method::PUT, &format!("/packages/{}", packed.package)).header(CONTENT_TYPE, "application/gzip");
+        self.json_within(request.header(CONTENT_LENGTH, packed.bytes).body(file), PATIENT_MAX).await
+    }
+
     /// Submits a job. With a key, a repeated call answers with the job that the first one made.
     pub async fn submit(&self, job: &Value, idempotency_key: Option<&str>) -> Result<JobView, Error> {
         let mut request = self.post("/jobs", job);

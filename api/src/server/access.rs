@@ -41,7 +41,7 @@ const OPERATOR: Needs = Needs::Role(Role::Operator);
 const ADMIN: Needs = Needs::Role(Role::Admin);
 
 /// By operation id.
-const TABLE: [(&str, Needs); 45] = [
+const TABLE: [(&str, Needs); 48] = [
     ("health", ANYBODY),
     ("livez", ANYBODY),
     ("readyz", ANYBODY),
@@ -49,6 +49,7 @@ const TABLE: [(&str, Needs); 45] = [
     ("status", ANYBODY),
     ("agent_link", Needs::Agent),
     ("renew_certificate", Needs::Agent),
+    ("fetch_package", Needs::Agent),
     ("join_node", Needs::JoinToken),
     ("list_jobs", VIEWER),
     ("list_summaries", VIEWER),
@@ -72,6 +73,8 @@ const TABLE: [(&str, Needs); 45] = [
     ("docs_file", VIEWER),
     ("whoami", VIEWER),
     ("submit_job", USER),
+    ("put_package", USER),
+    ("get_package", USER),
     ("stop_job", USER),
     ("restart_job", USER),
     ("checkpoint_job", USER),

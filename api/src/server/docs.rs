@@ -95,12 +95,17 @@ fn add_problems(document: &mut Value) {
             add("403", "The role does not allow it; or a web page from elsewhere, or a Host that is not loopback");
             add("429", "Too many requests, or bad tokens");
             if path.contains('{') {
-                add("404", "There is no such job or node");
+                add("404", "There is no such job, node or package");
             }
             if method == "post" {
                 add("413", "The body is larger than 1 MiB");
                 add("415", "The body is not application/json");
                 add("422", "Faults, all named at once in `errors`, or something that is not built");
+            }
+            if path == "/packages/{id}" && method == "put" {
+                add("413", "The package is larger than 512 MiB");
+                add("422", "The bytes are no package, have another hash, or have something in them that is not taken");
+                add("503", "There is no room for it");
             }
             if path.starts_with("/jobs/{id}") && method != "get" {
                 add("409", "The job's state does not allow it; the detail says what to do");

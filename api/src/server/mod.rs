@@ -25,6 +25,7 @@ mod jobs;
 mod join;
 mod logs;
 mod nodes;
+mod packages;
 mod peer;
 mod postmortem;
 mod rate;
@@ -50,9 +51,10 @@ pub fn router(control: Arc<dyn Control>, policy: Policy) -> Router {
     all.layer(axum::middleware::from_fn_with_state(Arc::new(guard::Gate::new(policy, access, control)), guard::doors))
 }
 
-/// The agents' door alone, for one that comes in beside the others.
+/// The agents' doors alone, for one that comes in beside the others.
 pub fn agents_only(control: Arc<dyn Control>) -> Router {
-    let (doors, document) = OpenApiRouter::with_openapi(docs::skeleton()).routes(routes!(agents::link)).split_for_parts();
+    let (doors, document) =
+        OpenApiRouter::with_openapi(docs::skeleton()).routes(routes!(agents::link)).routes(routes!(packages::fetch)).split_for_parts();
     let access = access::Access::of(&mut docs::complete(&document));
     let gate = Arc::new(guard::Gate::new(Policy::loopback(), access, control.clone()));
     let doors = doors.with_state(control).fallback(answer::no_such_path);
@@ -97,6 +99,8 @@ fn described() -> OpenApiRouter<Shared> {
         .routes(routes!(tokens::list, tokens::create))
         .routes(routes!(tokens::revoke))
         .routes(routes!(tokens::audit))
+        .routes(routes!(packages::one, packages::put))
+        .routes(routes!(packages::fetch))
         .routes(routes!(agents::link))
         .routes(routes!(join::tokens, join::create))
         .routes(routes!(join::revoke))

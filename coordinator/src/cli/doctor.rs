@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use everlit_api::client::Client;
+use everlit_api::ports::PortRange;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::statvfs::statvfs;
 use serde::Serialize;
 
 use super::{Fail, Output, out};
-use crate::config::{self, Listen, PortRange, UpArgs};
+use crate::config::{self, Listen, UpArgs};
 
 const TEST_BYTES: usize = 64 * 1024 * 1024;
 const TEST_BLOCK: usize = 1024 * 1024;

@@ -11,12 +11,14 @@ use everlit_api::client::{Client, DEFAULT_URL, Error};
 use crate::config::UpArgs;
 
 mod act;
+mod deploy;
 mod doctor;
 mod find;
 mod follow;
 mod logs;
 mod nodes;
 mod out;
+mod pack;
 mod show;
 mod simulate;
 mod submit;
@@ -253,6 +255,7 @@ mod usage {
             "everlit node token create --ttl 2h --uses 8",
             "everlit node token ls",
             "everlit nodes expel gpu-1 --force",
+            "everlit node deploy root@a b --parallel 2 --ssh-option ProxyJump=gate -- --label zone=a",
             "everlit purge --older-than 7d --state failed --dry-run",
             "everlit completions bash",
             "everlit token create --user alice --role user --ttl 30d",

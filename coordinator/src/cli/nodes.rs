@@ -6,7 +6,7 @@ use everlit_api::ids::NodeId;
 use everlit_api::join::{JOIN_TTL_DEFAULT, JOIN_USES_MAX, NewNodeToken, NodeTokenView};
 use everlit_api::time::{Millis, Timestamp};
 
-use super::{Fail, Output, out, show};
+use super::{Fail, Output, deploy, out, show};
 
 /// `everlit nodes`.
 #[derive(Debug, Args)]
@@ -45,6 +45,8 @@ enum NodeAct {
     },
     /// Make, list or revoke tokens that servers join with
     Token(TokenArgs),
+    /// Make servers nodes over ssh, or bring those that are the programs of this machine; ranks run on
+    Deploy(Box<deploy::DeployArgs>),
 }
 
 /// `everlit node token`.
@@ -86,6 +88,7 @@ pub(super) async fn nodes(client: &Client, args: NodesArgs, url: &str, output: O
             return if output == Output::Json { out::json(&page) } else { show::nodes(&page.data) };
         }
         Some(NodeAct::Token(TokenArgs { act })) => return tokens(client, act, url, output).await,
+        Some(NodeAct::Deploy(args)) => return deploy::deploy(client, &args, url, output).await,
         Some(NodeAct::Expel { name, force }) => {
             let node = client.expel(&NodeId(name), force).await?;
             return if output == Output::Json { out::json(&node) } else { out::line(&format!("{} expelled", node.node)) };

@@ -8,10 +8,11 @@ use std::io::Read;
 use clap::Args;
 use everlit_api::client::Client;
 use everlit_api::job::JobSpec;
+use everlit_api::package::Packed;
 use everlit_api::status::JobView;
 use serde_json::{Map, Value};
 
-use super::{Fail, Output, find, follow, out};
+use super::{Fail, Output, find, follow, out, pack};
 
 /// Bytes of a job's file at most; the coordinator takes less.
 const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
@@ -54,7 +55,7 @@ pub struct SubmitArgs {
     /// GPUs per rank
     #[arg(long)]
     gpus: Option<u32>,
-    /// Folder that each rank starts in; this folder when a command is given
+    /// Pack this folder of yours and start each rank in a copy of it; without this a command starts where you stand, in the same path on each node
     #[arg(long, value_name = "FOLDER")]
     workdir: Option<String>,
     /// A job id or a checkpoint's path to start from
@@ -79,6 +80,9 @@ pub struct ResumeArgs {
     /// The old job's id, the beginning or end of it, its name, or `last`
     #[arg(value_name = "JOB")]
     job: String,
+    /// Pack this folder of yours and start each rank in a copy of it, in place of the old job's
+    #[arg(long, value_name = "FOLDER")]
+    workdir: Option<String>,
     /// Go on without the old job's secrets
     #[arg(long)]
     without_secrets: bool,
@@ -96,8 +100,12 @@ pub(super) fn pair(text: &str) -> Result<(String, String), String> {
 
 /// Submits a job.
 pub(super) async fn submit(client: &Client, args: SubmitArgs, output: Output) -> Result<(), Fail> {
-    let job = body(&args)?;
+    let packed = package(args.workdir.as_deref()).await?;
+    let mut job = body(&args, packed.as_ref().map(|packed| packed.package.as_str()))?;
     if args.dry_run {
+        if let Some(packed) = &packed {
+            pack::planned(client, packed, &mut job).await?;
+        }
         let plan = client.plan(&job).await?;
         if output == Output::Json {
             return out::json(&plan);
@@ -109,8 +117,18 @@ pub(super) async fn submit(client: &Client, args: SubmitArgs, output: Output) ->
         out::line(&format!("{}: {}", if plan.fits_now { "fits now" } else { "waits" }, plan.reason))?;
         return if plan.placement.is_empty() { Ok(()) } else { out::table(&["NODE", "FIRST RANK", "RANKS", "GPUS"], rows.collect()) };
     }
+    if let Some(packed) = packed {
+        pack::upload(client, packed).await?;
+    }
     let job = client.submit(&job, args.idempotency_key.as_deref()).await?;
     submitted(client, &job, args.changes.follow, output).await
+}
+
+async fn package(folder: Option<&str>) -> Result<Option<Packed>, Fail> {
+    match folder {
+        Some(folder) => pack::packed(folder).await.map(Some),
+        None => Ok(None),
+    }
 }
 
 async fn submitted(client: &Client, job: &JobView, follow: bool, output: Output) -> Result<(), Fail> {
@@ -126,12 +144,16 @@ async fn submitted(client: &Client, job: &JobView, follow: bool, output: Output)
 pub(super) async fn resume(client: &Client, args: ResumeArgs, output: Output) -> Result<(), Fail> {
     let id = find::job(client, &args.job).await?;
     let old = client.job(id).await?.spec.ok_or_else(|| Fail::Refused(format!("the coordinator did not tell what job {id} was")))?;
-    let job = resumed(old, &id.to_string(), &args)?;
+    let packed = package(args.workdir.as_deref()).await?;
+    let job = resumed(old, &id.to_string(), packed.as_ref().map(|packed| packed.package.as_str()), &args)?;
+    if let Some(packed) = packed {
+        pack::upload(client, packed).await?;
+    }
     let job = client.submit(&job, None).await?;
     submitted(client, &job, args.changes.follow, output).await
 }
 
-fn resumed(mut old: JobSpec, id: &str, args: &ResumeArgs) -> Result<Value, Fail> {
+fn resumed(mut old: JobSpec, id: &str, package: Option<&str>, args: &ResumeArgs) -> Result<Value, Fail> {
     let missing: Vec<&str> =
         old.secrets.keys().map(String::as_str).filter(|name| !args.changes.secret.iter().any(|given| given == name)).collect();
     if !missing.is_empty() && !args.without_secrets {
@@ -144,14 +166,17 @@ fn resumed(mut old: JobSpec, id: &str, args: &ResumeArgs) -> Result<Value, Fail>
     old.secrets.clear();
     old.resume_from = Some(id.into());
     let mut job = serde_json::to_value(old).map_err(|error| Fail::Refused(error.to_string()))?;
+    if let Some(package) = package {
+        pack::name(&mut job, package);
+    }
     apply(&mut job, &args.changes)?;
     Ok(job)
 }
 
-/// The JSON of a job.
-fn body(args: &SubmitArgs) -> Result<Value, Fail> {
+/// The JSON of a job; `package`: what `--workdir` was packed into.
+fn body(args: &SubmitArgs, package: Option<&str>) -> Result<Value, Fail> {
     let mut job = args.file.as_deref().map_or_else(|| Ok(Value::Object(Map::new())), read)?;
-    let texts = [("priority", &args.priority), ("workdir", &args.workdir), ("resume_from", &args.resume_from)];
+    let texts = [("priority", &args.priority), ("resume_from", &args.resume_from)];
     for (field, value) in texts {
         if let Some(value) = value {
             set(&mut job, &[field], value.clone().into())?;
@@ -168,10 +193,13 @@ fn body(args: &SubmitArgs) -> Result<Value, Fail> {
     }
     if !args.command.is_empty() {
         set(&mut job, &["command"], args.command.clone().into())?;
-        if job.get("workdir").is_none() {
+        if package.is_none() && job.get("workdir").is_none() && job.get("package").is_none() {
             let here = std::env::current_dir()?.to_string_lossy().into_owned();
             set(&mut job, &["workdir"], here.into())?;
         }
+    }
+    if let Some(package) = package {
+        pack::name(&mut job, package);
     }
     apply(&mut job, &args.changes)?;
     Ok(job)
@@ -234,7 +262,8 @@ mod tests {
         let Verb::Submit(args) = Cli::try_parse_from([&["everlit", "submit"], line].concat()).expect("sound").verb else {
             unreachable!("submit")
         };
-        expected.assert_eq(&body(&args).map_or_else(|fail| fail.to_string(), |job| job.to_string()));
+        let package = args.workdir.as_ref().map(|_| "ab");
+        expected.assert_eq(&body(&args, package).map_or_else(|fail| fail.to_string(), |job| job.to_string()));
     }
 
     #[test]
@@ -242,11 +271,12 @@ mod tests {
         check(&[], expect!["{}"]);
         check(&["-n", "4", "--name", "12", "--priority", "high"], expect![[r#"{"name":"12","priority":"high","world_size":4}"#]]);
         check(
-            &["--workdir", "/w", "--env", "A=b=c", "--label", "team=x", "--gpus", "2", "--", "python", "train.py", "--env", "x"],
+            &["--workdir", ".", "--env", "A=b=c", "--label", "team=x", "--gpus", "2", "--", "python", "train.py", "--env", "x"],
             expect![[
-                r#"{"command":["python","train.py","--env","x"],"env":{"A":"b=c"},"labels":{"team":"x"},"resources":{"gpus":2},"workdir":"/w"}"#
+                r#"{"command":["python","train.py","--env","x"],"env":{"A":"b=c"},"labels":{"team":"x"},"package":"ab","resources":{"gpus":2}}"#
             ]],
         );
+        check(&["--workdir", ".", "--set", "workdir=sub", "--", "x"], expect![[r#"{"command":["x"],"package":"ab","workdir":"sub"}"#]]);
         check(
             &["--set", "worker.steps=500", "--set", "/restart/backoff/max=10s", "--set", "data.shards=[\"/a\"]"],
             expect![[r#"{"data":{"shards":["/a"]},"restart":{"backoff":{"max":"10s"}},"worker":{"steps":500}}"#]],
@@ -265,23 +295,26 @@ mod tests {
             unreachable!("submit")
         };
         let here = std::env::current_dir().expect("a folder");
-        assert_eq!(body(&args).expect("a job")["workdir"], here.to_string_lossy().as_ref());
+        assert_eq!(body(&args, None).expect("a job")["workdir"], here.to_string_lossy().as_ref());
     }
 
     #[test]
     fn an_old_job_is_submitted_again_without_its_secrets() {
         let mut old = JobSpec::default_for(2);
         old.secrets.insert("PATH".into(), "***".into());
+        old.workdir = Some("/on/the/nodes".into());
         let args = |secret: &[&str], without_secrets| ResumeArgs {
             job: "last".into(),
+            workdir: None,
             without_secrets,
             changes: Changes { secret: secret.iter().map(|s| (*s).into()).collect(), ..Changes::default() },
         };
-        let refused = resumed(old.clone(), "ID", &args(&[], false)).expect_err("a secret is missing").to_string();
+        let refused = resumed(old.clone(), "ID", None, &args(&[], false)).expect_err("a secret is missing").to_string();
         assert!(refused.contains("--secret NAME") && refused.ends_with("Missing: PATH"), "{refused}");
-        let bare = resumed(old.clone(), "ID", &args(&[], true)).expect("a job");
+        let bare = resumed(old.clone(), "ID", None, &args(&[], true)).expect("a job");
         assert_eq!((bare.get("secrets"), &bare["resume_from"]), (None, &"ID".into()));
-        let full = resumed(old, "ID", &args(&["PATH"], false)).expect("a job");
+        let full = resumed(old, "ID", Some("cd"), &args(&["PATH"], false)).expect("a job");
         assert_ne!(full["secrets"]["PATH"], "***");
+        assert_eq!((&full["package"], full.get("workdir")), (&"cd".into(), None), "a folder of the nodes gives way to a packed one");
     }
 }

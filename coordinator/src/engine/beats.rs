@@ -14,12 +14,12 @@ use super::{Engine, Turn};
 impl Engine {
     pub(super) fn on_ranks_beat(&mut self, turn: &mut Turn, beats: Vec<Beat>) {
         let mut jobs = std::collections::BTreeSet::new();
-        for beat in beats {
+        for mut beat in beats {
             let Some(incarnation) = beat.incarnation else { continue };
             let role = self.role(incarnation);
             let Incarnation { job: id, rank: seat, .. } = incarnation;
             let Some(job) = self.jobs.get_mut(&id) else { continue };
-            let seen_at = Timestamp(turn.now.0.saturating_sub(beat.age_ms));
+            let seen_at = job.seen_at(turn.now, &mut beat);
             match role {
                 Some(Role::Rank(rank)) => {
                     let off = beat.in_place == Some(false) && job.ranks.get(rank).is_some_and(|own| own.in_place != Some(false));

@@ -50,7 +50,13 @@ impl Engine {
             let source = if resumed.from_memory {
                 format!("resumed from step {step} from the snapshot in shared memory")
             } else {
-                format!("resumes from the checkpoint of step {step}")
+                format!(
+                    "resumes from the checkpoint of step {step}{}",
+                    match &resumed.fetched_from {
+                        Some(from) => format!(", fetched from {from}"),
+                        None => String::new(),
+                    }
+                )
             };
             turn.event(Some(id), "attempt_resumed", format!("attempt {} {source}", resumed.attempt), facts);
         } else if gang.attempt > 1 {
@@ -66,8 +72,16 @@ impl Engine {
     }
 
     pub(super) fn on_checkpoint_seen(&mut self, turn: &mut Turn, node: &NodeId, news: CheckpointNews) {
+        if self.is_late(turn, node, &news) {
+            return;
+        }
+        self.note_view(turn, node, &news);
+        self.note_copied(turn, node, &news);
+    }
+
+    fn note_view(&mut self, turn: &mut Turn, node: &NodeId, news: &CheckpointNews) {
         let id = news.job;
-        self.note_attempt(turn, node, id, news.attempt);
+        let created_at = self.committed_at(turn, node, id, news.created_at);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let was = job.checkpoints.iter().find(|c| c.step == news.step && c.attempt == news.attempt).map(|c| c.verified);
         let known = was.is_some_and(|verified| verified || !news.verified);
@@ -77,6 +91,7 @@ impl Engine {
                 view.verified |= news.verified;
                 if !view.nodes().any(|other| other == node) {
                     view.also_on.push(node.clone());
+                    turn.touched.insert(id);
                 }
             }
             None => {
@@ -85,10 +100,10 @@ impl Engine {
                     step: news.step,
                     attempt: news.attempt,
                     bytes: news.bytes,
-                    created_at: news.created_at,
+                    created_at,
                     verified: news.verified,
                     node: node.clone(),
-                    path: news.path,
+                    path: news.path.clone(),
                     also_on: Vec::new(),
                 });
             }

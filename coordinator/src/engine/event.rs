@@ -8,7 +8,7 @@ use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::JobSpec;
 use everlit_api::manifest::SaveError;
 use everlit_api::rank::{Stacks, Verdict};
-use everlit_api::status::NodeLoad;
+use everlit_api::status::{CheckpointView, NodeLoad};
 use everlit_api::time::Millis;
 
 /// One fact or wish.
@@ -24,6 +24,8 @@ pub enum Event {
         seed: u64,
         /// Whose token it was submitted with.
         user: Option<String>,
+        /// Checkpoints of the job that it begins from, if it names one; newest first.
+        origin: Vec<CheckpointView>,
     },
     /// A user wants it stopped; `force` skips the grace.
     StopRequested {
@@ -126,6 +128,17 @@ pub enum Event {
         /// What is wrong with it.
         reason: String,
     },
+    /// A node could not make a copy that it was told to make.
+    CopyFailed {
+        /// Which node.
+        node: NodeId,
+        /// Whose checkpoint.
+        job: JobId,
+        /// Its step.
+        step: u64,
+        /// Why.
+        reason: String,
+    },
     /// A rank could not save and trains on.
     SaveFailed {
         /// Which.
@@ -162,6 +175,13 @@ pub enum Event {
         /// By whom.
         holders: Vec<GpuHolder>,
     },
+    /// What a node's agent says; what is not its to say is passed over.
+    Said {
+        /// Whose agent.
+        node: NodeId,
+        /// What.
+        event: Box<Self>,
+    },
     /// Time has passed.
     Woke,
 }
@@ -169,22 +189,26 @@ pub enum Event {
 impl Event {
     /// What a frame of a node's agent is to the engine; `None` for what only concerns files and readers.
     pub fn of_frame(node: NodeId, frame: FromAgent) -> Option<Self> {
-        Some(match frame {
+        let event = match frame {
             FromAgent::Hello(hello) => Self::NodeLinked { hello: Box::new(hello) },
-            FromAgent::Report(load) => Self::NodeReported { node, load },
+            FromAgent::Report(load) => Self::NodeReported { node: node.clone(), load },
             FromAgent::Started(started) => Self::RankStarted(started),
             FromAgent::Exited(exited) => Self::RankExited(exited),
             FromAgent::Beats { beats } => Self::RanksBeat(beats),
             FromAgent::Judged { incarnation, verdict, age_ms, stacks } => Self::RankJudged { incarnation, verdict, age_ms, stacks },
-            FromAgent::Resumed(resumed) => Self::AttemptResumed { node, resumed },
-            FromAgent::Checkpoint(news) => Self::CheckpointSeen { node, news },
-            FromAgent::Quarantined { job, step, reason } => Self::CheckpointQuarantined { node, job, step, reason },
+            FromAgent::Resumed(resumed) => Self::AttemptResumed { node: node.clone(), resumed },
+            FromAgent::Checkpoint(news) => Self::CheckpointSeen { node: node.clone(), news },
+            FromAgent::Quarantined { job, step, reason } => Self::CheckpointQuarantined { node: node.clone(), job, step, reason },
+            FromAgent::CopyFailed { job, step, reason } => Self::CopyFailed { node: node.clone(), job, step, reason },
             FromAgent::SaveFailed { incarnation, error } => Self::SaveFailed { incarnation, error },
-            FromAgent::StartFailed { job, attempt, reason, permanent } => Self::StartFailed { node, job, attempt, reason, permanent },
-            FromAgent::GpuFailed { error } => Self::GpuFailed { node, error },
+            FromAgent::StartFailed { job, attempt, reason, permanent } => {
+                Self::StartFailed { node: node.clone(), job, attempt, reason, permanent }
+            }
+            FromAgent::GpuFailed { error } => Self::GpuFailed { node: node.clone(), error },
             FromAgent::GpuHeld { job, attempt, holders } => Self::GpuHeld { job, attempt, holders },
-            FromAgent::Draining => Self::NodeDraining { node, cordon: false, deadline: None },
+            FromAgent::Draining => Self::NodeDraining { node: node.clone(), cordon: false, deadline: None },
             FromAgent::Removed { .. } | FromAgent::LogClosed { .. } => return None,
-        })
+        };
+        Some(Self::Said { node, event: Box::new(event) })
     }
 }

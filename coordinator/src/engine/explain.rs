@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::job::JobSpec;
 use everlit_api::status::{Explanation, JobState, PlacementPlan};
+use everlit_api::time::Timestamp;
 
 use super::Engine;
 use super::limits::EXPLAINED_NODES_MAX;
@@ -62,21 +63,26 @@ impl Engine {
         }
     }
 
-    /// What would happen to a job now.
-    pub fn plan(&self, spec: &JobSpec) -> PlacementPlan {
-        let need = Need::of(spec);
+    /// What would happen to a job that is submitted now: the look at the queue as it would be with it.
+    pub fn plan(&self, spec: &JobSpec, now: Timestamp) -> PlacementPlan {
+        let (nodes, need) = (&self.nodes, Need::of(spec));
         let waiting = self.pass.head.as_ref().and_then(|head| Some((head, self.jobs.get(&head.job)?.spec.priority)));
-        let comes_first = waiting.is_none_or(|(_, priority)| spec.priority > priority);
-        let may_go = comes_first || waiting.is_some_and(|(head, _)| !head.shares.is_empty());
-        let nodes = &self.nodes;
-        let board = if comes_first { Board::before_head(nodes) } else { Board::now(nodes) };
-        let now = board.choose(&need, None);
-        let (fits_now, fits_ever, reason, placement) = match (now, plan_gang(nodes, &need)) {
-            (Some(placement), _) if may_go => (true, true, "it would start at once".to_string(), placement),
-            (Some(placement), _) => (false, true, format!("there is room, but {} jobs wait before it", self.queue.depth()), placement),
+        let behind = waiting.filter(|(_, priority)| spec.priority <= *priority).map(|(head, _)| head);
+        let board = behind.map_or_else(|| Some(Board::before_head(nodes)), |head| head.beside(nodes, &need, now));
+        let goes = board.and_then(|board| board.choose(&need, None));
+        let waits = match self.queue.depth() {
+            1 => "1 job waits before it".to_string(),
+            depth => format!("{depth} jobs wait before it"),
+        };
+        let (fits_now, fits_ever, reason, placement) = match (goes, plan_gang(nodes, &need)) {
+            (Some(placement), fit) => {
+                let before = behind.is_some_and(|head| head.is_after(&need, now)) && !matches!(fit, Placement::Now(_));
+                let why = if before { ": its time_limit ends before those have that the first in the queue waits for" } else { "" };
+                (true, true, format!("it would start at once{why}"), placement)
+            }
             (None, Placement::Never(why)) => (false, false, why, Vec::new()),
-            (None, Placement::Now(_)) => (false, true, format!("{} jobs wait before it", self.queue.depth()), Vec::new()),
-            (None, Placement::Later(why)) => match self.plan_preemption(None, spec.priority, &need).filter(|_| comes_first) {
+            (None, Placement::Now(placement)) => (false, true, format!("there is room, but {waits}"), placement),
+            (None, Placement::Later(why)) => match self.plan_preemption(None, spec.priority, &need).filter(|_| behind.is_none()) {
                 Some(victims) => {
                     let reason = format!("it would start once {} of lower priority have saved and stopped: {why}", count(victims.len()));
                     (false, true, reason, Vec::new())

@@ -145,7 +145,7 @@ impl Engine {
         facts.extend(load);
         turn.event(Some(id), "gang_failed", reason.clone(), facts);
         let grace = if kill { Millis(0) } else { job.spec.stop_grace };
-        self.end_gang(turn, id, Ending { then, at: turn.now, rank, cause: Some(cause), reason }, grace);
+        self.end_gang(turn, id, Ending { then, at: turn.now, rank, cause: Some(cause), reason, deadline: None }, grace);
     }
 
     /// Decides the ending and stops what lives. A stronger ending overrides a weaker one (the order of [`Then`]).
@@ -163,7 +163,10 @@ impl Engine {
         };
         let activity = if job.state == JobState::Recovering { Activity::Restoring } else { Activity::Stopping };
         job.book.turn(turn.now, activity);
-        gang.ending = Some(ending);
+        let before = gang.ending.replace(ending).and_then(|before| before.deadline);
+        if let (Some(ending), Some(at)) = (&mut gang.ending, before) {
+            ending.limit(at);
+        }
         gang.regroup = None;
         self.timers.clear(&Timer::Regroup(id));
         self.timers.clear_ranks(id);
@@ -172,13 +175,24 @@ impl Engine {
         self.end_attempt_when_over(turn, id);
     }
 
+    /// Tells every node of a gang to stop it, with this grace or what is left of it. That there is none is remembered: who is told later has none
+    /// either.
     pub(super) fn stop_ranks(&mut self, turn: &mut Turn, id: JobId, grace: Millis) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        let Some(gang) = &job.gang else { return };
+        let Some(gang) = &mut job.gang else { return };
         if job.ranks.all_ended() && gang.spares.is_empty() {
             return;
         }
         job.ranks.mark_stopping();
+        let mut grace = grace;
+        if let Some(ending) = &mut gang.ending {
+            if grace == Millis(0) && ending.deadline.is_none_or(|at| at > turn.now) {
+                ending.limit(turn.now);
+                turn.touched.insert(id);
+            }
+            let left = ending.deadline.map(|at| Millis(at.0.saturating_sub(turn.now.0)));
+            grace = left.map_or(grace, |left| left.min(grace));
+        }
         for share in &gang.placement {
             turn.tell(&share.node, ToAgent::StopGang { job: id, attempt: gang.attempt, grace });
         }
@@ -372,7 +386,9 @@ impl Engine {
     /// One node could not start its ranks; those of other nodes may live, and are stopped.
     pub(super) fn on_start_failed(&mut self, turn: &mut Turn, node: &NodeId, of: (JobId, u32), reason: String, permanent: bool) {
         let (id, attempt) = of;
+        let fetch = self.jobs.get(&id).and_then(|job| self.fetch_for(job, &job.gang.as_ref()?.placement, node));
         let Some(job) = self.current(id, attempt) else { return };
+        job.note_unfetched(fetch);
         let spread = job.gang.as_ref().is_some_and(super::state::Gang::is_spread);
         let reason = if spread { format!("{node}: {reason}") } else { reason };
         let ending = job.gang.as_ref().is_some_and(|g| g.ending.is_some());

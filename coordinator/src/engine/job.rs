@@ -6,7 +6,7 @@ use everlit_api::agent::{GangSpec, Program, ResumeFrom, ToAgent};
 use everlit_api::ids::JobId;
 use everlit_api::job::JobSpec;
 use everlit_api::rank::Cause;
-use everlit_api::status::{AttemptView, JobState, PlacedRanks};
+use everlit_api::status::{AttemptView, CheckpointView, JobState, PlacedRanks};
 use everlit_api::time::{Millis, Timestamp};
 
 use super::ledger::{Activity, Book};
@@ -17,7 +17,14 @@ use super::timers::Timer;
 use super::{Engine, Turn};
 
 impl Engine {
-    pub(super) fn on_job_submitted(&mut self, turn: &mut Turn, id: JobId, spec: Arc<JobSpec>, seed: u64, user: Option<String>) {
+    pub(super) fn on_job_submitted(
+        &mut self,
+        turn: &mut Turn,
+        id: JobId,
+        spec: Arc<JobSpec>,
+        (seed, user): (u64, Option<String>),
+        origin: Vec<CheckpointView>,
+    ) {
         let job = Job {
             version: ROW_VERSION,
             id,
@@ -29,6 +36,7 @@ impl Engine {
             series_kept_at: turn.now,
             spec,
             user,
+            origin,
             ..Job::default()
         };
         let mut facts = Facts::from([("world_size", job.spec.world_size.into()), ("priority", serde_json::json!(job.spec.priority))]);
@@ -125,16 +133,26 @@ impl Engine {
         turn.step.record.attempts.push((id, job.attempt_view(None)));
         turn.touched.insert(id);
         self.fill_spares(turn, id);
+        if let Some((job, gang)) = self.jobs.get(&id).and_then(|job| Some((job, job.gang.as_ref()?))) {
+            self.tell_what_is_out_of_reach(turn, job, &gang.placement);
+        }
         self.tell_gang(turn, id, None);
     }
 
     /// Tells the nodes of a gang, or one of them, who is in it; saying it again starts nothing again.
     pub(super) fn tell_gang(&self, turn: &mut Turn, id: JobId, only: Option<&everlit_api::ids::NodeId>) {
         let Some(job) = self.jobs.get(&id) else { return };
-        for (node, frame) in job.start_frames(self.config.log_bytes_max) {
-            if only.is_none_or(|only| *only == node) {
-                turn.tell(&node, frame);
+        let Some(gang) = &job.gang else { return };
+        for (node, mut frame) in job.start_frames(self.config.log_bytes_max) {
+            if only.is_some_and(|only| *only != node) {
+                continue;
             }
+            if let ToAgent::StartGang(spec) = &mut frame
+                && gang.resumed_step.is_none()
+            {
+                spec.fetch = self.fetch_for(job, &gang.placement, &node);
+            }
+            turn.tell(&node, frame);
         }
     }
 
@@ -158,7 +176,7 @@ impl Engine {
         let running = job.gang.is_some() && job.retry_at.is_none();
         if running {
             let grace = if force { Millis(0) } else { job.spec.stop_grace };
-            self.end_gang(turn, id, Ending { then, at: turn.now, rank: None, cause, reason }, grace);
+            self.end_gang(turn, id, Ending { then, at: turn.now, rank: None, cause, reason, deadline: None }, grace);
             self.lose_ranks(turn, id);
         } else {
             let state = if then == Then::Fail { JobState::Failed } else { JobState::Stopped };
@@ -178,7 +196,12 @@ impl Engine {
             (Some(gang), None) if gang.ending.is_none() => {
                 let reason = "a user asked for a restart".to_string();
                 let grace = job.spec.stop_grace;
-                self.end_gang(turn, id, Ending { then: Then::Again, at: turn.now, rank: None, cause: Some(Cause::User), reason }, grace);
+                self.end_gang(
+                    turn,
+                    id,
+                    Ending { then: Then::Again, at: turn.now, rank: None, cause: Some(Cause::User), reason, deadline: None },
+                    grace,
+                );
             }
             (None, None) => self.readmit_nodes(turn, id),
             // Ending: it comes back or stops anyway.
@@ -286,8 +309,10 @@ impl Engine {
         let facts = Facts::from([("state", state.as_str().into()), ("restarts", job.budget.restarts.into())]);
         turn.event(Some(id), "job_final", job.reason.clone(), facts);
         turn.touched.insert(id);
-        for node in &job.nodes {
-            turn.tell(node, ToAgent::JobEnded { job: id });
+        self.copy_last(turn, id);
+        self.hand_on(id);
+        for node in self.jobs.get(&id).map(Job::keepers).unwrap_or_default() {
+            turn.tell(&node, ToAgent::JobEnded { job: id });
         }
     }
 }
@@ -303,9 +328,9 @@ impl Job {
             Some(worker) => Program::Worker { worker: Box::new(worker.clone()), evaluate: self.is_evaluation() },
             None => Program::Command { argv: spec.command.clone() },
         };
-        let resume_from = spec.resume_from.as_ref().map(|from| match from.parse() {
-            Ok(job) => ResumeFrom::Job(job),
-            Err(_) => ResumeFrom::Path(from.clone()),
+        let resume_from = spec.resume_from.as_ref().map(|from| match self.begins_from() {
+            Some(job) => ResumeFrom::Job(job),
+            None => ResumeFrom::Path(from.clone()),
         });
         let nodes = gang.placement.len() as u32;
         let frame = |(group_rank, share): (usize, &PlacedRanks)| {
@@ -332,8 +357,10 @@ impl Job {
                 program: program.clone(),
                 env: env.clone(),
                 workdir: spec.workdir.clone(),
+                package: spec.package.clone(),
                 shards: spec.data.shards.clone(),
                 resume_from: resume_from.clone(),
+                fetch: None,
                 rejected_step: self.rejected_step(),
                 skip_memory: self.failed_resumes.is_some_and(|failed| failed.from_memory),
                 checkpoint: spec.checkpoint,

@@ -32,6 +32,10 @@ pub const SERIES_EVERY_MS: u64 = 60_000;
 pub const FAILURE_PRIOR_MS: u64 = 4 * 3_600 * 1_000;
 /// Between two records of failed saves of one rank.
 pub const SAVE_FAILED_EVERY_MS: u64 = 10_000;
+/// Attempts beyond the newest on record that a node may tell of: what a disk could have lost, and far from where numbers end.
+pub const ATTEMPTS_LOST_MAX: u32 = 10_000;
+/// Named numbers of one rank at most.
+pub const METRICS_MAX: usize = 32;
 /// Nodes that one job is kept from at most; the one that was excluded first is allowed again.
 pub const EXCLUDED_MAX: usize = 64;
 /// A failure that may be the machine's is held against its node for so long.
@@ -58,6 +62,14 @@ pub const CHECK_ALL_MS: u64 = 60_000;
 pub const LOG_BYTES_MAX: u64 = 1024 * 1024 * 1024;
 /// Checkpoints remembered per job at most (the agent keeps `checkpoint.keep`).
 pub const CHECKPOINTS_MAX: usize = 64;
+/// After a copy of a checkpoint the next one of its job begins no sooner than it took, and than this.
+pub const COPY_REST_MIN_MS: u64 = 1_000;
+/// After one that failed, and when nodes have come or gone; twice as long after each further one that fails in a row.
+pub const COPY_LOOK_MS: u64 = 5_000;
+/// And at most this long.
+pub const COPY_WAIT_MAX_MS: u64 = 10 * 60 * 1000;
+/// Starts that fail for want of a checkpoint from another node before an older one is taken.
+pub const FETCHES_MAX: u32 = 3;
 /// Told steps of a rank whose median is compared with the others'; odd, so that there is one in the middle.
 pub const SLOW_WINDOW: usize = 9;
 /// A rank whose own part of a step takes more than this many times as long as the others' is slow: ranks that do the same on machines of one

@@ -13,7 +13,9 @@ use everlit_api::time::Timestamp;
 mod beats;
 mod blame;
 mod checkpoint;
+mod clocks;
 pub mod command;
+mod copies;
 mod elastic;
 pub mod event;
 mod explain;
@@ -26,6 +28,7 @@ mod ladder;
 pub mod ledger;
 pub mod limits;
 mod node;
+mod own_words;
 pub mod placement;
 mod policy;
 mod preempt;
@@ -91,6 +94,8 @@ pub struct Engine {
     pass: schedule::Pass,
     /// News of a past incarnation that was dropped.
     stale: u64,
+    /// What nodes said of ranks and files that are not theirs.
+    foreign: u64,
 }
 
 /// The event under way: when, and what comes of it.
@@ -129,6 +134,7 @@ impl Engine {
             placed: BTreeSet::new(),
             pass: schedule::Pass::default(),
             stale: 0,
+            foreign: 0,
         }
     }
 
@@ -142,7 +148,7 @@ impl Engine {
 
     fn dispatch(&mut self, turn: &mut Turn, event: Event) {
         match event {
-            Event::JobSubmitted { id, spec, seed, user } => self.on_job_submitted(turn, id, spec, seed, user),
+            Event::JobSubmitted { id, spec, seed, user, origin } => self.on_job_submitted(turn, id, spec, (seed, user), origin),
             Event::StopRequested { job, force, delete } => self.on_stop_requested(turn, job, force, delete),
             Event::RestartRequested { job } => self.on_restart_requested(turn, job),
             Event::SaveRequested { job } => self.on_save_requested(turn, job),
@@ -159,12 +165,14 @@ impl Engine {
             Event::AttemptResumed { node, resumed } => self.on_attempt_resumed(turn, &node, resumed),
             Event::CheckpointSeen { node, news } => self.on_checkpoint_seen(turn, &node, news),
             Event::CheckpointQuarantined { node, job, step, reason } => self.on_checkpoint_quarantined(turn, &node, job, step, &reason),
+            Event::CopyFailed { node, job, step, reason } => self.on_copy_failed(turn, &node, job, step, &reason),
             Event::SaveFailed { incarnation, error } => self.on_save_failed(turn, incarnation, error),
             Event::StartFailed { node, job, attempt, reason, permanent } => {
                 self.on_start_failed(turn, &node, (job, attempt), reason, permanent);
             }
             Event::GpuFailed { node, error } => self.on_gpu_failed(turn, &node, error),
             Event::GpuHeld { job, attempt, holders } => self.on_gpu_held(turn, job, attempt, &holders),
+            Event::Said { node, event } => self.on_said(turn, &node, *event),
             Event::Woke => {}
         }
     }
@@ -176,6 +184,7 @@ impl Engine {
                 Timer::RankRetry(job, rank) => self.on_rank_retry_due(turn, job, rank),
                 Timer::Regroup(job) => self.on_regroup_due(turn, job),
                 Timer::Grow(job) => self.on_grow_due(turn, job),
+                Timer::Copies(job) => self.copy_newest(turn, job),
                 Timer::Straggler(job) => self.on_straggler_due(turn, job),
                 Timer::TimeLimit(job) => self.on_time_limit_due(turn, job),
                 Timer::NodeLost(node) => self.on_node_lost(turn, &node),
@@ -197,7 +206,7 @@ impl Engine {
                 job.submitted_at == turn.now && turn.step.record.events.iter().any(|e| e.job == Some(id) && e.event == "job_submitted");
             turn.step.record.jobs.push(job.make_row(turn.now, fresh));
             if job.state.is_final() {
-                let (state, delete, nodes) = (job.state, job.delete_when_final, job.nodes.clone());
+                let (state, delete, nodes) = (job.state, job.delete_when_final, job.keepers());
                 turn.step.commands.push(Command::Final { job: id, state, nodes, delete });
                 self.timers.clear_job(id);
                 self.jobs.remove(&id);

@@ -4,7 +4,7 @@
 //! started, also when its agent died in the middle of that; what is wanted, was started and is not there is lost. Silence alone ends nothing
 //! unless the gang can live elsewhere.
 
-use everlit_api::agent::{Exited, Hello, RankReport, Started, ToAgent};
+use everlit_api::agent::{CheckpointNews, Exited, Hello, RankReport, Started, ToAgent};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::RestartScope;
 use everlit_api::rank::{Cause, RankExit};
@@ -13,7 +13,7 @@ use everlit_api::time::{Millis, Timestamp};
 
 use super::gang::Broken;
 use super::placement::{Board, Node};
-use super::state::{Change, Ending, Facts, Gang, Then};
+use super::state::{Change, Ending, Facts, Then};
 use super::timers::Timer;
 use super::{Engine, Turn};
 
@@ -23,10 +23,12 @@ impl Engine {
         let fresh = !self.nodes.contains_key(&id);
         let node = self.nodes.entry(id.clone()).or_default();
         let back = node.lost;
+        let heard = node.seen_at;
         node.capacity = hello.capacity.clone();
         node.version = hello.version.clone();
         node.boot_id = hello.boot_id.clone();
         node.address = hello.address.clone();
+        node.copies = hello.copies.is_some();
         node.labels = hello.labels.clone();
         node.taints = hello.taints.clone();
         node.linked = true;
@@ -40,28 +42,39 @@ impl Engine {
             let why = if fresh { "joined" } else { "is back" };
             turn.event(None, "node_ready", format!("{id} {why}"), Facts::from([("node", id.0.clone().into())]));
         }
-        self.reconcile(turn, &id, hello);
+        self.reconcile(turn, &id, hello, heard);
+        self.look_at_copies(turn.now);
         self.queue.unpark();
         self.schedule(turn);
     }
 
-    fn reconcile(&mut self, turn: &mut Turn, node: &NodeId, hello: Hello) {
+    /// `heard`: when it was last heard of; never, in this process: that may have lost what the node then tells of.
+    fn reconcile(&mut self, turn: &mut Turn, node: &NodeId, hello: Hello, heard: Option<Timestamp>) {
+        let first = heard.is_none();
         let mut unwanted: std::collections::BTreeSet<(JobId, u32)> = std::collections::BTreeSet::new();
         let mut forget = Vec::new();
         let mut seen: std::collections::BTreeSet<Incarnation> = std::collections::BTreeSet::new();
         let mut unstarted: std::collections::BTreeSet<JobId> = std::collections::BTreeSet::new();
+        let mut foreign = 0;
         let (mut twice, mut forgotten) = (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
         let mut beats = Vec::new();
         let mut ended = Vec::new();
         for mut report in hello.ranks {
             let Incarnation { job, attempt, .. } = report.incarnation;
-            self.note_attempt(turn, node, job, attempt);
-            let current = self.jobs.get(&job).filter(|j| j.retry_at.is_none() && j.gang.as_ref().is_some_and(|g| g.attempt == attempt));
-            let wanted = current.is_some_and(|job| holds(job, node));
-            if current.is_some() && !wanted {
-                twice.insert(job);
+            if first {
+                self.note_attempt(turn, node, job, attempt);
             }
-            if current.and_then(|job| job.gang.as_ref()).is_some_and(|gang| gang.generation < report.generation) {
+            let current = self.jobs.get(&job).filter(|j| j.retry_at.is_none() && j.gang.as_ref().is_some_and(|g| g.attempt == attempt));
+            let here = current.is_some_and(|job| holds(job, node));
+            let wanted = here && self.is_of(node, report.incarnation);
+            if current.is_some() && !wanted {
+                if first {
+                    twice.insert(job);
+                } else {
+                    foreign += 1;
+                }
+            }
+            if wanted && current.and_then(|job| job.gang.as_ref()).is_some_and(|gang| gang.generation < report.generation) {
                 forgotten.insert(job);
             }
             if wanted {
@@ -70,13 +83,17 @@ impl Engine {
                     unstarted.insert(job);
                 }
                 beats.extend(report.beat.take());
-                ended.extend(self.adopt(turn, report));
-            } else if report.exit.is_some() || report.lost {
-                forget.push(report.incarnation);
-            } else {
-                unwanted.insert((job, attempt));
+                ended.extend(self.adopt(turn, report, heard));
+            } else if !here {
+                // Where its own gang has places there is no telling it to stop only this.
+                if report.exit.is_some() || report.lost {
+                    forget.push(report.incarnation);
+                } else {
+                    unwanted.insert((job, attempt));
+                }
             }
         }
+        self.pass_over(foreign);
         let lost = "the coordinator's disk has lost what it said was durable";
         // What one attempt says can not be told from what its twin does, nor a rank's seat from one that it had: all go, and another attempt comes.
         let all = twice.into_iter().map(|job| (job, format!("its attempt runs on {node}, too: {lost}")));
@@ -85,29 +102,52 @@ impl Engine {
                 self.fail_gang(turn, job, None, Broken::new(Cause::Infrastructure, reason, 0, true), Some(lost.into()));
             }
         }
-        self.on_ranks_beat(turn, beats);
-        for exited in ended {
-            self.on_rank_exited(turn, exited);
-        }
         for (job, attempt) in unwanted {
             // Its job went on without it or is final: nothing that it could save would ever be used.
             turn.tell(node, ToAgent::StopGang { job, attempt, grace: Millis(0) });
         }
-        if !forget.is_empty() {
-            turn.tell(node, ToAgent::Forget { incarnations: forget });
-        }
+        // Before the ends: the attempt that follows one may be placed at once, and what is told after that would be too late.
         for news in hello.checkpoints {
             if !self.jobs.contains_key(&news.job) {
                 turn.tell(node, ToAgent::JobEnded { job: news.job });
             }
-            self.on_checkpoint_seen(turn, node, news);
+            if self.may_tell_of(turn, node, &news, first) {
+                self.on_checkpoint_seen(turn, node, news);
+            }
+        }
+        self.on_ranks_beat(turn, beats);
+        for exited in ended {
+            self.on_rank_exited(turn, exited);
+        }
+        if !forget.is_empty() {
+            turn.tell(node, ToAgent::Forget { incarnations: forget });
         }
         self.look_for_missing(turn, node, &seen, &unstarted);
     }
 
+    /// Whether a checkpoint that a `Hello` names is the node's to tell of; what the store may have lost is believed of the `first`.
+    fn may_tell_of(&mut self, turn: &mut Turn, node: &NodeId, news: &CheckpointNews, first: bool) -> bool {
+        if first {
+            self.note_attempt(turn, node, news.job, news.attempt);
+            if let Some(job) = self.jobs.get_mut(&news.job).filter(|job| !job.nodes.contains(node)) {
+                job.nodes.push(node.clone());
+                turn.touched.insert(news.job);
+            }
+        }
+        let own = self.keeps_files(node, news.job) && self.is_known(news.job, news.attempt);
+        self.pass_over(u64::from(!own));
+        own
+    }
+
     /// A number that was used is never used again, also when the store has forgotten that it was.
-    pub(super) fn note_attempt(&mut self, turn: &mut Turn, node: &NodeId, id: JobId, attempt: u32) {
-        let Some(job) = self.jobs.get_mut(&id).filter(|job| attempt > job.attempt.max(job.known_attempt)) else { return };
+    fn note_attempt(&mut self, turn: &mut Turn, node: &NodeId, id: JobId, attempt: u32) {
+        if self.is_known(id, attempt) {
+            return;
+        }
+        if self.is_absurd(id, attempt) {
+            return self.pass_over(1);
+        }
+        let Some(job) = self.jobs.get_mut(&id) else { return };
         job.known_attempt = attempt;
         let reason = format!(
             "{node} knows of attempt {attempt}, and nothing is on record of it: the coordinator's disk has lost what it said was durable"
@@ -117,7 +157,7 @@ impl Engine {
     }
 
     /// What lives is taken over; how it ended, when it has, is for after all beats.
-    fn adopt(&mut self, turn: &mut Turn, report: RankReport) -> Option<Exited> {
+    fn adopt(&mut self, turn: &mut Turn, report: RankReport, heard: Option<Timestamp>) -> Option<Exited> {
         let incarnation = report.incarnation;
         if let Some(pid) = report.pid {
             self.on_rank_started(turn, &Started { incarnation, pid, at: report.started_at.unwrap_or(turn.now) });
@@ -126,7 +166,9 @@ impl Engine {
             return None;
         }
         let exit = report.exit.unwrap_or_else(|| lost_exit(turn.now, "it was lost with its shim"));
-        Some(Exited { incarnation, exit, lost: report.lost })
+        let mut exited = Exited { incarnation, exit, lost: report.lost };
+        self.set_exit_right(turn, &mut exited, heard);
+        Some(exited)
     }
 
     /// An agent that knows nothing of an attempt would start every rank of it, and of ranks that are restarted alone some may be done.
@@ -197,6 +239,7 @@ impl Engine {
         let heard_at = node.seen_at.unwrap_or(turn.now);
         let until = Timestamp((heard_at.0 + self.config.node_timeout_ms).max(turn.now.0));
         self.timers.set(Timer::NodeLost(id.clone()), until);
+        self.stop_copies_on(id, turn.now);
     }
 
     pub(super) fn on_node_reported(&mut self, turn: &mut Turn, id: &NodeId, load: NodeLoad) {
@@ -226,7 +269,7 @@ impl Engine {
         let held: Vec<JobId> = self.jobs.values().filter(|j| holds(j, id) && j.retry_at.is_none()).map(|j| j.id).collect();
         let mut waiting = false;
         for job_id in held {
-            let keeps = self.jobs.get(&job_id).is_some_and(|job| job.is_only_on(id));
+            let keeps = self.jobs.get(&job_id).is_some_and(|job| job.is_only_on(id, &self.nodes));
             let room = !keeps && self.has_room_without(job_id, id);
             let Some(job) = self.jobs.get_mut(&job_id) else { continue };
             if job.ranks.all_ended() {
@@ -319,7 +362,8 @@ impl Engine {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let Some(gang) = job.gang.as_mut() else { return };
         let spread = gang.is_spread();
-        let ending = Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::NodeLost), reason: reason.clone() };
+        let ending =
+            Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::NodeLost), reason: reason.clone(), deadline: None };
         job.budget.restarts += 1;
         job.book.reclaim_undetected(turn.now, unseen_ms);
         turn.event(Some(id), "gang_failed", reason, Facts::from([("cause", serde_json::json!(Cause::NodeLost))]));
@@ -383,23 +427,29 @@ impl Engine {
         } else if let Some(node) = self.nodes.get_mut(id) {
             node.draining = true;
         }
+        self.copy_from_leaving(turn, id);
+        // By the coordinator's clock, and on record: a node that is told of it later has only what is left.
+        let deadline = deadline.map(|within| Timestamp(turn.now.0.saturating_add(within.0)));
         let held: Vec<JobId> = self.jobs.values().filter(|j| holds(j, id)).map(|j| j.id).collect();
         for job_id in held {
-            let Some(job) = self.jobs.get(&job_id) else { continue };
+            let Some(job) = self.jobs.get_mut(&job_id) else { continue };
+            let reason = format!("{id} is draining");
             if job.retry_at.is_some() {
-                self.requeue(turn, job_id, &format!("{id} is draining"));
+                self.requeue(turn, job_id, &reason);
                 continue;
             }
-            let grace = job.spec.stop_grace.min(deadline.unwrap_or(Millis(u64::MAX)));
-            if job.gang.as_ref().is_some_and(Gang::is_leaving) {
+            let grace = job.spec.stop_grace;
+            if let Some(gang) = job.gang.as_mut().filter(|gang| gang.is_leaving()) {
                 // Told before, and now it may have less time.
-                if deadline.is_some() {
+                if let (Some(at), Some(ending)) = (deadline, &mut gang.ending) {
+                    ending.limit(at);
+                    turn.touched.insert(job_id);
                     self.stop_ranks(turn, job_id, grace);
                 }
                 continue;
             }
-            let reason = format!("{id} is draining");
-            self.end_gang(turn, job_id, Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::Drain), reason }, grace);
+            let ending = Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::Drain), reason, deadline };
+            self.end_gang(turn, job_id, ending, grace);
         }
     }
 

@@ -30,6 +30,8 @@ pub struct Node {
     pub boot_id: String,
     /// Where ranks of other nodes reach it.
     pub address: Option<String>,
+    /// Its agent has a door for copies of checkpoints.
+    pub copies: bool,
     /// What kind of node it is.
     pub labels: BTreeMap<String, String>,
     /// What a job must tolerate to have ranks here.
@@ -271,16 +273,18 @@ impl Job {
         Need { excluded: self.excluded.iter().cloned().collect(), ..Need::of(&self.spec) }
     }
 
-    /// Where its newest checkpoint is, on a node that is connected if there is one: among places that are equal it goes back there.
+    /// Where its newest checkpoint is that is on a connected node, or the one that it begins from: among places that are equal it goes back there.
     pub(super) fn home(&self, nodes: &BTreeMap<NodeId, Node>) -> Option<NodeId> {
-        let newest = self.checkpoints.first()?;
-        let linked = newest.nodes().find(|id| nodes.get(id).is_some_and(|node| node.linked));
-        Some(linked.unwrap_or(&newest.node).clone())
+        let views = if self.checkpoints.is_empty() { &self.origin } else { &self.checkpoints };
+        let linked = |id: &&NodeId| nodes.get(*id).is_some_and(|node| node.linked);
+        let reached = views.iter().find_map(|view| view.nodes().find(linked));
+        reached.or(views.first().map(|newest| &newest.node)).cloned()
     }
 
-    /// Its checkpoints are on this node alone.
-    pub(super) fn is_only_on(&self, node: &NodeId) -> bool {
-        self.checkpoints.first().is_some_and(|newest| newest.nodes().all(|other| other == node))
+    /// No other node that is connected has any of its checkpoints.
+    pub(super) fn is_only_on(&self, node: &NodeId, nodes: &BTreeMap<NodeId, Node>) -> bool {
+        let has = |other: &NodeId| other != node && nodes.get(other).is_some_and(|other| other.linked);
+        !self.checkpoints.is_empty() && !self.checkpoints.iter().any(|view| view.nodes().any(has))
     }
 }
 

@@ -99,7 +99,12 @@ impl Engine {
             return self.requeue(turn, victim, &reason);
         }
         let grace = job.spec.stop_grace;
-        self.end_gang(turn, victim, Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::Preempted), reason }, grace);
+        self.end_gang(
+            turn,
+            victim,
+            Ending { then: Then::Requeue, at: turn.now, rank: None, cause: Some(Cause::Preempted), reason, deadline: None },
+            grace,
+        );
     }
 
     /// Who is to be stopped; `None` when that would not help, or is not needed. `by`: for whom, with its attempts so far.

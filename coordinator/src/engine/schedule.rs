@@ -17,7 +17,7 @@ use everlit_api::status::PlacedRanks;
 use everlit_api::time::Timestamp;
 
 use super::limits::{BACKFILL_LINES_MAX, PASSES_MAX};
-use super::placement::{Board, NOTHING, Need, Placement, Taken, plan_near};
+use super::placement::{Board, NOTHING, Need, Node, Placement, Taken, plan_near};
 use super::timers::Timer;
 use super::{Engine, Turn};
 
@@ -44,6 +44,19 @@ pub(super) struct Head {
     pub(super) shares: Vec<PlacedRanks>,
     /// By then all that it waits for has ended.
     pub(super) at: Option<Timestamp>,
+}
+
+impl Head {
+    /// A job behind it has ended by the time that it can go.
+    pub(super) fn is_after(&self, need: &Need, now: Timestamp) -> bool {
+        need.ends_within.zip(self.at).is_some_and(|(within, at)| now.0.saturating_add(within.0) <= at.0)
+    }
+
+    /// What a job behind it may go on now; `None`: nobody goes before it.
+    pub(super) fn beside<'a>(&self, nodes: &'a BTreeMap<NodeId, Node>, need: &Need, now: Timestamp) -> Option<Board<'a>> {
+        let board = if self.is_after(need, now) { Board::before_head(nodes) } else { Board::now(nodes) };
+        (!self.shares.is_empty()).then_some(board)
+    }
 }
 
 impl Pass {
@@ -120,12 +133,7 @@ impl Engine {
         let Some(job) = self.jobs.get(&id) else { unreachable!("the queue holds active jobs") };
         let home = job.home(&self.nodes);
         if let Some(head) = &self.pass.head {
-            let in_time = need.ends_within.zip(head.at).is_some_and(|(within, at)| turn.now.0.saturating_add(within.0) <= at.0);
-            let place = match head.shares.is_empty() {
-                true => None,
-                false if in_time => Board::before_head(&self.nodes).choose(need, home.as_ref()),
-                false => Board::now(&self.nodes).choose(need, home.as_ref()),
-            };
+            let place = head.beside(&self.nodes, need, turn.now).and_then(|board| board.choose(need, home.as_ref()));
             return place.map_or(Looked::Waits, |place| self.send(turn, id, need, place));
         }
         match plan_near(&self.nodes, need, home.as_ref()) {

@@ -14,6 +14,7 @@ use everlit_api::status::{CheckpointView, JobState, PlacedRanks};
 use everlit_api::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::copies::Copying;
 use super::ledger::Book;
 use super::progress::{Progress, Rates, Series};
 use super::rank_restart::RankRestart;
@@ -85,8 +86,17 @@ pub struct Job {
     pub book: Book,
     /// Newest first.
     pub checkpoints: Vec<CheckpointView>,
+    /// Checkpoints of the job that it begins from, newest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub origin: Vec<CheckpointView>,
     /// Every node that ever had files of it, in the order in which they came: it only grows at its end.
     pub nodes: Vec<NodeId>,
+    /// Nodes that were told to keep copies of its checkpoints.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub copies_on: Vec<NodeId>,
+    /// What is being copied.
+    #[serde(skip)]
+    pub copying: Copying,
     /// Where the ranks of the attempt before this one ran, or of the last.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ran_on: Vec<PlacedRanks>,
@@ -280,6 +290,16 @@ pub struct Ending {
     pub cause: Option<Cause>,
     /// In one sentence.
     pub reason: String,
+    /// What lives then is killed, however often and late its nodes are told; null: each time they are told its job's whole grace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<Timestamp>,
+}
+
+impl Ending {
+    /// Nobody has longer than until then.
+    pub fn limit(&mut self, at: Timestamp) {
+        self.deadline = Some(self.deadline.map_or(at, |before| before.min(at)));
+    }
 }
 
 /// What follows an attempt that ends before its time, the weakest first.
@@ -538,8 +558,9 @@ impl Job {
 }
 
 fn node_in(placement: &[PlacedRanks], rank: u32) -> Option<&NodeId> {
-    let share = |p: &&PlacedRanks| rank >= p.first_rank && rank - p.first_rank < p.count;
-    placement.iter().find(share).map(|p| &p.node)
+    // Shares are in rank order (INV-9).
+    let at = placement.partition_point(|share| share.first_rank + share.count <= rank);
+    placement.get(at).filter(|share| share.first_rank <= rank).map(|share| &share.node)
 }
 
 /// Facts of an event, by name.

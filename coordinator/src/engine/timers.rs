@@ -18,6 +18,8 @@ pub enum Timer {
     Regroup(JobId),
     /// A smaller gang tries again to get back to its size.
     Grow(JobId),
+    /// A checkpoint may be copied.
+    Copies(JobId),
     /// One rank is done and the others should be by now.
     Straggler(JobId),
     /// The job's `time_limit`.
@@ -54,7 +56,9 @@ impl Timers {
 
     /// Takes back all that concern a job.
     pub fn clear_job(&mut self, job: JobId) {
-        for timer in [Timer::Retry(job), Timer::Regroup(job), Timer::Grow(job), Timer::Straggler(job), Timer::TimeLimit(job)] {
+        let all =
+            [Timer::Retry(job), Timer::Regroup(job), Timer::Grow(job), Timer::Copies(job), Timer::Straggler(job), Timer::TimeLimit(job)];
+        for timer in all {
             self.clear(&timer);
         }
         self.clear_ranks(job);

@@ -1,29 +1,57 @@
 //! The links to agents: who is connected, and a bounded line to each. A line that is full is cut: the agent comes back and says `Hello`.
+//!
+//! Each link has a share of the driver's queue, by bytes: one that sends as fast as it can waits for its own frames to be handled, and others
+//! go on between them. The trap: what is not understood may be a newer agent's, and is passed over; what is no frame at all ends the link.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use everlit_api::agent::copies::{CopyDoor, Source};
 use everlit_api::agent::{FromAgent, LogFrame, PROTOCOL, ToAgent};
 use everlit_api::control::{Agent, AgentFrame, AgentLink};
-use everlit_api::ids::NodeId;
+use everlit_api::ids::{JobId, NodeId};
 use everlit_api::join::BadCertificate;
 use everlit_api::time::Millis;
-use tokio::sync::{mpsc, watch};
+use serde::Deserialize;
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::driver::Input;
-use super::logs::{LogMessage, Streams};
+use super::logs::{Delivery, LogMessage, Streams};
 use super::members::Members;
 
 /// Time for the first frame of a link.
 const HELLO_WAIT: Duration = Duration::from_secs(10);
+
+/// Bytes of one link's frames that may wait for the driver, and what a frame counts for at least: 256 small ones, or one that is large.
+const WAITING_BYTES_MAX: u32 = 1024 * 1024;
+const FRAME_COUNTS_MIN: u32 = 4 * 1024;
+
+/// What the `Hello` of every version has.
+#[derive(Debug, Deserialize)]
+struct AnyHello {
+    protocol: u32,
+    node: NodeId,
+}
+
+/// One link while it is served.
+struct Served<'a> {
+    node: &'a NodeId,
+    inputs: &'a mpsc::Sender<Input>,
+    /// Its share of the driver's queue.
+    room: Arc<Semaphore>,
+    /// Frames that were passed over.
+    strange: u64,
+}
 
 #[derive(Debug)]
 struct Link {
     session: u64,
     is_local: bool,
     to: mpsc::Sender<String>,
+    /// Its address, and its door for checkpoints.
+    copies: Option<(String, CopyDoor)>,
 }
 
 /// Everybody who is connected.
@@ -66,6 +94,17 @@ impl Agents {
         }
     }
 
+    /// Says how those are reached who give a job's checkpoints; who can not be reached now is left out.
+    pub fn reach(&self, job: JobId, sources: &mut Vec<Source>) {
+        let links = self.links();
+        sources.retain_mut(|source| {
+            let Some((address, door)) = links.get(&source.node).and_then(|link| link.copies.as_ref()) else { return false };
+            (source.address, source.port, source.certificate) = (address.clone(), door.port, door.certificate.clone());
+            source.ticket = door.ticket(job);
+            true
+        });
+    }
+
     /// Whether a node's agent is connected.
     pub fn is_linked(&self, node: &NodeId) -> bool {
         self.links().contains_key(node)
@@ -92,22 +131,27 @@ impl Agents {
     /// Serves a link until it ends.
     pub async fn serve(&self, agent: &Agent, mut link: AgentLink, members: &Members, inputs: &mpsc::Sender<Input>) {
         let first = tokio::time::timeout(HELLO_WAIT, link.from.recv()).await;
-        let hello = match first {
-            Ok(Some(AgentFrame::Text(text))) => serde_json::from_str(&text),
-            _ => return,
-        };
-        let hello = match hello {
-            Ok(FromAgent::Hello(hello)) if hello.protocol == PROTOCOL => hello,
-            Ok(FromAgent::Hello(hello)) => {
-                let why =
-                    format!("this agent speaks protocol {}, and the coordinator {PROTOCOL}: install the same version", hello.protocol);
-                return turn_away(&link, &hello.node, &why).await;
+        let text = match first {
+            Ok(Some(AgentFrame::Text(text))) => text,
+            Ok(Some(AgentFrame::Binary(_))) => {
+                return not_begun(&link, "its first frame is of a log").await;
             }
-            other => {
-                tracing::warn!("a link that does not begin with hello: {:?}", other.err());
-                return;
-            }
+            Ok(None) => return,
+            Err(_) => return tracing::warn!("a link is ended: it said nothing for {} s", HELLO_WAIT.as_secs()),
         };
+        // Of another version it may have any other fields.
+        if let Ok(AnyHello { protocol, node }) = serde_json::from_str(&text)
+            && protocol != PROTOCOL
+        {
+            let why = format!("this agent speaks protocol {protocol}, and the coordinator {PROTOCOL}: install the same version");
+            return turn_away(&link, &node, &why).await;
+        }
+        let hello = match serde_json::from_str(&text) {
+            Ok(FromAgent::Hello(hello)) => hello,
+            Ok(_) => return not_begun(&link, "its first frame is another").await,
+            Err(error) => return not_begun(&link, &format!("its first frame can not be read: {error}")).await,
+        };
+        drop(text);
         let node = hello.node.clone();
         let is_local = *agent == Agent::Local;
         match agent {
@@ -128,7 +172,8 @@ impl Agents {
         if link.to.send(text).await.is_err() {
             return;
         }
-        let before = self.links().insert(node.clone(), Link { session, is_local, to: link.to });
+        let copies = hello.address.clone().zip(hello.copies.clone());
+        let before = self.links().insert(node.clone(), Link { session, is_local, to: link.to, copies });
         drop(before);
         if !is_local && !members.is_member(&node) {
             // It was expelled while it connected.
@@ -139,10 +184,14 @@ impl Agents {
         }
         self.changed.send_modify(|n| *n += 1);
         tracing::info!(%node, "an agent is linked");
+        let mut own = Served { node: &node, inputs, room: Arc::new(Semaphore::new(WAITING_BYTES_MAX as usize)), strange: 0 };
         while let Some(frame) = link.from.recv().await {
-            if !self.pass_on(&node, frame, inputs).await {
+            if !self.pass_on(&mut own, frame).await {
                 break;
             }
+        }
+        if own.strange > 1 {
+            tracing::warn!(%node, "{} frames of its link were passed over", own.strange);
         }
         let newest = self.unlink(&node, session);
         self.streams.node_gone(&node);
@@ -164,30 +213,62 @@ impl Agents {
     }
 
     /// False when the link must end.
-    async fn pass_on(&self, node: &NodeId, frame: AgentFrame, inputs: &mpsc::Sender<Input>) -> bool {
-        match frame {
+    async fn pass_on(&self, own: &mut Served<'_>, frame: AgentFrame) -> bool {
+        let text = match frame {
+            AgentFrame::Text(text) => text,
             AgentFrame::Binary(bytes) => {
-                if let Some(header) = LogFrame::decode(&bytes) {
-                    self.streams.deliver(header.stream, LogMessage::Frame(header, bytes.slice(LogFrame::BYTES..)));
+                let Some(header) = LogFrame::decode(&bytes) else {
+                    own.pass_over("a log frame that is too short");
+                    return true;
+                };
+                return self.deliver(own, header.stream, LogMessage::Frame(header, bytes.slice(LogFrame::BYTES..)));
+            }
+        };
+        match serde_json::from_str(&text) {
+            Ok(FromAgent::LogClosed { stream, error }) => self.deliver(own, stream, LogMessage::Closed(error)),
+            Ok(FromAgent::Hello(_)) => {
+                tracing::warn!(node = %own.node, "a second hello on one link: it is ended");
+                if let Some(link) = self.links().get(own.node) {
+                    // Full, it says so by its end.
+                    let _ = link.to.try_send(refused("a second `hello` on one link", false));
                 }
+                false
+            }
+            Ok(frame) => {
+                let counts = u32::try_from(text.len()).unwrap_or(u32::MAX).clamp(FRAME_COUNTS_MIN, WAITING_BYTES_MAX);
+                drop(text);
+                let Ok(room) = own.room.clone().acquire_many_owned(counts).await else { return false };
+                own.inputs.send(Input::Agent(own.node.clone(), frame, room)).await.is_ok()
+            }
+            Err(e) => {
+                // A newer agent may say more than this coordinator knows.
+                own.pass_over(&e.to_string());
                 true
             }
-            AgentFrame::Text(text) => match serde_json::from_str(&text) {
-                Ok(FromAgent::LogClosed { stream, error }) => {
-                    self.streams.deliver(stream, LogMessage::Closed(error));
-                    true
-                }
-                Ok(FromAgent::Hello(_)) => {
-                    tracing::warn!(%node, "a second hello on one link: it is ended");
-                    false
-                }
-                Ok(frame) => inputs.send(Input::Agent(node.clone(), frame)).await.is_ok(),
-                Err(e) => {
-                    // A newer agent may say more than this coordinator knows.
-                    tracing::warn!(%node, "a frame is not understood and passed over: {e}");
-                    true
-                }
-            },
+        }
+    }
+
+    fn deliver(&self, own: &mut Served<'_>, stream: u64, message: LogMessage) -> bool {
+        match self.streams.deliver(own.node, stream, message) {
+            Delivery::Done => true,
+            Delivery::Foreign => {
+                own.pass_over("part of a log that another node was asked for");
+                true
+            }
+            Delivery::Overrun => {
+                tracing::warn!(node = %own.node, "it sends more of a log than it was given credit for: its link is ended");
+                false
+            }
+        }
+    }
+}
+
+impl Served<'_> {
+    /// The first is told, and how many there were when the link ends.
+    fn pass_over(&mut self, why: &str) {
+        self.strange += 1;
+        if self.strange == 1 {
+            tracing::warn!(node = %self.node, "a frame is passed over: {why}");
         }
     }
 }
@@ -196,8 +277,17 @@ fn refused(reason: &str, expelled: bool) -> String {
     serde_json::to_string(&ToAgent::Refused { reason: reason.into(), expelled }).expect("frames are plain data")
 }
 
+/// Says that a link is not one of an agent; it ends with that.
+async fn not_begun(link: &AgentLink, what: &str) {
+    tracing::warn!("a link that does not begin with hello is ended: {what}");
+    let _ = link.to.send(refused(&format!("a link begins with `hello`, and {what}"), false)).await;
+}
+
 /// Says why a link is not taken; it ends with that.
 async fn turn_away(link: &AgentLink, node: &NodeId, why: &str) {
     tracing::error!(%node, "an agent is turned away: {why}");
     let _ = link.to.send(refused(why, false)).await;
 }
+
+#[cfg(test)]
+mod tests;

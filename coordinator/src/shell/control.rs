@@ -7,15 +7,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use everlit_api::auth::{AuditEntry, AuditView, BadToken, Caller, MadeToken, NewToken, TokenView};
 use everlit_api::control::{
-    Accepted, Agent, AgentLink, Answer, Control, EventItem, EventQuery, ListQuery, LogItem, LogQuery, PurgeQuery, Submission,
+    Accepted, Agent, AgentLink, Answer, Control, EventItem, EventQuery, ListQuery, LogItem, LogQuery, PackageBytes, PurgeQuery, Submission,
+    Upload,
 };
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::job::JobSpec;
 use everlit_api::join::{BadCertificate, BadJoin, JoinRequest, MadeNodeToken, NewNodeToken, NodeCertificate, NodeTokenView};
+use everlit_api::package::PackageView;
 use everlit_api::problem::{Code, Problem};
 use everlit_api::status::{
-    AttemptView, CheckpointView, EventView, Explanation, GpuCounts, JobState, JobView, MetricPoint, NodeCounts, NodeView, Page,
-    PlacementPlan, ServingCounts, StatusView, Summary,
+    AttemptView, CheckpointView, EventView, Explanation, JobState, JobView, MetricPoint, NodeCounts, NodeView, Page, PlacementPlan,
+    ServingCounts, StatusView, Summary,
 };
 use everlit_api::time::{Millis, Timestamp};
 use tokio::sync::{mpsc, oneshot};
@@ -26,7 +28,8 @@ use super::clock::Clock;
 use super::driver::{Handle, Input};
 use super::logs::{ITEMS_MAX, Reader};
 use super::members::{Joining, Members};
-use super::metrics::{Metrics, Now};
+use super::metrics::{Metrics, engine_now, gpu_counts};
+use super::packages::Packages;
 use super::store::{JobFilter, Store, StoreError};
 use super::tokens::Tokens;
 use crate::engine::state::Job;
@@ -60,6 +63,8 @@ pub struct Coordinator {
     pub agent_silence_max: std::time::Duration,
     /// How callers are known, in a word or two.
     pub auth: Arc<str>,
+    /// Folders that go with jobs.
+    pub packages: Arc<Packages>,
     /// Recovery is done and no end is near.
     pub ready: Arc<AtomicBool>,
 }
@@ -212,7 +217,7 @@ impl Coordinator {
         let mut found = Vec::new();
         for row in self.store.jobs(&filter, PURGE_MAX).await? {
             let job = read_row(&row)?;
-            found.push((job.id, job.state, job.nodes));
+            found.push((job.id, job.state, job.keepers()));
         }
         let ids = found.iter().map(|(id, ..)| *id).collect();
         if !dry_run && !found.is_empty() {
@@ -240,10 +245,16 @@ impl Control for Coordinator {
                 }
                 return Ok(Accepted { job: self.view(id).await?, replayed: true });
             }
+            self.packages.needed_by(&submission.spec)?;
+            // What can not be looked up now its node may have all the same.
+            let origin = match submission.spec.resume_from.as_ref().and_then(|from| from.parse().ok()) {
+                Some(from) => self.of_job(from, |job, _, _| job.checkpoints.clone()).await.unwrap_or_default(),
+                None => Vec::new(),
+            };
             let (reply, answer) = oneshot::channel();
             let shown = submission.spec.redacted();
             let user = submission.user.clone();
-            self.send(Input::Submit { spec: Box::new(submission.spec), idempotency, user, reply }).await?;
+            self.send(Input::Submit { spec: Box::new(submission.spec), origin, idempotency, user, reply }).await?;
             let id = answer.await.map_err(|_| gone())??;
             let job = JobView {
                 job_id: id,
@@ -267,7 +278,10 @@ impl Control for Coordinator {
     }
 
     fn plan(&self, spec: JobSpec) -> Answer<'_, PlacementPlan> {
-        Box::pin(self.look(move |engine, _| engine.plan(&spec)))
+        Box::pin(async move {
+            self.packages.needed_by(&spec)?;
+            self.look(move |engine, now| engine.plan(&spec, now)).await
+        })
     }
 
     fn jobs(&self, query: ListQuery) -> Answer<'_, Page<JobView>> {
@@ -318,7 +332,7 @@ impl Control for Coordinator {
             }
             let job = self.stored(id).await?;
             self.metrics.jobs_removed([job.state]);
-            self.remove(vec![(id, job.nodes)]).await?;
+            self.remove(vec![(id, job.keepers())]).await?;
             Ok(view)
         })
     }
@@ -506,6 +520,18 @@ impl Control for Coordinator {
         Box::pin(self.end_token(id))
     }
 
+    fn keep_package(&self, upload: Upload) -> Answer<'_, (PackageView, bool)> {
+        Box::pin(self.take_package(upload))
+    }
+
+    fn package(&self, package: String) -> Answer<'_, PackageView> {
+        Box::pin(async move { self.packages.take_up(&package) })
+    }
+
+    fn read_package(&self, package: String) -> Answer<'_, (u64, PackageBytes)> {
+        Box::pin(async move { self.packages.read(&package).await })
+    }
+
     fn agent_token_is(&self, token: &str) -> bool {
         // Same time whatever the first difference is.
         let (given, own) = (token.as_bytes(), self.agent_token.as_bytes());
@@ -556,29 +582,5 @@ impl Control for Coordinator {
 
     fn expel(&self, node: NodeId, force: bool) -> Answer<'_, NodeView> {
         Box::pin(self.expel_node(node, force))
-    }
-}
-
-fn engine_now(engine: &Engine) -> Now {
-    let ready = engine.nodes().values().filter(|n| n.linked).count() as u64;
-    Now {
-        jobs: engine.counts(),
-        ranks: engine.jobs().map(|job| u64::from(job.ranks.alive())).sum(),
-        slow_ranks: engine.jobs().map(Job::slow_ranks).sum(),
-        nodes: (ready, engine.nodes().len() as u64 - ready),
-        queue: engine.queue_depth() as u64,
-        stale: engine.stale_news(),
-        uptime: std::time::Duration::ZERO,
-    }
-}
-
-fn gpu_counts(engine: &Engine) -> GpuCounts {
-    let linked = || engine.nodes().values().filter(|n| n.linked);
-    let loads: Vec<f64> = linked().flat_map(|n| n.load.gpus.iter().map(|g| g.utilization)).collect();
-    let mean = if loads.is_empty() { 0.0 } else { loads.iter().sum::<f64>() / loads.len() as f64 };
-    GpuCounts {
-        total: linked().map(|n| n.capacity.gpus.len() as u64).sum(),
-        used: linked().map(|n| n.taken.gpus.len() as u64).sum(),
-        utilization: mean,
     }
 }

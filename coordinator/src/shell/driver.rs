@@ -13,10 +13,11 @@ use everlit_api::ids::{JobId, NodeId};
 use everlit_api::job::JobSpec;
 use everlit_api::join::to_hex;
 use everlit_api::problem::{Code, Problem};
-use everlit_api::status::{EventView, JobState};
+use everlit_api::service::Pulse;
+use everlit_api::status::{CheckpointView, EventView, JobState};
 use everlit_api::time::Timestamp;
 use sha2::{Digest, Sha256};
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, broadcast, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::agents::Agents;
@@ -36,6 +37,8 @@ const RETRY: Duration = Duration::from_millis(500);
 const REMOVALS_ASKED: usize = 256;
 /// A used key is remembered here so long after its job is durable, while who asked before may still come.
 const KEY_MEMORY_MS: u64 = 30_000;
+/// Between two warnings that a node speaks of what is not its own.
+const WARN_EVERY_MS: u64 = 60_000;
 /// Events that a slow follower may lag behind before it reads the store again.
 const FOLLOW_EVENTS: usize = 1_024;
 
@@ -50,6 +53,8 @@ pub enum Input {
     Submit {
         /// Checked.
         spec: Box<JobSpec>,
+        /// Checkpoints of the job that it begins from.
+        origin: Vec<CheckpointView>,
         /// The key and the body's hash.
         idempotency: Option<(String, [u8; 32])>,
         /// Whose it is.
@@ -88,8 +93,8 @@ pub enum Input {
     },
     /// An agent said hello on a new link, of this session.
     Linked(u64, Box<Hello>),
-    /// An agent's frame.
-    Agent(NodeId, FromAgent),
+    /// An agent's frame, with its share of the room that its link has here.
+    Agent(NodeId, FromAgent, OwnedSemaphorePermit),
     /// The link of that session ended.
     Unlinked(u64, NodeId),
 }
@@ -148,6 +153,8 @@ pub struct Driver {
     secret: Arc<str>,
     removals: BTreeMap<NodeId, BTreeSet<JobId>>,
     removals_asked: BTreeMap<NodeId, usize>,
+    /// When it was last warned of a node that speaks of what is not its own.
+    warned: BTreeMap<NodeId, Timestamp>,
 }
 
 impl Driver {
@@ -191,6 +198,7 @@ impl Driver {
             secret,
             removals,
             removals_asked: BTreeMap::new(),
+            warned: BTreeMap::new(),
         };
         Ok((driver, clock, news))
     }
@@ -198,6 +206,7 @@ impl Driver {
     /// Runs until every sender of inputs is gone.
     pub async fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
         let mut commit: Option<JoinHandle<Pending>> = None;
+        let mut pulse = Pulse::asked();
         loop {
             if commit.is_none() && !self.pending.is_empty() {
                 commit = self.begin_commit();
@@ -213,6 +222,7 @@ impl Driver {
                         Err(e) => panic!("the commit task ended: {e}"),
                     }
                 }
+                () = pulse.due() => pulse.tell(&self.in_short()),
                 input = inputs.recv(), if self.pending.steps < BATCH_STEPS_MAX => {
                     let Some(input) = input else { break };
                     self.take(input);
@@ -230,9 +240,16 @@ impl Driver {
         }
     }
 
+    /// What goes on, in a line.
+    fn in_short(&self) -> String {
+        let linked = self.engine.nodes().values().filter(|node| node.linked).count();
+        let waiting = self.engine.queue_depth();
+        format!("{linked} nodes, {} jobs, {waiting} more in the queue", self.engine.jobs().count() - waiting)
+    }
+
     fn take(&mut self, input: Input) {
         match input {
-            Input::Submit { spec, idempotency, user, reply } => self.submit(*spec, idempotency, user, reply),
+            Input::Submit { spec, origin, idempotency, user, reply } => self.submit((*spec, origin), idempotency, user, reply),
             Input::Wish(event) => self.feed(event),
             Input::Look(look) => {
                 let after = look(&self.engine, self.clock.now());
@@ -264,11 +281,14 @@ impl Driver {
             Input::Linked(session, hello) => {
                 let node = hello.node.clone();
                 self.sessions.insert(node.clone(), session);
-                self.feed(Event::NodeLinked { hello });
+                self.hear(node.clone(), Event::NodeLinked { hello });
                 self.removals_asked.remove(&node);
                 self.ask_removals(&node);
             }
-            Input::Agent(node, frame) => self.agent_said(node, frame),
+            Input::Agent(node, frame, room) => {
+                drop(room);
+                self.agent_said(node, frame);
+            }
             Input::Unlinked(session, node) => {
                 if self.sessions.get(&node) == Some(&session) {
                     self.feed(Event::NodeUnlinked { node });
@@ -290,8 +310,20 @@ impl Driver {
             }
             return;
         }
-        if let Some(event) = Event::of_frame(node, frame) {
-            self.feed(event);
+        if let Some(event) = Event::of_frame(node.clone(), frame) {
+            self.hear(node, event);
+        }
+    }
+
+    /// What a node's agent says. That some of it was passed over is told, once a minute for each node.
+    fn hear(&mut self, node: NodeId, event: Event) {
+        let before = self.engine.foreign_news();
+        self.feed(event);
+        let foreign = self.engine.foreign_news() - before;
+        let now = self.clock.now();
+        if foreign > 0 && self.warned.get(&node).is_none_or(|at| now.since_ms(*at) >= WARN_EVERY_MS) {
+            tracing::warn!(%node, "its agent speaks of ranks or files of other nodes, which is passed over: see docs/security.md");
+            self.warned.insert(node, now);
         }
     }
 
@@ -321,7 +353,7 @@ impl Driver {
 
     fn submit(
         &mut self,
-        spec: JobSpec,
+        (spec, origin): (JobSpec, Vec<CheckpointView>),
         idempotency: Option<(String, [u8; 32])>,
         user: Option<String>,
         reply: oneshot::Sender<Result<JobId, Problem>>,
@@ -349,7 +381,7 @@ impl Driver {
         }
         let id = self.fresh_job_id();
         self.seeds = self.seeds.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        self.feed(Event::JobSubmitted { id, spec: Arc::new(spec), seed: self.seeds, user });
+        self.feed(Event::JobSubmitted { id, spec: Arc::new(spec), seed: self.seeds, user, origin });
         if let Some((key, body_hash)) = idempotency {
             self.keys.insert(key.clone(), (body_hash, id));
             self.pending.batch.idempotency.push(Idempotency { key, body_hash, job: id, at: self.clock.now() });
@@ -475,11 +507,7 @@ impl Driver {
         for command in done.commands {
             match command {
                 Command::Tell { node, mut frame } => {
-                    if let ToAgent::StartGang(spec) = &mut frame
-                        && spec.group_world_size > 1
-                    {
-                        spec.rendezvous_secret = self.meeting_secret(spec.job, spec.attempt);
-                    }
+                    self.add_secrets(&mut frame);
                     self.agents.tell(&node, &frame);
                 }
                 Command::Final { job, state, .. } => drop(self.news.send(News::Final(job, state))),
@@ -492,6 +520,22 @@ impl Driver {
 }
 
 impl Driver {
+    /// What the engine does not know of: how nodes of a gang meet, and what opens their doors for checkpoints.
+    fn add_secrets(&self, frame: &mut ToAgent) {
+        match frame {
+            ToAgent::StartGang(spec) => {
+                if spec.group_world_size > 1 {
+                    spec.rendezvous_secret = self.meeting_secret(spec.job, spec.attempt);
+                }
+                if let Some(fetch) = &mut spec.fetch {
+                    self.agents.reach(fetch.of.unwrap_or(spec.job), &mut fetch.sources);
+                }
+            }
+            ToAgent::CopyCheckpoint(order) => self.agents.reach(order.job, &mut order.sources),
+            _ => {}
+        }
+    }
+
     /// The same for all nodes of an attempt, however often it is said, and for nobody else.
     fn meeting_secret(&self, job: JobId, attempt: u32) -> String {
         let mut hash = Sha256::new();

@@ -5,6 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::net::{IpAddr, UdpSocket};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -26,6 +27,23 @@ pub struct LocalAgent {
     pub coordinator_file: PathBuf,
     /// The program.
     pub program: PathBuf,
+    /// Where ranks of other nodes reach this machine; `None` leaves it to the agent's own environment.
+    pub address: Option<IpAddr>,
+}
+
+/// Where others reach this machine, when its doors are open for others: the address that is listened on, or the one that the way out has.
+pub fn reached_at(listen: IpAddr) -> Option<IpAddr> {
+    if listen.is_loopback() || std::env::var_os("EVERLIT_ADDRESS").is_some() {
+        return None;
+    }
+    if !listen.is_unspecified() {
+        return Some(listen);
+    }
+    // Nothing is sent: the kernel only looks up the way to an address that is kept for documents.
+    let (own, far) = if listen.is_ipv4() { ("0.0.0.0:0", "192.0.2.1:9") } else { ("[::]:0", "[2001:db8::1]:9") };
+    let socket = UdpSocket::bind(own).ok()?;
+    socket.connect(far).ok()?;
+    socket.local_addr().ok().map(|at| at.ip()).filter(|ip| !ip.is_loopback() && !ip.is_unspecified())
 }
 
 /// A folder's lock; given up when dropped, or when the process ends however it does.
@@ -91,9 +109,13 @@ impl LocalAgent {
             .arg(&self.dir)
             .arg("--coordinator-file")
             .arg(&self.coordinator_file)
+            .args(self.address.iter().flat_map(|at| ["--address".to_string(), at.to_string()]))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
+        for name in everlit_api::service::VARIABLES {
+            command.env_remove(name);
+        }
         // SAFETY: setsid is async-signal-safe and touches no memory of this process.
         unsafe {
             command.pre_exec(|| {

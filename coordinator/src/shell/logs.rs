@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use everlit_api::agent::LogFrame;
 use everlit_api::agent::log::LogStart;
+use everlit_api::agent::{LOG_CREDIT_BYTES, LogFrame};
 use everlit_api::control::{LogItem, LogQuery};
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::problem::{Code, Problem};
@@ -32,6 +32,8 @@ mod tail;
 
 /// Items that wait for a reader.
 pub const ITEMS_MAX: usize = 256;
+/// Frames of one stream that may wait for its reader; so many small ones that their bytes are far from the credit are no log.
+const FRAMES_WAITING_MAX: u64 = LOG_CREDIT_BYTES / 16;
 /// How long a reader waits for a node to come back.
 const NODE_WAIT: Duration = Duration::from_secs(30);
 /// Lines of a tail at most.
@@ -52,6 +54,19 @@ pub enum LogMessage {
 struct Open {
     node: NodeId,
     to: mpsc::UnboundedSender<(u64, LogMessage)>,
+    /// Bytes and frames that came and that its reader has not taken.
+    waiting: (u64, u64),
+}
+
+/// What became of something that came for a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    /// Its reader has it, or is gone.
+    Done,
+    /// The stream is of another node: passed over.
+    Foreign,
+    /// More than there was credit for: whoever sends so fills our memory.
+    Overrun,
 }
 
 /// Streams that are open.
@@ -68,14 +83,32 @@ impl Streams {
 
     fn add(&self, node: NodeId, to: mpsc::UnboundedSender<(u64, LogMessage)>) -> u64 {
         let stream = self.next.fetch_add(1, Ordering::Relaxed);
-        self.open().insert(stream, Open { node, to });
+        self.open().insert(stream, Open { node, to, waiting: (0, 0) });
         stream
     }
 
-    /// Passes on what came for a stream.
-    pub fn deliver(&self, stream: u64, message: LogMessage) {
-        if let Some(open) = self.open().get(&stream) {
-            let _ = open.to.send((stream, message));
+    /// Passes on what a node sent for a stream.
+    pub fn deliver(&self, node: &NodeId, stream: u64, message: LogMessage) -> Delivery {
+        let mut all = self.open();
+        // Closed a moment ago.
+        let Some(open) = all.get_mut(&stream) else { return Delivery::Done };
+        if open.node != *node {
+            return Delivery::Foreign;
+        }
+        if let LogMessage::Frame(_, records) = &message {
+            open.waiting = (open.waiting.0 + records.len() as u64, open.waiting.1 + 1);
+            if open.waiting.0 > LOG_CREDIT_BYTES || open.waiting.1 > FRAMES_WAITING_MAX {
+                return Delivery::Overrun;
+            }
+        }
+        let _ = open.to.send((stream, message));
+        Delivery::Done
+    }
+
+    /// A reader took a frame of so many bytes: its node may send as many.
+    fn taken(&self, stream: u64, bytes: u64) {
+        if let Some(open) = self.open().get_mut(&stream) {
+            open.waiting = (open.waiting.0.saturating_sub(bytes), open.waiting.1.saturating_sub(1));
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use everlit_api::status::JobState;
+use everlit_api::status::{GpuCounts, JobState};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -13,7 +13,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::engine::Record;
+use crate::engine::state::Job;
+use crate::engine::{Engine, Record};
 
 type Label = Vec<(&'static str, String)>;
 
@@ -28,6 +29,7 @@ pub struct Metrics {
     nodes: Family<Label, Gauge>,
     queue: Gauge,
     stale: Gauge,
+    foreign: Gauge,
     commits: Histogram,
     batch: Histogram,
     commit_failures: Counter,
@@ -47,6 +49,7 @@ impl Default for Metrics {
             nodes: Family::default(),
             queue: Gauge::default(),
             stale: Gauge::default(),
+            foreign: Gauge::default(),
             commits: Histogram::new(exponential_buckets(0.000_25, 2.0, 14)),
             batch: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
             commit_failures: Counter::default(),
@@ -60,6 +63,11 @@ impl Default for Metrics {
         registry.register("nodes", "Nodes by state", own.nodes.clone());
         registry.register("queue_depth", "Jobs that wait for a place", own.queue.clone());
         registry.register("stale_news", "News of past incarnations that were dropped since the start", own.stale.clone());
+        registry.register(
+            "foreign_news",
+            "News of nodes about ranks or files that are not theirs, passed over since the start",
+            own.foreign.clone(),
+        );
         registry.register_with_unit("store_commit", "Time of a transaction until it is durable", Unit::Seconds, own.commits.clone());
         registry.register("store_commit_steps", "Engine steps per transaction", own.batch.clone());
         registry.register("store_commit_failures", "Transactions that failed and were tried again", own.commit_failures.clone());
@@ -83,6 +91,8 @@ pub struct Now {
     pub queue: u64,
     /// Dropped news.
     pub stale: u64,
+    /// News of nodes about what is not theirs.
+    pub foreign: u64,
     /// Since the start.
     pub uptime: Duration,
 }
@@ -145,11 +155,39 @@ impl Metrics {
         self.slow_ranks.set(now.slow_ranks as i64);
         self.queue.set(now.queue as i64);
         self.stale.set(now.stale as i64);
+        self.foreign.set(now.foreign as i64);
         self.nodes.get_or_create(&vec![("state", "ready".to_string())]).set(now.nodes.0 as i64);
         self.nodes.get_or_create(&vec![("state", "lost".to_string())]).set(now.nodes.1 as i64);
         self.uptime.set(now.uptime.as_secs_f64());
         let mut text = String::new();
         encode(&mut text, &self.registry).expect("writing to a string does not fail");
         text
+    }
+}
+
+/// What the engine knows of it.
+pub(super) fn engine_now(engine: &Engine) -> Now {
+    let ready = engine.nodes().values().filter(|n| n.linked).count() as u64;
+    Now {
+        jobs: engine.counts(),
+        ranks: engine.jobs().map(|job| u64::from(job.ranks.alive())).sum(),
+        slow_ranks: engine.jobs().map(Job::slow_ranks).sum(),
+        nodes: (ready, engine.nodes().len() as u64 - ready),
+        queue: engine.queue_depth() as u64,
+        stale: engine.stale_news(),
+        foreign: engine.foreign_news(),
+        uptime: Duration::ZERO,
+    }
+}
+
+/// GPUs of the nodes that are linked.
+pub(super) fn gpu_counts(engine: &Engine) -> GpuCounts {
+    let linked = || engine.nodes().values().filter(|n| n.linked);
+    let loads: Vec<f64> = linked().flat_map(|n| n.load.gpus.iter().map(|g| g.utilization)).collect();
+    let mean = if loads.is_empty() { 0.0 } else { loads.iter().sum::<f64>() / loads.len() as f64 };
+    GpuCounts {
+        total: linked().map(|n| n.capacity.gpus.len() as u64).sum(),
+        used: linked().map(|n| n.taken.gpus.len() as u64).sum(),
+        utilization: mean,
     }
 }

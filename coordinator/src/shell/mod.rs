@@ -3,6 +3,7 @@
 use std::path::Path;
 
 pub mod agents;
+pub mod bounds;
 pub mod ca;
 mod cannot_save;
 pub mod clock;
@@ -14,6 +15,8 @@ pub mod local;
 pub mod logs;
 pub mod members;
 pub mod metrics;
+pub mod packages;
+pub mod serve;
 pub mod store;
 pub mod tls;
 pub mod tokens;

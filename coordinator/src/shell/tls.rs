@@ -5,11 +5,10 @@
 //! coordinator runs: files that changed are read again, and one of our own is made anew at two thirds of its life. What can not be renewed
 //! stays in use, and is told of.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail};
@@ -28,6 +27,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use super::bounds::PerAddress;
 use super::ca::{Ca, Chain, DOOR_DAYS};
 
 /// Handshakes under way at once; more wait to be accepted.
@@ -207,14 +207,14 @@ impl TlsListener {
 
 async fn shake_hands(mut listener: TcpListener, acceptor: Acceptor, to: mpsc::Sender<(TlsStream<TcpStream>, Peer)>) {
     let room = Arc::new(Semaphore::new(HANDSHAKES_MAX));
-    let under_way = Arc::new(Mutex::new(HashMap::new()));
+    let under_way = PerAddress::new(HANDSHAKES_OF_ONE_MAX);
     loop {
         let Ok(permit) = room.clone().acquire_owned().await else { return };
         let (stream, from) = tokio::select! {
             accepted = Listener::accept(&mut listener) => accepted,
             () = to.closed() => return,
         };
-        let Some(own) = UnderWay::enter(&under_way, from.ip()) else { continue };
+        let Some(own) = under_way.enter(from.ip()) else { continue };
         let _ = stream.set_nodelay(true);
         let (acceptor, to) = (acceptor.clone(), to.clone());
         tokio::spawn(async move {
@@ -228,33 +228,6 @@ async fn shake_hands(mut listener: TcpListener, acceptor: Acceptor, to: mpsc::Se
             }
             drop((permit, own));
         });
-    }
-}
-
-/// One handshake, counted for its address while it lives.
-struct UnderWay(Arc<Mutex<HashMap<IpAddr, usize>>>, IpAddr);
-
-impl UnderWay {
-    fn enter(all: &Arc<Mutex<HashMap<IpAddr, usize>>>, from: IpAddr) -> Option<Self> {
-        let mut counts = all.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(from).or_default();
-        if *count >= HANDSHAKES_OF_ONE_MAX {
-            return None;
-        }
-        *count += 1;
-        Some(Self(all.clone(), from))
-    }
-}
-
-impl Drop for UnderWay {
-    fn drop(&mut self) {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&self.1) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.1);
-            }
-        }
     }
 }
 
@@ -380,19 +353,6 @@ mod tests {
         let again = Certificates::open(source(dir.path()), now).unwrap();
         *certificates.current.write().unwrap() = again.current.read().unwrap().clone();
         assert_eq!(says(&mut listener, &connector(&ca), "127.0.0.1").await, Ok("hello".into()));
-    }
-
-    #[test]
-    fn handshakes_of_one_address_are_bounded_and_their_count_is_given_back() {
-        let all = Arc::new(Mutex::new(HashMap::new()));
-        let (one, other) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
-        let mut held: Vec<_> = (0..HANDSHAKES_OF_ONE_MAX).map(|_| UnderWay::enter(&all, one).unwrap()).collect();
-        assert!(UnderWay::enter(&all, one).is_none());
-        assert!(UnderWay::enter(&all, other).is_some());
-        held.pop();
-        assert!(UnderWay::enter(&all, one).is_some());
-        held.clear();
-        assert!(all.lock().unwrap().is_empty());
     }
 
     #[test]

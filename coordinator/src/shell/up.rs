@@ -11,25 +11,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use axum::serve::ListenerExt;
 use everlit_api::agent::ToAgent;
 use everlit_api::auth::{NewToken, Role, TOKEN_TTL};
 use everlit_api::ids::NodeId;
 use everlit_api::join::AGENTS_NAME;
-use everlit_api::server::Peer;
 use everlit_api::server::Policy;
+use everlit_api::service;
 use everlit_api::time::{Millis, Timestamp};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::agents::Agents;
 use super::ca::Ca;
 use super::control::Coordinator;
 use super::driver::{Driver, Handle, INPUTS_MAX, Input};
-use super::local::{LocalAgent, beside, try_lock};
+use super::local::{LocalAgent, beside, reached_at, try_lock};
 use super::members::{Joining, Members};
 use super::metrics::Metrics;
+use super::packages::Packages;
+use super::serve::serve;
 use super::store::{Store, TOKEN_KEPT_MS};
 use super::tls::{Acceptor, Certificates, PlainListener, Source, TlsListener, own_names};
 use super::tokens::{self, Tokens};
@@ -131,6 +132,7 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
         joining: tls.as_ref().map(|doors| doors.joining.clone()),
         agent_silence_max: silence_max.as_duration(),
         auth: auth(&settings).into(),
+        packages: Arc::new(Packages::open(&dir).with_context(|| format!("the folder of packages in {}", dir.display()))?),
         ready: ready.clone(),
     };
     if let Err(error) = first_token(&coordinator, &dir).await {
@@ -140,7 +142,8 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
         }
         tracing::warn!("no admin token was made: {error:#}");
     }
-    let local = LocalAgent { dir: dir.join("agent"), coordinator_file, program: beside("everlit-agent")? };
+    let reached_at = reached_at(address.ip());
+    let local = LocalAgent { dir: dir.join("agent"), coordinator_file, program: beside("everlit-agent")?, address: reached_at };
     let keeper = settings.local_agent.then(|| {
         let local = local.clone();
         tokio::spawn(async move { local.keep().await })
@@ -157,31 +160,24 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
     }
     let policy = policy(&settings);
     let router = everlit_api::server::router(Arc::new(coordinator.clone()), policy);
-    own.serve(&coordinator);
-    let (close, closing) = tokio::sync::watch::channel(false);
+    let (close, closing) = watch::channel(false);
+    own.serve(&coordinator, closing.clone());
     let acceptor = tls.as_ref().map(|doors| doors.acceptor.clone());
     let renewing = tls.map(|doors| doors.certificates.map(|own| tokio::spawn(own.keep())));
-    let mut serving = tokio::spawn(async move {
-        let mut closing = closing;
-        let asked = async move { drop(closing.wait_for(|asked| *asked).await) };
-        let service = router.into_make_service_with_connect_info::<Peer>();
-        match acceptor {
-            // Tapped for nothing but its address.
-            None => axum::serve(PlainListener(listener).tap_io(|_| ()), service).with_graceful_shutdown(asked).await,
-            Some(acceptor) => {
-                let listener = TlsListener::new(listener, acceptor)?.tap_io(|_| ());
-                axum::serve(listener, service).with_graceful_shutdown(asked).await
-            }
-        }
-    });
+    let mut serving = match acceptor {
+        None => tokio::spawn(serve(PlainListener(listener), router, closing)),
+        Some(acceptor) => tokio::spawn(serve(TlsListener::new(listener, acceptor)?, router, closing)),
+    };
 
     let mut ends = Signals::new()?;
+    service::ready();
     let end = tokio::select! {
         end = ends.next() => end,
         served = &mut serving => bail!("the server ended: {served:?}"),
         ended = &mut driving => bail!("the engine stopped, and ranks run on: {ended:?}"),
     };
     ready.store(false, Ordering::Relaxed);
+    service::ending("ending");
     let drained = match end {
         End::Drain => tokio::select! {
             drained = drain(&coordinator) => drained,
@@ -276,6 +272,7 @@ async fn keep_house(coordinator: Coordinator, retain: Millis, retain_audit: Mill
         }
         coordinator.members.forget_before(Timestamp(now.0.saturating_sub(TOKEN_KEPT_MS)));
         coordinator.tokens.forget_before(Timestamp(now.0.saturating_sub(TOKEN_KEPT_MS)));
+        coordinator.sweep_packages().await;
         match coordinator.purge_before(Timestamp(now.0.saturating_sub(retain.0)), Vec::new(), false).await {
             Ok(ids) if !ids.is_empty() => tracing::info!(count = ids.len(), "final jobs older than --retain-jobs were removed"),
             Ok(_) => {}
@@ -309,11 +306,10 @@ impl OwnDoor {
     }
 
     /// Serves it until the program ends.
-    fn serve(self, coordinator: &Coordinator) {
+    fn serve(self, coordinator: &Coordinator, closing: watch::Receiver<bool>) {
         let Self::Beside(listener, _) = self else { return };
         let router = everlit_api::server::agents_only(Arc::new(coordinator.clone()));
-        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
-        drop(tokio::spawn(axum::serve(listener, router).into_future()));
+        drop(tokio::spawn(serve(PlainListener(listener), router, closing)));
     }
 }
 

@@ -95,6 +95,7 @@ impl Driven {
             checkpoints: Vec::new(),
             draining: false,
             address: None,
+            copies: None,
             labels: Default::default(),
             taints: Vec::new(),
         };
@@ -103,7 +104,7 @@ impl Driven {
         // Recovery in place is decided beside the engine (`ladder`): here it only ever restarts the gang.
         spec.restart = RestartPolicy { scope: RestartScope::Gang, ..policy.restart.clone() };
         spec.stop_grace = policy.stop_grace;
-        orders.extend(own.feed(Event::JobSubmitted { id: job, spec: Arc::new(spec), seed, user: None }));
+        orders.extend(own.feed(Event::JobSubmitted { id: job, spec: Arc::new(spec), seed, user: None, origin: Vec::new() }));
         (own, orders)
     }
 
@@ -160,7 +161,15 @@ impl Driven {
             orders.extend(self.feed(Event::RankStarted(started)));
         }
         let (job, attempt) = (self.job, self.attempt);
-        let resumed = Resumed { job, attempt, step, path: step.map(|_| "simulated".into()), from_memory, quarantined: Vec::new() };
+        let resumed = Resumed {
+            job,
+            attempt,
+            step,
+            path: step.map(|_| "simulated".into()),
+            from_memory,
+            fetched_from: None,
+            quarantined: Vec::new(),
+        };
         orders.extend(self.feed(Event::AttemptResumed { node: NodeId("cluster".into()), resumed }));
         orders
     }

@@ -129,7 +129,7 @@ impl World {
         let (spec, script) = Script::any(&mut self.random, &self.nodes);
         self.scripts.insert(id, script);
         let seed = self.random.next();
-        self.feed(Event::JobSubmitted { id, spec: Arc::new(spec), seed, user: None });
+        self.feed(Event::JobSubmitted { id, spec: Arc::new(spec), seed, user: None, origin: Vec::new() });
     }
 
     pub fn feed(&mut self, event: Event) {

@@ -23,13 +23,14 @@ faults! {
     RankKilled, RankFailed, RankHung, ShimKilled, AgentKilled, AgentAndRankKilled, AgentTermed, NodeRebooted, LinkCut, Partitioned,
     FrameTwice, CoordinatorKilled, CoordinatorAndRankKilled, CrashBeforeWrite, CrashAfterWrite, SlowWrite, ClockAhead, ClockBack, DiskFull,
     CheckpointDamaged, UserStops, UserForces, UserDeletes, UserRestarts, UserSaves, UserCordons, UserUncordons, UserDrains,
-    RankSlow, StoreWritesLost, CheckpointLost, CheckpointTorn, OrderLost, GpuFailed, AgentKilledInStart,
+    RankSlow, StoreWritesLost, CheckpointLost, CheckpointTorn, OrderLost, GpuFailed, AgentKilledInStart, CheckpointCopied, CheckpointFetched, CheckpointLate,
 }
 
 /// Of so many starts of a rank that others of its gang come after, one is the last thing that the agent does.
 const DIES_IN_START: u64 = 60;
 /// Where users' doings begin in [`Fault::ALL`], and where what is drawn ends: ranks get slow and agents die in a start at times of their own,
-/// and what disks that lie lose is lost with other faults.
+/// what disks that lie lose is lost with other faults, and what becomes of
+/// checkpoints between nodes follows from others.
 const USERS: usize = 20;
 const DRAWN: usize = 28;
 

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use everlit_api::agent::copies::CopyDoor;
 use everlit_api::agent::{FromAgent, Hello, PROTOCOL, ToAgent};
 use everlit_api::ids::NodeId;
 use everlit_worker::agent::engine::Event as AgentEvent;
@@ -94,6 +95,7 @@ impl World {
             checkpoints,
             draining,
             address: own.address.clone(),
+            copies: own.address.as_ref().map(|_| CopyDoor { port: 1, certificate: String::new(), secret: String::new() }),
             labels: Default::default(),
             taints: Vec::new(),
         }
@@ -157,6 +159,11 @@ impl World {
             ToAgent::Forget { incarnations } => AgentEvent::ForgetOrdered(incarnations),
             ToAgent::RemoveJob { job } => AgentEvent::RemoveOrdered(job),
             ToAgent::JobEnded { job } => AgentEvent::JobEnded(job),
+            ToAgent::CopyCheckpoint(order) => {
+                let life = self.nodes[node].life;
+                return self.soon(20, 3_000, Happening::Copy { node, life, order });
+            }
+            ToAgent::PutAside { job, attempt, beyond } => return self.put_aside(node, job, attempt, beyond),
             ToAgent::Shutdown => AgentEvent::ShutdownOrdered,
             ToAgent::Welcome { .. }
             | ToAgent::Refused { .. }

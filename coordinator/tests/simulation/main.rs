@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 mod check;
 mod coordinator;
+mod copies;
 mod faults;
 mod jobs;
 mod lies;

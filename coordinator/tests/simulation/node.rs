@@ -355,9 +355,24 @@ impl World {
         kept.fence = kept.fence.max(attempt);
         let damaged: Vec<u64> = kept.steps.iter().filter(|(_, (_, damaged))| *damaged).map(|(step, _)| *step).collect();
         kept.steps.retain(|step, _| !damaged.contains(step));
+        if let Some(why) = self.fetch(node, &spec) {
+            self.disturb(job, attempt);
+            return self.tell_agent(node, Event::GangRefused { job, attempt, reason: why, permanent: false });
+        }
+        let own = &mut self.nodes[node];
+        let kept = own.checkpoints.entry(job).or_default();
+        let from = kept.steps.last_key_value().map(|(step, (by, _))| (*step, *by));
         let step = kept.steps.last_key_value().map(|(step, _)| *step);
         let quarantined = damaged.into_iter().map(|step| (step, "a flipped bit".to_string())).collect();
-        let resumed = Resumed { job, attempt, step, path: step.map(|step| format!("/c/{step}")), from_memory: false, quarantined };
+        let resumed = Resumed {
+            job,
+            attempt,
+            step,
+            path: step.map(|step| format!("/c/{step}")),
+            from_memory: false,
+            fetched_from: None,
+            quarantined,
+        };
         for seat in spec.own_seats().map(|(_, seat)| seat).chain(spec.spares.iter().copied()) {
             own.runs.insert(Incarnation { job, attempt, rank: seat }, Run::default());
         }
@@ -365,9 +380,11 @@ impl World {
             *other != job || *older >= attempt || own.runs.keys().any(|run| run.job == job && run.attempt == *older)
         });
         own.gangs.insert((job, attempt), (spec, resumed.clone()));
+        let own = &mut self.nodes[node];
         own.trainers.insert((job, attempt), step.unwrap_or(0));
         own.met.remove(&(job, attempt));
         own.stepped.remove(&(job, attempt));
+        self.saw(&Seen::Resumed { node, job, attempt, from });
         let at = self.wall(node);
         self.tell_agent(node, Event::GangPrepared { resumed, at });
     }

@@ -195,7 +195,7 @@ impl World {
         if self.nodes[node].disk_full || fence > attempt || self.nodes[node].ended.contains(&job) {
             return;
         }
-        self.saw(&Seen::Committed { node, job, attempt });
+        self.saw(&Seen::Committed { node, job, attempt, step });
         let keep = 3;
         if let Some(kept) = self.nodes[node].checkpoints.get_mut(&job) {
             kept.steps.insert(step, (attempt, false));

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use everlit_api::agent::copies::CopyOrder;
 use everlit_api::agent::{FromAgent, GangSpec, Resumed, ToAgent};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_worker::agent::engine::Event as AgentEvent;
@@ -87,6 +88,12 @@ pub enum Happening {
     Notice {
         session: u64,
         agent_side: bool,
+    },
+    /// A node fetches a checkpoint from another.
+    Copy {
+        node: usize,
+        life: u64,
+        order: CopyOrder,
     },
     Prepare {
         node: usize,
@@ -373,6 +380,7 @@ impl World {
             Happening::ToCoordinator { session, frame } => self.deliver_to_coordinator(session, *frame),
             Happening::ToAgent { session, frame } => self.deliver_to_agent(session, *frame),
             Happening::Notice { session, agent_side } => self.notice(session, agent_side),
+            Happening::Copy { node, life, order } => self.copy(node, life, &order),
             Happening::Prepare { node, life, spec } => self.prepare(node, life, *spec),
             Happening::RankUp { node, life, boot, incarnation } => self.rank_up(node, life, boot, incarnation),
             Happening::Beat { node, boot, incarnation } => self.beat(node, boot, incarnation),

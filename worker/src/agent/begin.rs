@@ -14,6 +14,7 @@ use super::cli::RunArgs;
 use super::driver::{Driver, End, FLUSH_MAX};
 use super::folders::Folders;
 use super::identity::Identity;
+use super::late::Late;
 use super::limits::BLOCKING_THREADS;
 use super::memory::Memory;
 use super::start::Node;
@@ -55,6 +56,7 @@ fn node(folders: Folders, has_gpus: bool) -> anyhow::Result<Node> {
         open_files: raise_open_files(),
         boot_id: load::boot_id(),
         reach: Mutex::default(),
+        late: Late::default(),
     })
 }
 

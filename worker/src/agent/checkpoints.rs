@@ -11,6 +11,7 @@ use everlit_api::ids::JobId;
 use everlit_api::manifest::Manifest;
 
 use super::folders::Folders;
+use super::late::Late;
 use crate::checkpoint::{self, CheckpointError, Quarantined};
 
 /// What was told of each job's newest checkpoint, and which are being read back.
@@ -94,4 +95,13 @@ pub(super) fn check(folders: &Folders, job: JobId, keep: u32) -> Result<Checked,
     checkpoint::prune(&dir, keep)?;
     let news = chosen.checkpoint.map(|(path, manifest)| news(&dir, job, &path, &manifest, true));
     Ok(Checked { news, quarantined: chosen.quarantined })
+}
+
+/// Puts aside what came too late, and looks at what is left.
+pub(super) fn put_aside(late: &Late, folders: &Folders, job: JobId) -> Result<Checked, CheckpointError> {
+    let dir = folders.checkpoints(job);
+    let quarantined = late.put_aside(folders, job)?;
+    let chosen = checkpoint::newest_verified(&dir)?;
+    let news = chosen.checkpoint.map(|(path, manifest)| news(&dir, job, &path, &manifest, true));
+    Ok(Checked { news, quarantined: quarantined.into_iter().chain(chosen.quarantined).collect() })
 }

@@ -1,11 +1,13 @@
 //! The command line of `everlit-agent`: `run`, `join`, the probe `health`, and `checkpoint` for programs that are not ours.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use everlit_api::manifest::{MANIFEST_FORMAT, Manifest};
+use everlit_api::ports::PortRange;
 use everlit_api::status::Taint;
 use everlit_api::time::{Millis, Timestamp};
 use tracing_subscriber::EnvFilter;
@@ -63,6 +65,9 @@ pub struct RunArgs {
     /// The address that ranks on other nodes reach this one by [default: the one that its coordinator sees].
     #[arg(long, env = "EVERLIT_ADDRESS", value_name = "IP")]
     pub address: Option<std::net::IpAddr>,
+    /// Ports for a door where other nodes fetch checkpoints from this one: the first that is free.
+    #[arg(long, env = "EVERLIT_COPY_PORTS", value_name = "FIRST-LAST", default_value = "29400-29499")]
+    pub copy_ports: PortRange,
     /// Ranks that this node takes at most [default: 16 per CPU, at least 64].
     #[arg(long, env = "EVERLIT_SLOTS")]
     pub slots: Option<u32>,
@@ -89,7 +94,7 @@ struct JoinArgs {
     /// Where the coordinator is, like https://coordinator.example:8000.
     #[arg(env = "EVERLIT_URL")]
     url: String,
-    /// File with the join token [default: the environment's EVERLIT_JOIN_TOKEN; never an argument, which every user could read].
+    /// File with the join token, `-` for standard input [default: the environment's EVERLIT_JOIN_TOKEN; never an argument, which every user could read].
     #[arg(long, env = "EVERLIT_JOIN_TOKEN_FILE")]
     token_file: Option<PathBuf>,
     /// Join, and end; `run` goes on from there.
@@ -136,6 +141,8 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Bytes of a join token on standard input at most; a good one has far fewer.
+const TOKEN_BYTES_MAX: u64 = 4096;
 /// Exit code of an agent whose node was expelled: starting it again is of no use.
 const EXPELLED: u8 = 3;
 
@@ -151,6 +158,7 @@ fn data_dir(given: Option<&PathBuf>) -> anyhow::Result<PathBuf> {
 fn join(args: &JoinArgs) -> anyhow::Result<()> {
     let dir = data_dir(args.run.data_dir.as_ref())?;
     let token = match (&args.token_file, std::env::var("EVERLIT_JOIN_TOKEN")) {
+        (Some(file), _) if file == Path::new("-") => Some(std::io::read_to_string(std::io::stdin().take(TOKEN_BYTES_MAX))?),
         (Some(file), _) => Some(std::fs::read_to_string(file).with_context(|| format!("could not read `{}`", file.display()))?),
         (None, found) => found.ok(),
     };

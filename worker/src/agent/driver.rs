@@ -9,23 +9,27 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use everlit_api::agent::{FromAgent, Hello, PROTOCOL, ToAgent};
+use everlit_api::agent::{CheckpointNews, FromAgent, Hello, PROTOCOL, ToAgent};
 use everlit_api::gpu::GpuError;
-use everlit_api::ids::{Incarnation, NodeId};
+use everlit_api::ids::{Incarnation, JobId, NodeId};
+use everlit_api::ports::PortRange;
+use everlit_api::service;
 use everlit_api::time::{Millis, Timestamp};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal as signals};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 
+use super::checkpoints::Checked;
 use super::cli::RunArgs;
 use super::effects::{Done, Effects};
 use super::engine::{Action, Engine, Event};
 use super::environment::Reach;
 use super::heartbeat::Heard;
 use super::identity::Identity;
-use super::limits::{GPU_ERRORS_MAX, LAST_SAVES_LOOK, LAST_SAVES_MAX, LOOK_EVERY};
+use super::limits::{GPU_ERRORS_MAX, LAST_COPIES_LOOK, LAST_SAVES_LOOK, LAST_SAVES_MAX, LOOK_EVERY};
 use super::link::{self, Coordinator, LinkEvent};
+use super::packages::Packages;
 use super::policies::{Policies, shorten};
 use super::ranks::ShimNews;
 use super::shim::{Settled, Told};
@@ -62,6 +66,7 @@ pub(super) struct Driver {
     hello: Hello,
     coordinator: Coordinator,
     address: Option<IpAddr>,
+    copy_ports: PortRange,
     data_dir: PathBuf,
     expelled: bool,
     health: UnixListener,
@@ -93,6 +98,7 @@ impl Driver {
             checkpoints: Vec::new(),
             draining: false,
             address: None,
+            copies: None,
             labels: args.labels.iter().cloned().collect(),
             taints: args.taints.clone(),
         };
@@ -108,6 +114,7 @@ impl Driver {
             }
             (None, None) => bail!("`{}` is the folder of no node: `everlit-agent join` makes it one", data_dir.display()),
         };
+        let packages = Packages::new(node.folders.clone(), coordinator.clone());
         let watcher = Watcher::new(&coordinator_file).context("could not use inotify")?;
         let (link_events_tx, link_events) = mpsc::channel(QUEUE);
         let (shims_tx, shims) = mpsc::channel(QUEUE);
@@ -117,11 +124,12 @@ impl Driver {
         Ok(Self {
             started: Instant::now(),
             engine: Engine::new(0, linger.0),
-            effects: Effects::new(node, gpus, watcher, shims_tx, done_tx),
+            effects: Effects::new(node, gpus, packages, watcher, shims_tx, done_tx),
             policies: Policies::default(),
             hello,
             coordinator,
             address: args.address,
+            copy_ports: args.copy_ports,
             data_dir,
             expelled: false,
             health,
@@ -158,6 +166,7 @@ impl Driver {
     pub(super) async fn run(mut self) -> anyhow::Result<End> {
         self.adopt().await;
         self.effects.empty_trash();
+        self.effects.sweep_packages();
         self.effects.free_unwanted_memory();
         let link = tokio::spawn(link::run(self.coordinator.clone(), self.file_changed.clone(), self.link_events_tx.clone()));
         if let Coordinator::Joined(own) = &self.coordinator {
@@ -165,9 +174,14 @@ impl Driver {
         }
         let mut terminate = signals(SignalKind::terminate())?;
         let mut interrupt = signals(SignalKind::interrupt())?;
+        let mut leave = signals(SignalKind::user_defined1())?;
+        let mut pulse = service::Pulse::asked();
+        let mut leaves = false;
         let mut look = interval(LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         tracing::info!(node = %self.hello.node, pid = self.hello.pid, "ready");
+        let mut leaving: Option<(&'static str, Instant)> = None;
+        service::ready();
         let reason = loop {
             let deadline = self.engine.next_deadline().map(|at| self.started + Duration::from_millis(at));
             let far = Instant::now() + Duration::from_secs(3600);
@@ -182,23 +196,45 @@ impl Driver {
                 _ = look.tick(), if self.effects.has_ranks() => self.look_everywhere(),
                 () = sleep_until(report_at.unwrap_or(far.into())), if report_at.is_some() => { self.effects.report(); None }
                 Ok((stream, _)) = self.health.accept() => { self.answer(&stream); None }
-                _ = terminate.recv() => self.handle(Event::EndAsked),
-                _ = interrupt.recv() => self.handle(Event::EndAsked),
+                () = tokio::time::sleep(LAST_COPIES_LOOK), if leaving.is_some() => None,
+                _ = terminate.recv() => self.end_asked("saving jobs and ending"),
+                _ = interrupt.recv() => self.end_asked("saving jobs and ending"),
+                // For who starts another at once, as in an upgrade.
+                _ = leave.recv() => { leaves = true; Some("asked to leave its ranks running") }
+                () = pulse.due() => { pulse.tell(&self.in_short()); None }
             };
             if let Some(reason) = end {
+                leaving.get_or_insert((reason, Instant::now()));
+            }
+            if let Some((reason, since)) = leaving
+                && (leaves || self.expelled || !self.engine.has_checkpoints() || !self.effects.must_stay(since.elapsed()))
+            {
                 break reason;
             }
         };
+        service::ending(reason);
         self.effects.unlink();
         drop(self.link_events);
         // What only shared memory holds of jobs that have just ended: what is not saved now waits there for the next agent.
         let until = Instant::now() + LAST_SAVES_MAX;
-        while self.effects.node.memory.is_busy() && Instant::now() < until {
+        while !leaves && self.effects.node.memory.is_busy() && Instant::now() < until {
             tokio::time::sleep(LAST_SAVES_LOOK).await;
         }
         // The last frames; the coordinator learns the rest from the state files.
         let _ = tokio::time::timeout(FLUSH_MAX, link).await;
         Ok(End { reason, expelled: self.expelled })
+    }
+
+    /// Its end begins, and may take as long as its ranks have to save.
+    fn end_asked(&mut self, why: &str) -> Option<&'static str> {
+        service::ending(why);
+        self.handle(Event::EndAsked)
+    }
+
+    /// What it does, in a line.
+    fn in_short(&self) -> String {
+        let linked = if self.effects.is_linked() { "linked" } else { "without its coordinator" };
+        format!("{linked}, {} ranks", self.engine.living().count())
     }
 
     /// Takes over what an earlier agent left.
@@ -236,8 +272,9 @@ impl Driver {
                 tracing::info!(ranks = ranks.len(), "linked");
                 let reach = self.address.or(link.address).map(|address| Reach { address, interface: load::interface_of(address) });
                 let address = reach.as_ref().map(|reach| reach.address.to_string());
+                let copies = reach.as_ref().and_then(|reach| self.effects.open_copies(reach.address, self.copy_ports));
                 *self.effects.node.reach.lock().unwrap_or_else(PoisonError::into_inner) = reach;
-                let hello = Hello { ranks, checkpoints, draining, address, ..self.hello.clone() };
+                let hello = Hello { ranks, checkpoints, draining, address, copies, ..self.hello.clone() };
                 self.effects.link(link, hello);
                 self.handle(Event::Linked)
             }
@@ -248,7 +285,7 @@ impl Driver {
             LinkEvent::Expelled(reason) if !self.expelled => {
                 self.expelled = true;
                 tracing::error!(reason, "nothing that runs here is wanted any more: ranks are stopped, and this agent ends");
-                self.handle(Event::EndAsked)
+                self.end_asked("this node was expelled: its ranks are stopped")
             }
             LinkEvent::Expelled(_) => None,
             LinkEvent::Frame(id, frame) if self.effects.is_linked_as(id) => self.on_frame(*frame),
@@ -266,7 +303,18 @@ impl Driver {
                 None
             }
             ToAgent::StartGang(spec) => self.handle(Event::GangOrdered(spec)),
-            ToAgent::StopGang { job, attempt, grace } => self.handle(Event::StopOrdered { job, attempt, grace }),
+            ToAgent::StopGang { job, attempt, grace } => {
+                self.effects.stop_preparing(job, attempt);
+                self.handle(Event::StopOrdered { job, attempt, grace })
+            }
+            ToAgent::CopyCheckpoint(order) => {
+                self.effects.copy_checkpoint(order);
+                None
+            }
+            ToAgent::PutAside { job, attempt, beyond } => {
+                self.effects.put_aside(job, attempt, beyond);
+                None
+            }
             ToAgent::SaveNow { job, attempt } => self.handle(Event::SaveOrdered { job, attempt }),
             ToAgent::Forget { incarnations } => self.handle(Event::ForgetOrdered(incarnations)),
             ToAgent::RemoveJob { job } => self.handle(Event::RemoveOrdered(job)),
@@ -399,10 +447,26 @@ impl Driver {
             Done::Checked { job, outcome } => {
                 let keep = self.engine.newest_spec(job).map_or(u32::MAX, |spec| spec.checkpoint.keep);
                 let (news, quarantined) = self.effects.on_checked(job, keep, outcome);
-                let told =
-                    quarantined.into_iter().map(|Quarantined { step, reason, .. }| Event::CheckpointQuarantined { job, step, reason });
-                let events: Vec<Event> = told.chain(news.map(Event::CheckpointSeen)).collect();
-                events.into_iter().fold(None, |end, event| self.handle(event).or(end))
+                self.tell_of_checkpoints(job, news, quarantined)
+            }
+            Done::Copied { job, step, outcome } => {
+                self.effects.on_copied(job);
+                match outcome {
+                    Ok(Checked { news, quarantined }) => self.tell_of_checkpoints(job, news.map(Box::new), quarantined),
+                    Err(reason) => {
+                        tracing::warn!(%job, step, reason, "a checkpoint could not be copied");
+                        self.effects.say(&FromAgent::CopyFailed { job, step, reason });
+                        None
+                    }
+                }
+            }
+            Done::PutAside { job, outcome: Ok(Checked { news, quarantined }) } => {
+                self.handle(Event::CheckpointsGone(job));
+                self.tell_of_checkpoints(job, news.map(Box::new), quarantined)
+            }
+            Done::PutAside { job, outcome: Err(error) } => {
+                tracing::warn!(%job, %error, "checkpoints that came too late could not be put aside");
+                None
             }
             Done::Scanned { job, scanner, progress } => {
                 self.effects.keep_scanner(job, scanner);
@@ -430,6 +494,17 @@ impl Driver {
                 None
             }
         }
+    }
+
+    fn tell_of_checkpoints(
+        &mut self,
+        job: JobId,
+        news: Option<Box<CheckpointNews>>,
+        quarantined: Vec<Quarantined>,
+    ) -> Option<&'static str> {
+        let told = quarantined.into_iter().map(|Quarantined { step, reason, .. }| Event::CheckpointQuarantined { job, step, reason });
+        let events: Vec<Event> = told.chain(news.map(Event::CheckpointSeen)).collect();
+        events.into_iter().fold(None, |end, event| self.handle(event).or(end))
     }
 
     fn answer(&self, stream: &tokio::net::UnixStream) {

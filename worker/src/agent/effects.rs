@@ -6,29 +6,34 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use everlit_api::agent::copies::{CopyDoor, CopyOrder};
 use everlit_api::agent::log::LogStart;
 use everlit_api::agent::{Beat, CheckpointNews, FromAgent, GangSpec, GpuHolder, Hello, Resumed};
 use everlit_api::ids::{Incarnation, JobId};
+use everlit_api::ports::PortRange;
 use everlit_api::rank::RankExit;
 use everlit_api::status::NodeLoad;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::checkpoints::{self, Checked, Tracker};
+use super::copies::{self, Copies};
 use super::engine::Action;
 use super::folders::DRAINED_NAME;
 use super::gpu::Gpus;
 use super::gpu_memory;
-use super::limits::{REPORT_EVERY, STACKS_MAX, VERIFY_AT_ONCE};
+use super::limits::{LAST_COPIES_MAX, LAST_COPIES_WAIT, REPORT_EVERY, STACKS_MAX, VERIFY_AT_ONCE};
 use super::link::Link;
 use super::load::LoadMeter;
 use super::logs::Logs;
 use super::metrics::{Progress, Scanner};
+use super::packages::Packages;
 use super::procs;
 use super::progress::Outputs;
 use super::ranks::{Ranks, ShimNews};
@@ -44,6 +49,8 @@ pub(super) enum Done {
     Prepared { job: JobId, attempt: u32, held: Vec<GpuHolder>, outcome: Result<Prepared, Refused> },
     Spawned(Vec<(Incarnation, io::Result<UnixStream>)>),
     Checked { job: JobId, outcome: Result<Checked, CheckpointError> },
+    Copied { job: JobId, step: u64, outcome: Result<Checked, String> },
+    PutAside { job: JobId, outcome: Result<Checked, CheckpointError> },
     Scanned { job: JobId, scanner: Scanner, progress: Progress },
     CpuRead { incarnation: Incarnation, cpu_ms: u64 },
     Probed(Option<u64>),
@@ -56,6 +63,9 @@ pub(super) struct Effects {
     pub(super) ranks: Ranks,
     pub(super) watcher: Watcher,
     gpus: Arc<Gpus>,
+    packages: Arc<Packages>,
+    /// Gangs that wait for a package; one ends with its sender.
+    preparing: BTreeMap<(JobId, u32), watch::Sender<()>>,
     done: mpsc::Sender<Done>,
     link: Option<Link>,
     logs: Logs,
@@ -64,6 +74,7 @@ pub(super) struct Effects {
     meetings: BTreeMap<JobId, (u32, Server)>,
     checkpoints: Tracker,
     verifying: Arc<Semaphore>,
+    copies: Copies,
     outputs: Outputs,
     meter: Option<LoadMeter>,
     report_every: Duration,
@@ -77,6 +88,7 @@ impl Effects {
     pub(super) fn new(
         node: Node,
         gpus: Gpus,
+        packages: Packages,
         watcher: Watcher,
         shims: mpsc::Sender<(Incarnation, ShimNews)>,
         done: mpsc::Sender<Done>,
@@ -87,6 +99,8 @@ impl Effects {
             ranks: Ranks::new(folders.clone(), shims),
             watcher,
             gpus: Arc::new(gpus),
+            packages: Arc::new(packages),
+            preparing: BTreeMap::new(),
             done,
             link: None,
             logs: Logs::new(folders.clone()),
@@ -94,6 +108,7 @@ impl Effects {
             meetings: BTreeMap::new(),
             checkpoints: Tracker::default(),
             verifying: Arc::new(Semaphore::new(VERIFY_AT_ONCE)),
+            copies: Copies::default(),
             outputs: Outputs::new(folders),
             meter: Some(LoadMeter::default()),
             report_every: REPORT_EVERY,
@@ -152,13 +167,46 @@ impl Effects {
         }
     }
 
-    fn prepare(&self, spec: Box<GangSpec>) {
-        let (node, gpus) = (self.node.clone(), self.gpus.clone());
-        self.work(move || {
+    fn prepare(&mut self, spec: Box<GangSpec>) {
+        let (node, gpus, done) = (self.node.clone(), self.gpus.clone(), self.done.clone());
+        let (job, attempt) = (spec.job, spec.attempt);
+        let missing = spec.package.clone().filter(|_| !node.folders.workdir(job).exists());
+        // Dropped, it says that nobody waits for this any more: an attempt before it is not wanted either.
+        let (stop, mut stopped) = watch::channel(());
+        self.preparing.retain(|(other, older), stop| !stop.is_closed() && (*other != job || *older > attempt));
+        self.preparing.insert((job, attempt), stop);
+        let until = stopped.clone();
+        let prepare = move || {
             // First: what follows says that ranks may have been started, and a stop that comes meanwhile finds none.
             let held = gpu_memory::wait(&gpus, &node.folders, &spec);
-            Done::Prepared { job: spec.job, attempt: spec.attempt, held, outcome: start::prepare(&node, &spec) }
+            Done::Prepared {
+                job: spec.job,
+                attempt: spec.attempt,
+                held,
+                outcome: start::prepare(&node, &spec, &|| until.has_changed().is_ok()),
+            }
+        };
+        let Some(package) = missing else { return self.work(prepare) };
+        let packages = self.packages.clone();
+        tokio::spawn(async move {
+            let fetched = tokio::select! {
+                fetched = packages.fetch(&package) => fetched,
+                _ = stopped.changed() => Err(Refused::now("it was stopped before its package was here")),
+            };
+            let prepared = match fetched {
+                Ok(()) => spawn_blocking(prepare).await,
+                Err(refused) => Ok(Done::Prepared { job, attempt, held: Vec::new(), outcome: Err(refused) }),
+            };
+            if let Ok(prepared) = prepared {
+                // The driver is gone only when the agent ends.
+                let _ = done.send(prepared).await;
+            }
         });
+    }
+
+    /// A gang that waits for its package, or for a checkpoint from elsewhere, is not wanted any more.
+    pub(super) fn stop_preparing(&mut self, job: JobId, attempt: u32) {
+        self.preparing.remove(&(job, attempt));
     }
 
     pub(super) fn keep_prepared(&mut self, prepared: Prepared) {
@@ -241,6 +289,45 @@ impl Effects {
         (checked.news.map(Box::new), checked.quarantined)
     }
 
+    /// Opens the door for other nodes' copies where they reach this one; answers what the coordinator is told of it.
+    pub(super) fn open_copies(&mut self, at: IpAddr, ports: PortRange) -> Option<CopyDoor> {
+        self.copies.open(&self.node.folders, at, ports)
+    }
+
+    /// Whether others may still need what is here, now that this agent is done since then: it stays a little while, and as long as it is asked.
+    pub(super) fn must_stay(&self, done_since: Duration) -> bool {
+        let begins_soon = done_since < LAST_COPIES_WAIT || self.copies.is_giving(LAST_COPIES_WAIT);
+        self.is_linked() && self.copies.is_open() && begins_soon && done_since < LAST_COPIES_MAX
+    }
+
+    /// Has a checkpoint fetched from another node. One at a time of a job; the newest order waits.
+    pub(super) fn copy_checkpoint(&mut self, order: CopyOrder) {
+        let Some((order, unwanted, room)) = self.copies.begin(order) else { return };
+        let (node, done) = (self.node.clone(), self.done.clone());
+        tokio::spawn(async move {
+            let Ok(_permit) = room.acquire_owned().await else { return };
+            let (job, step) = (order.job, order.step);
+            if let Ok(outcome) = spawn_blocking(move || copies::keep(&node.folders, &order, &unwanted)).await {
+                // The driver is gone only when the agent ends.
+                let _ = done.send(Done::Copied { job, step, outcome }).await;
+            }
+        });
+    }
+
+    /// A copy is made, or is not: the order that waited follows.
+    pub(super) fn on_copied(&mut self, job: JobId) {
+        if let Some(next) = self.copies.end(job) {
+            self.copy_checkpoint(next);
+        }
+    }
+
+    /// Has put aside what was committed too late, and looks at what is left.
+    pub(super) fn put_aside(&self, job: JobId, attempt: u32, beyond: Option<u64>) {
+        self.node.late.note(job, attempt, beyond);
+        let node = self.node.clone();
+        self.work(move || Done::PutAside { job, outcome: checkpoints::put_aside(&node.late, &node.folders, job) });
+    }
+
     /// A verdict goes with what the judged rank and those beside it are doing: whatever follows from it may kill them.
     fn with_stacks(&self, mut frame: FromAgent) -> FromAgent {
         if let FromAgent::Judged { incarnation, stacks: kept, .. } = &mut frame {
@@ -310,6 +397,7 @@ impl Effects {
 
     fn remove_job(&mut self, job: JobId) {
         self.drop_job(job);
+        self.copies.drop_job(job);
         self.trashed += 1;
         let node = self.node.clone();
         let grave = node.folders.trash().join(format!("{job}-{}-{}", std::process::id(), self.trashed));
@@ -328,6 +416,11 @@ impl Effects {
             work(&node);
             drop(pending);
         }));
+    }
+
+    /// Removes packages that an agent before this one left. Before the first link: after it, one may be under way.
+    pub(super) fn sweep_packages(&self) {
+        self.packages.sweep();
     }
 
     /// Deletes what was moved away, whenever.

@@ -1,6 +1,7 @@
 //! Where everything is in the agent's data folder. Names only: nothing here touches a disk.
 //!
-//! `jobs/<job>/` holds `runs/a<attempt>-r<seat>/` (one incarnation), `attempts/a<n>/`, `checkpoints/` and `logs/`; `ended` marks a final job.
+//! `jobs/<job>/` holds `runs/a<attempt>-r<seat>/` (one incarnation), `attempts/a<n>/`, `checkpoints/`, `origin/`, `logs/` and, with a
+//! package, `workdir/`; `ended` marks a final job. `packages/` holds packed folders.
 
 use std::path::{Path, PathBuf};
 
@@ -51,6 +52,21 @@ impl Folders {
         self.root.join("trash")
     }
 
+    /// Packed folders that came with jobs.
+    pub(super) fn packages(&self) -> PathBuf {
+        self.root.join("packages")
+    }
+
+    /// One of them.
+    pub(super) fn package(&self, package: &str) -> PathBuf {
+        self.packages().join(package)
+    }
+
+    /// What was unpacked for a job.
+    pub(super) fn workdir(&self, job: JobId) -> PathBuf {
+        self.job(job).join("workdir")
+    }
+
     /// One job.
     pub(super) fn job(&self, job: JobId) -> PathBuf {
         self.jobs().join(job.to_string())
@@ -89,6 +105,11 @@ impl Folders {
     /// Checkpoints of a job.
     pub(super) fn checkpoints(&self, job: JobId) -> PathBuf {
         self.job(job).join("checkpoints")
+    }
+
+    /// What a job begins from, when that is another job's and came from another node.
+    pub(super) fn origin(&self, job: JobId) -> PathBuf {
+        self.job(job).join("origin")
     }
 
     /// Log segments of a job.

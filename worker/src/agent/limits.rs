@@ -130,6 +130,9 @@ pub(super) const ERROR_CHARS_MAX: usize = 4096;
 pub(super) const SAVE_ERROR_CHARS_MAX: usize = 512;
 /// Damaged checkpoints that are remembered until there is a coordinator to tell.
 pub(super) const QUARANTINED_MAX: usize = 256;
+/// Bytes of packages that are kept packed for further jobs of the same folder, and how long one stays without use.
+pub(super) const PACKAGES_BYTES_MAX: u64 = 4 << 30;
+pub(super) const PACKAGES_UNUSED_MAX: Duration = Duration::from_secs(86_400);
 /// Ranks per CPU that a node takes when nothing is reserved.
 pub(super) const SLOTS_PER_CPU: u32 = 16;
 /// Ranks that every node takes.
@@ -141,4 +144,21 @@ pub(super) const VERIFY_AT_ONCE: usize = 2;
 /// A log stream sends at most one small frame per this time.
 pub(super) const LOG_SPACING: Duration = Duration::from_millis(2);
 
-const _: () = assert!(VERIFY_AT_ONCE < BLOCKING_THREADS);
+/// Connections of nodes that fetch checkpoints here.
+pub(super) const COPY_CONNECTIONS_MAX: usize = 64;
+/// A file goes to who fetches it in pieces of so many bytes, of which so many wait for each.
+pub(super) const COPY_PIECE_BYTES: usize = 256 * 1024;
+pub(super) const COPY_PIECES_MAX: usize = 4;
+/// Time to reach a node that gives a checkpoint, and the longest silence of one, or of one that takes.
+pub(super) const COPY_CONNECT_MAX: Duration = Duration::from_secs(10);
+pub(super) const COPY_SILENCE_MAX: Duration = Duration::from_secs(20);
+/// An agent that was told to end and has checkpoints stays so long after its last rank, and after others have fetched some; but no longer than.
+pub(super) const LAST_COPIES_WAIT: Duration = Duration::from_secs(3);
+pub(super) const LAST_COPIES_MAX: Duration = Duration::from_secs(600);
+pub(super) const LAST_COPIES_LOOK: Duration = Duration::from_millis(100);
+/// A copy leaves so much of the disk free.
+pub(super) const COPY_SPARE_BYTES: u64 = 256 * 1024 * 1024;
+/// Checkpoints that are fetched at once.
+pub(super) const COPIES_AT_ONCE: usize = 2;
+
+const _: () = assert!(VERIFY_AT_ONCE + COPIES_AT_ONCE < BLOCKING_THREADS);

@@ -1,8 +1,8 @@
 //! The WebSocket to the coordinator: dial, keep, dial again. In the clear on this machine, over TLS and with a certificate from others.
 //!
-//! Knows frames as text and bytes and nothing of what they mean. A connection that is silent or does not take frames is given up: everything
-//! is said again after the next one. Frames of the engine go before log bytes. This is the one place that uses `backoff`, which is no longer
-//! maintained; when the coordinator's file changes it is dialled at once.
+//! Knows frames as text and bytes and nothing of what they mean; large ones are packed on their way to another machine. A connection that is
+//! silent or does not take frames is given up: everything is said again after the next one. Frames of the engine go before log bytes. This is
+//! the one place that uses `backoff`, which is no longer maintained; when the coordinator's file changes it is dialled at once.
 
 use std::future::Future;
 use std::net::IpAddr;
@@ -12,6 +12,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use backoff::ExponentialBackoff;
 use backoff::backoff::Backoff;
+use everlit_api::agent::pack::{self, Unpacked};
 use everlit_api::agent::{FRAME_BYTES_MAX, ToAgent};
 use everlit_api::join::AGENTS_NAME;
 use everlit_api::problem::{Code, Problem};
@@ -38,6 +39,15 @@ trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 type Socket = WebSocketStream<Box<dyn Stream>>;
+
+/// A connection, as it was agreed on.
+struct Opened {
+    socket: Socket,
+    /// This end's address, where the other is on another machine.
+    address: Option<IpAddr>,
+    /// Large frames may be packed.
+    packs: bool,
+}
 
 /// Where the coordinator is.
 #[derive(Clone)]
@@ -113,8 +123,8 @@ pub(super) async fn run(coordinator: Coordinator, file_changed: Arc<Notify>, eve
     for id in 1.. {
         let mut refused = None;
         match timeout(CONNECT_MAX, connect(&coordinator)).await.context("no answer in time").and_then(|answer| answer) {
-            Ok((socket, address)) => {
-                refused = serve(id, socket, address, &events).await;
+            Ok(opened) => {
+                refused = serve(id, opened, &events).await;
                 if events.send(LinkEvent::Down(id)).await.is_err() {
                     return;
                 }
@@ -150,16 +160,17 @@ fn note(last: &mut String, failure: &str, what: &str) {
     }
 }
 
-async fn connect(coordinator: &Coordinator) -> anyhow::Result<(Socket, Option<IpAddr>)> {
+async fn connect(coordinator: &Coordinator) -> anyhow::Result<Opened> {
     match coordinator {
-        Coordinator::Local(file) => Ok((connect_local(file).await?, None)),
+        Coordinator::Local(file) => connect_local(file).await,
         Coordinator::Joined(shared) => {
             let own = current(shared);
             let stream = Dialer::of(&own)?.connect(&own.coordinator).await?;
             let uri = format!("wss://{AGENTS_NAME}/agent/link").parse().context("not an address")?;
             let address = stream.get_ref().0.local_addr().ok().map(|own| own.ip());
-            let opened = open(ClientRequestBuilder::new(uri), Box::new(stream)).await;
-            Ok((opened.map_err(|error| in_words_of(error, &own.coordinator))?, address))
+            let request = ClientRequestBuilder::new(uri).with_header(pack::HEADER, pack::LZ4);
+            let opened = open(request, Box::new(stream)).await.map_err(|error| in_words_of(error, &own.coordinator))?;
+            Ok(Opened { address, ..opened })
         }
     }
 }
@@ -174,25 +185,33 @@ fn in_words_of(error: Error, url: &str) -> anyhow::Error {
     }
 }
 
-async fn connect_local(file: &Path) -> anyhow::Result<Socket> {
+/// Host and port of this machine's coordinator, and what it knows its agent by.
+pub(super) fn local(file: &Path) -> anyhow::Result<(String, String)> {
     let text = std::fs::read(file).with_context(|| format!("could not read `{}`", file.display()))?;
     let coordinator: CoordinatorFile = serde_json::from_slice(&text).with_context(|| format!("could not read `{}`", file.display()))?;
     let Some(address) = coordinator.url.strip_prefix("http://") else { bail!("`{}` is not an http:// address", coordinator.url) };
-    let address = address.trim_end_matches('/');
-    let uri = format!("ws://{address}/agent/link").parse().context("not an address")?;
-    let request = ClientRequestBuilder::new(uri).with_header("Authorization", format!("Bearer {}", coordinator.token));
-    let stream = TcpStream::connect(address).await.context("could not connect")?;
-    stream.set_nodelay(true)?;
-    open(request, Box::new(stream)).await.map_err(|error| in_words_of(error, &coordinator.url))
+    Ok((address.trim_end_matches('/').into(), coordinator.token))
 }
 
-async fn open(request: ClientRequestBuilder, stream: Box<dyn Stream>) -> Result<Socket, Error> {
+async fn connect_local(file: &Path) -> anyhow::Result<Opened> {
+    let (address, token) = local(file)?;
+    let uri = format!("ws://{address}/agent/link").parse().context("not an address")?;
+    let request = ClientRequestBuilder::new(uri).with_header("Authorization", format!("Bearer {token}"));
+    let stream = TcpStream::connect(&address).await.context("could not connect")?;
+    stream.set_nodelay(true)?;
+    open(request, Box::new(stream)).await.map_err(|error| in_words_of(error, &format!("http://{address}")))
+}
+
+async fn open(request: ClientRequestBuilder, stream: Box<dyn Stream>) -> Result<Opened, Error> {
     let config = WebSocketConfig::default().max_message_size(Some(FRAME_BYTES_MAX)).max_frame_size(Some(FRAME_BYTES_MAX));
-    Ok(client_async_with_config(request, stream, Some(config)).await?.0)
+    let (socket, answer) = client_async_with_config(request, stream, Some(config)).await?;
+    let packs = answer.headers().get(pack::HEADER).is_some_and(|taken| taken == pack::LZ4);
+    Ok(Opened { socket, address: None, packs })
 }
 
 /// Serves one connection to its end; answers why the coordinator would not have it, where it said so.
-async fn serve(id: u64, socket: Socket, address: Option<IpAddr>, events: &mpsc::Sender<LinkEvent>) -> Option<Refused> {
+async fn serve(id: u64, opened: Opened, events: &mpsc::Sender<LinkEvent>) -> Option<Refused> {
+    let Opened { socket, address, packs } = opened;
     let (frames, frames_rx) = mpsc::channel(LINK_FRAMES_MAX);
     let (logs, logs_rx) = mpsc::channel(LINK_LOG_FRAMES_MAX);
     if events.send(LinkEvent::Up(Link { id, frames, logs, address })).await.is_err() {
@@ -201,7 +220,7 @@ async fn serve(id: u64, socket: Socket, address: Option<IpAddr>, events: &mpsc::
     let (sink, stream) = socket.split();
     let ended = tokio::select! {
         ended = read(id, stream, events) => ended,
-        ended = write(sink, frames_rx, logs_rx) => Ended::Because(ended),
+        ended = write(sink, frames_rx, logs_rx, packs) => Ended::Because(ended),
     };
     match ended {
         Ended::Refused(refused) => Some(refused),
@@ -222,14 +241,21 @@ async fn read(id: u64, mut stream: SplitStream<Socket>, events: &mpsc::Sender<Li
     let because = |reason: &str| Ended::Because(reason.into());
     let mut silence_max = LINK_SILENCE_MAX;
     loop {
-        let text = match timeout(silence_max, stream.next()).await {
+        let frame = match timeout(silence_max, stream.next()).await {
             Err(_) => return because("the coordinator is silent"),
-            Ok(None | Some(Ok(Message::Close(_)))) => return because("the coordinator closed it"),
+            Ok(None | Some(Ok(Message::Close(None)))) => return because("the coordinator closed it"),
+            Ok(Some(Ok(Message::Close(Some(last))))) => return Ended::Because(format!("the coordinator closed it: {}", last.reason)),
             Ok(Some(Err(error))) => return because(&error.to_string()),
-            Ok(Some(Ok(Message::Text(text)))) => text,
+            Ok(Some(Ok(Message::Text(text)))) => serde_json::from_str(&text),
+            Ok(Some(Ok(Message::Binary(bytes)))) => match pack::unpack(&bytes) {
+                Ok(Some(Unpacked::Text(text))) => serde_json::from_str(&text),
+                // There are no others this way.
+                Ok(Some(Unpacked::Binary(_)) | None) => continue,
+                Err(bad) => return because(&bad.to_string()),
+            },
             Ok(Some(Ok(_))) => continue,
         };
-        match serde_json::from_str(&text) {
+        match frame {
             Ok(ToAgent::Refused { reason, expelled }) => return Ended::Refused(Refused { reason, expelled }),
             Ok(frame) => {
                 if let ToAgent::Welcome { silence_max: Some(said), .. } = &frame {
@@ -244,19 +270,34 @@ async fn read(id: u64, mut stream: SplitStream<Socket>, events: &mpsc::Sender<Li
     }
 }
 
-async fn write(mut sink: SplitSink<Socket, Message>, mut frames: mpsc::Receiver<String>, mut logs: mpsc::Receiver<FromLogs>) -> String {
+fn text(frame: String, packs: bool) -> Message {
+    let packed = if packs { pack::pack_text(&frame) } else { None };
+    packed.map_or_else(|| Message::text(frame), Message::binary)
+}
+
+fn log(frame: Vec<u8>, packs: bool) -> Message {
+    let packed = if packs { pack::pack_binary(&frame) } else { None };
+    Message::binary(packed.unwrap_or(frame))
+}
+
+async fn write(
+    mut sink: SplitSink<Socket, Message>,
+    mut frames: mpsc::Receiver<String>,
+    mut logs: mpsc::Receiver<FromLogs>,
+    packs: bool,
+) -> String {
     let mut ping = interval(PING_EVERY);
     loop {
         let first = tokio::select! {
             biased;
             frame = frames.recv() => match frame {
-                Some(frame) => Message::text(frame),
+                Some(frame) => text(frame, packs),
                 None => break,
             },
             // Ends together with `frames`.
             Some(frame) = logs.recv() => match frame {
-                FromLogs::Frame(frame) => Message::binary(frame),
-                FromLogs::Text(text) => Message::text(text),
+                FromLogs::Frame(frame) => log(frame, packs),
+                FromLogs::Text(frame) => text(frame, packs),
             },
             _ = ping.tick() => Message::Ping(Vec::new().into()),
         };
@@ -265,7 +306,7 @@ async fn write(mut sink: SplitSink<Socket, Message>, mut frames: mpsc::Receiver<
         }
         // What has come meanwhile goes in the same write.
         while let Ok(frame) = frames.try_recv() {
-            if let Err(why) = in_time(sink.feed(Message::text(frame))).await {
+            if let Err(why) = in_time(sink.feed(text(frame, packs))).await {
                 return why;
             }
         }

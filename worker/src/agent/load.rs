@@ -84,7 +84,7 @@ impl LoadMeter {
         let (busy_before, total_before) = (std::mem::replace(&mut self.busy, busy), std::mem::replace(&mut self.total, total));
         let passed = total.saturating_sub(total_before);
         let share = if passed == 0 { 0.0 } else { busy.saturating_sub(busy_before) as f64 / passed as f64 };
-        let disk_free = statvfs(data_folder).map_or(0, |about| about.blocks_available() * about.fragment_size());
+        let disk_free = disk_free(data_folder).unwrap_or(0);
         NodeLoad { cpus: share * cpus as f64, memory: memory().1, disk_free, gpus: gpus.loads(), agent_memory: own_memory() }
     }
 }
@@ -108,6 +108,11 @@ pub(super) fn interface_of(address: std::net::IpAddr) -> Option<String> {
         v4.or_else(|| own.and_then(|own| own.as_sockaddr_in6()).map(|own| std::net::IpAddr::V6(own.ip()))) == Some(address)
     });
     found.map(|one| one.interface_name)
+}
+
+/// Bytes that a folder's file system has left; `None` when it can not be asked.
+pub(super) fn disk_free(folder: &Path) -> Option<u64> {
+    statvfs(folder).ok().map(|about| about.blocks_available() * about.fragment_size())
 }
 
 #[cfg(test)]

@@ -205,6 +205,7 @@ mod tests {
     use everlit_api::time::Timestamp;
 
     use super::super::environment::tests::spec as gang_spec;
+    use super::super::late::Late;
     use super::super::resume;
     use super::super::start::Node;
     use super::*;
@@ -223,8 +224,17 @@ mod tests {
         let folders = Folders::new(dir.path().join("agent"));
         let memory = Memory::below(&shared, folders.root());
         let (env, boot_id) = (Default::default(), String::new());
-        let node =
-            Node { folders, memory, programs: dir.path().into(), env, has_gpus: false, open_files: None, boot_id, reach: Mutex::default() };
+        let node = Node {
+            folders,
+            memory,
+            programs: dir.path().into(),
+            env,
+            has_gpus: false,
+            open_files: None,
+            boot_id,
+            reach: Mutex::default(),
+            late: Late::default(),
+        };
         let mut spec = gang_spec(2);
         spec.attempt = 2;
         spec.program = Program::Worker { worker: Box::new(WorkerSpec::for_world(2)), evaluate: false };
@@ -285,7 +295,7 @@ mod tests {
         }
 
         fn decide(&self) -> (Option<u64>, bool, bool) {
-            let resumed = resume::decide(&self.node, &self.spec, false).unwrap();
+            let resumed = resume::decide(&self.node, &self.spec, false, Some(self.spec.attempt.saturating_sub(1)), &|| true).unwrap();
             if let Some(path) = &resumed.path {
                 assert_eq!(checkpoint::verify(Path::new(path)).map(|manifest| Some(manifest.step)).unwrap(), resumed.step);
             }
@@ -371,7 +381,7 @@ mod tests {
         next.job = JobId::from_parts(7, 7);
         next.attempt = 1;
         next.resume_from = Some(ResumeFrom::Job(place.spec.job));
-        let resumed = resume::decide(&place.node, &next, true).unwrap();
+        let resumed = resume::decide(&place.node, &next, true, None, &|| true).unwrap();
         assert_eq!((resumed.step, resumed.from_memory), (Some(120), false));
     }
 

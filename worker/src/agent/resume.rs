@@ -1,21 +1,31 @@
 //! Where an attempt starts from: a whole snapshot in shared memory that is newer than every checkpoint, else its job's newest checkpoint that
-//! verifies in full, else what the order says. Blocks.
+//! verifies in full, here or on another node, else what the order says. Blocks.
 //!
 //! A damaged checkpoint of the job itself is put aside; one of another job, or of a folder that is not ours, is only passed over. What was
 //! asked for and does not verify is an error for ever: starting afresh instead would silently be another job.
 
 use std::path::{Path, PathBuf};
 
+use everlit_api::agent::copies::Fetch;
 use everlit_api::agent::{GangSpec, ResumeFrom, Resumed};
+use everlit_api::ids::NodeId;
 use everlit_api::manifest::Manifest;
 
+use super::copies::{self, Wanted};
 use super::start::{Node, Refused};
 use crate::checkpoint::{self, CheckpointError, Quarantined};
 
-/// Decides. `fresh`: the job's checkpoint folder was made just now.
-pub(super) fn decide(node: &Node, spec: &GangSpec, fresh: bool) -> Result<Resumed, Refused> {
+/// Decides. `fresh`: the job's checkpoint folder was made just now. `known`: the newest attempt before this one that was started here: when
+/// others came after it elsewhere, they went on from checkpoints, and what is in memory here is older than what they did.
+pub(super) fn decide(
+    node: &Node,
+    spec: &GangSpec,
+    fresh: bool,
+    known: Option<u32>,
+    is_wanted: &dyn Fn() -> bool,
+) -> Result<Resumed, Refused> {
     let folders = &node.folders;
-    let mut resumed = Resumed { job: spec.job, attempt: spec.attempt, step: None, path: None, from_memory: false, quarantined: Vec::new() };
+    let mut resumed = Resumed::from_nothing(spec.job, spec.attempt);
     let mut committed = None;
     if !fresh {
         let dir = folders.checkpoints(spec.job);
@@ -25,11 +35,21 @@ pub(super) fn decide(node: &Node, spec: &GangSpec, fresh: bool) -> Result<Resume
         resumed.quarantined = rejected.into_iter().chain(chosen.quarantined).map(|put_aside| (put_aside.step, put_aside.reason)).collect();
         committed = chosen.checkpoint;
     }
+    let here = committed.as_ref().map(|(_, manifest)| manifest.step);
+    let elsewhere = spec.fetch.as_ref().filter(|fetch| here.is_none_or(|here| fetch.of.is_none() && here < fetch.step));
+    let is_next = known.is_some_and(|known| known + 1 >= spec.attempt);
     if !spec.skip_memory
-        && let Some((path, manifest)) = node.memory.resume(spec, committed.as_ref().map(|(_, manifest)| manifest.step))
+        && is_next
+        && let Some((path, manifest)) =
+            node.memory.resume(spec, here.max(elsewhere.filter(|fetch| fetch.of.is_none()).map(|fetch| fetch.step)))
     {
         tracing::info!(job = %spec.job, attempt = spec.attempt, step = manifest.step, "resuming from shared memory");
         return Ok(Resumed { from_memory: true, ..found(resumed, &path, &manifest) });
+    }
+    if let Some(fetch) = elsewhere.filter(|fetch| fetch.of.is_none())
+        && let Some((from, path, manifest)) = fetch_newer(node, spec, fetch, is_wanted)?
+    {
+        return Ok(Resumed { fetched_from: Some(from), ..found(resumed, &path, &manifest) });
     }
     if let Some((path, manifest)) = committed {
         return Ok(found(resumed, &path, &manifest));
@@ -42,8 +62,12 @@ pub(super) fn decide(node: &Node, spec: &GangSpec, fresh: bool) -> Result<Resume
                 // Its last snapshot may be on its way to the disk.
                 node.memory.end(folders, *job);
             }
-            newest_without_quarantine(&dir)
-                .map_err(|why| Refused::forever(format!("job {job} has no usable checkpoint on this node: {why}")))?
+            let here = newest_without_quarantine(&dir).or_else(|why| newest_without_quarantine(&folders.origin(spec.job)).map_err(|_| why));
+            let newer = elsewhere.filter(|fetch| here.as_ref().is_ok_and(|(_, here)| here.step < fetch.step) || here.is_err());
+            match newer.map(|fetch| fetch_newer(node, spec, fetch, is_wanted)).transpose()?.flatten() {
+                Some((from, path, manifest)) => return Ok(Resumed { fetched_from: Some(from), ..found(resumed, &path, &manifest) }),
+                None => here.map_err(|why| Refused::forever(format!("job {job} has no usable checkpoint on this node: {why}")))?,
+            }
         }
         Some(ResumeFrom::Path(path)) => {
             let refuse = |why: String| Refused::forever(format!("can not resume from `{path}`: {why}"));
@@ -51,6 +75,33 @@ pub(super) fn decide(node: &Node, spec: &GangSpec, fresh: bool) -> Result<Resume
         }
     };
     Ok(found(resumed, &path, &manifest))
+}
+
+/// Brings a newer checkpoint from another node. `None`: it can not be had, and the gang can do without.
+fn fetch_newer(
+    node: &Node,
+    spec: &GangSpec,
+    fetch: &Fetch,
+    is_wanted: &dyn Fn() -> bool,
+) -> Result<Option<(NodeId, PathBuf, Manifest)>, Refused> {
+    let dir = if fetch.of.is_some() { node.folders.origin(spec.job) } else { node.folders.checkpoints(spec.job) };
+    // What another job has written counts its attempts.
+    let attempt = if fetch.of.is_some() { u32::MAX } else { spec.attempt };
+    let (job, step, bytes) = (fetch.of.unwrap_or(spec.job), fetch.step, fetch.bytes);
+    let wanted = Wanted { job, step, bytes, attempt, sources: &fetch.sources };
+    let fetched = copies::fetch(&dir, wanted, is_wanted).and_then(|from| {
+        let path = dir.join(checkpoint::step_folder(fetch.step));
+        let manifest = checkpoint::verify(&path).map_err(|damage| damage.to_string())?;
+        Ok((from, path, manifest))
+    });
+    match fetched {
+        Ok(fetched) => Ok(Some(fetched)),
+        Err(why) if fetch.required => Err(Refused::now(format!("the checkpoint of step {} could not be fetched: {why}", fetch.step))),
+        Err(why) => {
+            tracing::warn!(job = %spec.job, step = fetch.step, why, "a newer checkpoint could not be fetched; going on with what is here");
+            Ok(None)
+        }
+    }
 }
 
 /// Puts a checkpoint aside that verifies and still fails every resume, if there is an older good one to step back to.

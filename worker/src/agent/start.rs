@@ -22,8 +22,9 @@ use tokio::runtime::Handle;
 
 use super::environment::{self, Paths, Reach};
 use super::folders::{ERROR_NAME, Folders, GANG_NAME, HEARTBEAT_NAME, SHARDS_NAME, WORKER_NAME, parse_attempt};
+use super::late::Late;
 use super::memory::Memory;
-use super::{resume, shim};
+use super::{packages, resume, shim};
 use crate::checkpoint;
 use crate::rendezvous::Server;
 use crate::shim::spec::Spec;
@@ -48,6 +49,8 @@ pub(super) struct Node {
     pub boot_id: String,
     /// How other nodes reach it, once that is known.
     pub reach: Mutex<Option<Reach>>,
+    /// Checkpoints that came too late and are still to be put aside.
+    pub late: Late,
 }
 
 impl Node {
@@ -121,8 +124,8 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), Refused> {
     fs::write(&draft, bytes).and_then(|()| fs::rename(&draft, path)).map_err(failed("write", path))
 }
 
-/// Decides and makes everything up to the start.
-pub(super) fn prepare(node: &Node, spec: &GangSpec) -> Result<Prepared, Refused> {
+/// Decides and makes everything up to the start. What may take long ends early once `is_wanted` says no.
+pub(super) fn prepare(node: &Node, spec: &GangSpec, is_wanted: &dyn Fn() -> bool) -> Result<Prepared, Refused> {
     let folders = &node.folders;
     let attempts = folders.attempts(spec.job);
     let known = newest_attempt(&attempts);
@@ -142,17 +145,20 @@ pub(super) fn prepare(node: &Node, spec: &GangSpec) -> Result<Prepared, Refused>
     }
     let checkpoints = folders.checkpoints(spec.job);
     make_folder(&folders.job(spec.job))?;
+    packages::unpack_for(folders, spec)?;
     let fresh = make_folder(&checkpoints)?;
+    let busy = |error: checkpoint::CheckpointError| Refused {
+        reason: error.to_string(),
+        permanent: !(error.is_transient() || matches!(error, checkpoint::CheckpointError::Fenced { .. })),
+    };
     // In a folder that was not there before, nobody is to be fenced off and nothing is to be found.
     if !fresh || spec.attempt > 1 {
-        let busy = |error: checkpoint::CheckpointError| Refused {
-            reason: error.to_string(),
-            permanent: !(error.is_transient() || matches!(error, checkpoint::CheckpointError::Fenced { .. })),
-        };
         checkpoint::raise_fence(&checkpoints, spec.attempt).map_err(busy)?;
         checkpoint::sweep_drafts(&checkpoints, spec.attempt).map_err(busy)?;
     }
-    let resumed = resume::decide(node, spec, fresh)?;
+    let put_aside = node.late.put_aside(folders, spec.job).map_err(busy)?;
+    let mut resumed = resume::decide(node, spec, fresh, known, is_wanted)?;
+    resumed.quarantined.splice(0..0, put_aside.into_iter().map(|own| (own.step, own.reason)));
     let snapshots = node.memory.make(spec);
     let rendezvous = folders.rendezvous(spec.job, spec.attempt);
     DirBuilder::new().mode(0o700).recursive(true).create(&rendezvous).map_err(failed("make the folder", &rendezvous))?;
@@ -214,7 +220,7 @@ fn prepare_rank(
         attempt: spec.attempt,
         logs: folders.logs(spec.job),
         log_bytes_max: spec.log_bytes_max,
-        workdir: spec.workdir.as_ref().map(PathBuf::from),
+        workdir: packages::workdir(folders, spec),
         open_files: node.open_files,
         argv: argv.to_vec(),
         env: env?,

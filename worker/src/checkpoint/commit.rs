@@ -110,6 +110,12 @@ fn check_draft(dir: &Path, draft: &Path, manifest: &Manifest) -> Result<(), Chec
         return refused(format!("`{}` is not in `{}`", draft.display(), dir.display()));
     }
     fence::check(dir, manifest.attempt)?;
+    check_draft_files(draft, manifest)
+}
+
+/// Whether each file is there, and as long as the manifest says.
+pub(super) fn check_draft_files(draft: &Path, manifest: &Manifest) -> Result<(), CheckpointError> {
+    let refused = |why: String| Err(CheckpointError::Refused(why));
     for file in &manifest.files {
         match open_regular(draft, &file.name) {
             Ok((_, found)) if found == file.bytes => {}
@@ -149,7 +155,7 @@ fn write_manifest(draft: &Path, manifest: &Manifest) -> Result<(), CheckpointErr
 }
 
 /// The one moment: the draft gets the final name, under the lock.
-fn place_locked(draft: &Path, place: &Path, manifest: &Manifest, _held: &Locked) -> Result<(), CheckpointError> {
+pub(super) fn place_locked(draft: &Path, place: &Path, manifest: &Manifest, _held: &Locked) -> Result<(), CheckpointError> {
     match place.symlink_metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return fs::rename(draft, place).map_err(io_error("commit", place));

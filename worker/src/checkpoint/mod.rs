@@ -13,12 +13,14 @@ use std::path::{Path, PathBuf};
 
 mod choose;
 mod commit;
+mod copy;
 mod fence;
 pub mod snapshot;
 mod verify;
 
 pub use choose::{Chosen, Quarantined, newest_verified, prune, quarantine};
 pub use commit::{begin, commit, describe_file, sweep_drafts};
+pub use copy::{Copy, CopyError, manifest_bytes, open_file, put_aside};
 pub use fence::{fence, raise_fence};
 pub use verify::{Damage, hex_sha256, read_file, read_manifest, stream_file, verify};
 

@@ -115,7 +115,7 @@ pub fn read_manifest(path: &Path) -> Result<Manifest, Damage> {
     Ok(manifest)
 }
 
-fn parse_manifest(text: &[u8]) -> Result<Manifest, Damage> {
+pub(super) fn parse_manifest(text: &[u8]) -> Result<Manifest, Damage> {
     // The format comes first: another format may have none of our fields.
     #[derive(serde::Deserialize)]
     struct Format {
@@ -191,7 +191,7 @@ pub(super) fn open_regular(folder: &Path, name: &str) -> Result<(File, u64), Dam
     }
 }
 
-fn verify_file(folder: &Path, expected: &ManifestFile) -> Result<(), Damage> {
+pub(super) fn verify_file(folder: &Path, expected: &ManifestFile) -> Result<(), Damage> {
     let name = &expected.name;
     let (file, found) = open_regular(folder, name)?;
     if found != expected.bytes {
@@ -286,7 +286,7 @@ pub fn hex_sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");

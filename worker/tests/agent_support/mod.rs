@@ -21,6 +21,7 @@ use everlit_api::job::{CheckpointPolicy, HeartbeatPolicy};
 use everlit_api::time::Millis;
 use futures_util::{SinkExt, StreamExt};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
 use tokio_tungstenite::WebSocketStream;
@@ -36,6 +37,7 @@ pub struct Bench {
     runtime: Runtime,
     listener: TcpListener,
     link: Option<WebSocketStream<TcpStream>>,
+    held: Vec<TcpStream>,
     frames: VecDeque<FromAgent>,
     pub logs: VecDeque<(LogFrame, Vec<u8>)>,
     pub report: Option<everlit_api::status::NodeLoad>,
@@ -58,7 +60,19 @@ impl Bench {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
         let (frames, logs) = (VecDeque::new(), VecDeque::new());
-        let bench = Self { dir, agent: None, runtime, listener, link: None, frames, logs, report: None, next_job: 1, linger: "60s" };
+        let bench = Self {
+            dir,
+            agent: None,
+            runtime,
+            listener,
+            link: None,
+            held: Vec::new(),
+            frames,
+            logs,
+            report: None,
+            next_job: 1,
+            linger: "60s",
+        };
         bench.rewrite_coordinator_file();
         bench
     }
@@ -154,6 +168,39 @@ impl Bench {
         let hello = self.wait_for("a hello", |frame| if let FromAgent::Hello(hello) = frame { Some(hello.clone()) } else { None });
         self.send(ToAgent::Welcome { protocol: PROTOCOL, report_interval: Millis(200), silence_max: None });
         hello
+    }
+
+    /// Takes a request that is none for a link, and gives it an answer, cut off after so many bytes of its body; answers its head.
+    pub fn answer(&mut self, status: &str, body: &[u8], cut: usize) -> String {
+        self.runtime.block_on(async {
+            let accepted = tokio::time::timeout(PATIENCE, self.listener.accept()).await;
+            let (mut stream, _) = accepted.expect("no request came").unwrap();
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(stream.read_u8().await.unwrap());
+            }
+            let own = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n", body.len());
+            stream.write_all(own.as_bytes()).await.unwrap();
+            stream.write_all(&body[..cut.min(body.len())]).await.unwrap();
+            if cut < body.len() {
+                self.held.push(stream);
+            }
+            String::from_utf8(head).unwrap()
+        })
+    }
+
+    /// Ends the answers that were cut off.
+    pub fn end_answers(&mut self) {
+        self.held.clear();
+    }
+
+    pub fn start_failed(&mut self, spec: &GangSpec) -> (String, bool) {
+        self.wait_for("a failed start", |frame| match frame {
+            FromAgent::StartFailed { job, attempt, reason, permanent } if (*job, *attempt) == (spec.job, spec.attempt) => {
+                Some((reason.clone(), *permanent))
+            }
+            _ => None,
+        })
     }
 
     pub fn drop_link(&mut self) {
@@ -282,8 +329,10 @@ impl Bench {
             program: Program::Command { argv: vec!["sh".into(), "-c".into(), script.into()] },
             env: BTreeMap::new(),
             workdir: Some(self.dir.path().display().to_string()),
+            package: None,
             shards: Vec::new(),
             resume_from: None,
+            fetch: None,
             rejected_step: None,
             skip_memory: false,
             checkpoint: CheckpointPolicy::default(),

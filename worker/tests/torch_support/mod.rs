@@ -40,7 +40,7 @@ impl Job {
         worker.sequence_length = 24;
         worker.data = Some(text.to_string_lossy().into());
         worker.seed = 11;
-        let checkpoint = CheckpointPolicy { every_steps: 10, every: None, keep: 100 };
+        let checkpoint = CheckpointPolicy { every_steps: 10, keep: 100, ..CheckpointPolicy::default() };
         let config = TrainConfig { worker, checkpoint, shards: Vec::new(), mean_seconds_between_failures: None };
         Self { dir, config }
     }

@@ -37,6 +37,8 @@ const LABEL_VALUE_CHARS_MAX: usize = 256;
 const TOLERATIONS_MAX: usize = 64;
 const SHARDS_MAX: usize = 65_536;
 const STEPS_MAX: u64 = 1_000_000_000_000;
+/// Copies of a checkpoint at most: each is on a node of its own.
+const COPIES_MAX: u64 = 4;
 const BATCH_MAX: u64 = 1_000_000_000;
 const DAY: Millis = Millis::secs(86_400);
 const CENTURY: Millis = Millis::secs(36_500 * 86_400);
@@ -89,7 +91,12 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
         evaluate(&mut top);
     }
     let (env, secrets) = environment::variables(&mut top);
-    let workdir = top.read("workdir", path);
+    let package = top.read("package", values::package);
+    if package.is_some() && command.is_none() {
+        top.fault("package", "goes with a command: the built-in program has no use for a folder".into());
+    }
+    let is_packed = top.get("package").is_some();
+    let workdir = top.read("workdir", if is_packed { values::path_within } else { path });
     let log_metrics = policies::log_metrics(&mut top);
     let log_policies = policies::log_policies(&mut top);
     let resources = top.object("resources", policies::resources);
@@ -120,6 +127,7 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
         env,
         secrets,
         workdir,
+        package,
         log_metrics,
         log_policies,
         resources,
@@ -194,5 +202,6 @@ fn checkpoint(fields: &mut Reader<'_, '_>) -> CheckpointPolicy {
         every_steps: every_steps.unwrap_or(if by_time { 0 } else { defaults.every_steps }),
         every,
         keep: fields.read_or("keep", u64::from(defaults.keep), |v| integer(v, 1, 1000)) as u32,
+        copies: fields.read_or("copies", u64::from(defaults.copies), |v| integer(v, 0, COPIES_MAX)) as u32,
     }
 }

@@ -131,6 +131,22 @@ fn commands_and_their_environment_are_checked() {
     for name in ["PATH", "HOME", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "PYTHONUNBUFFERED", "NCCL_DEBUG"] {
         assert!(parse(&json!({"env": {name: "x"}})).is_ok(), "{name}");
     }
+    check(
+        json!({"command": ["x"], "package": "ABC", "workdir": "/home/me"}),
+        expect![[r#"
+            x /package must be the sha256 of an uploaded package, 64 lower-case hexadecimal digits: `everlit submit --workdir FOLDER` makes one
+            x /workdir must be a path in the package, without `/` at its beginning and without `..`
+        "#]],
+    );
+    check(
+        json!({"package": "ab".repeat(32), "workdir": "a/../../b"}),
+        expect![[r#"
+            x /package goes with a command: the built-in program has no use for a folder
+            x /workdir must be a path in the package, without `/` at its beginning and without `..`
+        "#]],
+    );
+    let within = parse(&json!({"command": ["x"], "package": "ab".repeat(32), "workdir": "sub/folder"})).expect("both");
+    assert_eq!((within.package, within.workdir.as_deref()), (Some("ab".repeat(32)), Some("sub/folder")));
     let empty_argument = parse(&json!({"command": ["prog", "--flag", ""]})).expect("an argument may be empty");
     assert_eq!((empty_argument.worker, empty_argument.command.len()), (None, 3));
 }
@@ -227,7 +243,7 @@ fn worker_settings_are_read_in_full() {
 #[test]
 fn checkpoints_by_time_switch_those_by_steps_off_unless_both_are_asked_for() {
     let policy = |checkpoint: Value| parse(&json!({ "checkpoint": checkpoint })).map(|spec| spec.checkpoint);
-    let every = |every, every_steps| Ok(CheckpointPolicy { every_steps, every: Some(every), keep: 3 });
+    let every = |every, every_steps| Ok(CheckpointPolicy { every_steps, every: Some(every), ..CheckpointPolicy::default() });
     let minute = CheckpointInterval::Time(Millis::secs(60));
     assert_eq!(policy(json!({"every": "1m"})), every(minute, 0));
     assert_eq!(policy(json!({"every": "1m", "every_steps": 10})), every(minute, 10));

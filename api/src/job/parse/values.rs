@@ -113,6 +113,24 @@ pub(super) fn path(value: &Value) -> Result<String, String> {
     Ok(text.into())
 }
 
+/// A path in a package.
+pub(super) fn path_within(value: &Value) -> Result<String, String> {
+    let text = text(value, PATH_BYTES_MAX)?;
+    if text.starts_with('/') || text.split('/').any(|part| part == "..") {
+        return Err("must be a path in the package, without `/` at its beginning and without `..`".into());
+    }
+    Ok(text.into())
+}
+
+/// A package, by its hash.
+pub(super) fn package(value: &Value) -> Result<String, String> {
+    let text = text(value, PATH_BYTES_MAX)?;
+    if crate::job::is_package(text) {
+        return Ok(text.into());
+    }
+    Err("must be the sha256 of an uploaded package, 64 lower-case hexadecimal digits: `everlit submit --workdir FOLDER` makes one".into())
+}
+
 /// A job's name.
 pub(super) fn name(value: &Value) -> Result<String, String> {
     let text = text(value, NAME_CHARS_MAX * 4)?;

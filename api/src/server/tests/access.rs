@@ -51,6 +51,7 @@ async fn operations(house: &House) -> BTreeMap<String, (String, String, String, 
             let name = match path.split('/').nth(1) {
                 Some("nodes") => "a".into(),
                 Some("tokens" | "join-tokens") => ADMIN.into(),
+                Some("packages" | "agent") => "aa".repeat(32),
                 _ => id().to_string(),
             };
             let concrete = path.replace("{n}", "1").replace("{id}", &name).replace("{file}", "index.html");
@@ -77,11 +78,11 @@ async fn the_table_says_who_may_what() {
     let text: String = rows.iter().map(|(role, operations)| format!("{role}: {}\n", operations.join(" "))).collect();
     expect![[r#"
         admin: create_join_token create_token expel_node list_audit list_join_tokens list_tokens revoke_join_token revoke_token
-        agent: agent_link renew_certificate
+        agent: agent_link fetch_package renew_certificate
         join token: join_node
         none: health livez readyz status
         operator: cordon_node drain_node purge_jobs uncordon_node
-        user: checkpoint_job delete_job restart_job stop_job submit_job
+        user: checkpoint_job delete_job get_package put_package restart_job stop_job submit_job
         viewer: docs docs_file explain_job get_job get_logs get_node get_postmortem get_summary list_attempts list_checkpoints list_events list_jobs list_metrics list_nodes list_summaries metrics openapi stream_events stream_job_events stream_logs whoami
     "#]].assert_eq(&text);
 }
@@ -143,7 +144,7 @@ async fn every_role_at_every_door() {
             }
         }
     }
-    assert_eq!(cells, 45 * 8 * 2);
+    assert_eq!(cells, 48 * 8 * 2);
 }
 
 #[tokio::test]

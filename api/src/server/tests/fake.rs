@@ -12,6 +12,7 @@ use crate::control::*;
 use crate::ids::{JobId, NodeId};
 use crate::job::{JobKind, JobSpec, Priority};
 use crate::join::*;
+use crate::package::PackageView;
 use crate::problem::{Code, Problem};
 use crate::status::*;
 use crate::time::{Millis, Timestamp};
@@ -405,6 +406,28 @@ impl Control for Fake {
         self.answer(format!("revoke {id}"), answer)
     }
 
+    fn keep_package(&self, mut upload: Upload) -> Answer<'_, (PackageView, bool)> {
+        Box::pin(async move {
+            let mut bytes = 0;
+            while let Some(chunk) = futures_util::StreamExt::next(&mut upload.bytes).await {
+                bytes += chunk.map_err(|_| Problem::new(Code::BadRequest, "it ended early"))?.len() as u64;
+            }
+            self.note(format!("keep package of {bytes} bytes"));
+            Ok((PackageView { package: upload.package, bytes }, bytes > 0))
+        })
+    }
+
+    fn package(&self, package: String) -> Answer<'_, PackageView> {
+        let missing = Problem::new(Code::NotFound, "there is no such package: upload it");
+        let known = package.starts_with("aa");
+        self.answer("package".into(), if known { Ok(PackageView { package, bytes: 3 }) } else { Err(missing) })
+    }
+
+    fn read_package(&self, _: String) -> Answer<'_, (u64, PackageBytes)> {
+        let bytes = futures_util::stream::iter([Ok(Bytes::from_static(b"pa")), Ok(Bytes::from_static(b"ck"))]);
+        self.answer("read package".into(), Ok((4, Box::pin(bytes) as PackageBytes)))
+    }
+
     fn agent_token_is(&self, token: &str) -> bool {
         token == TOKEN
     }
@@ -414,6 +437,9 @@ impl Control for Fake {
             link.to.send("welcome".into()).await.expect("open");
             while let Some(frame) = link.from.recv().await {
                 let done = matches!(&frame, AgentFrame::Text(text) if text == "bye");
+                if matches!(&frame, AgentFrame::Text(text) if text == "say much") {
+                    link.to.send("much ".repeat(1_000)).await.expect("open");
+                }
                 self.frames.lock().expect("lock").push(frame);
                 if done {
                     break;

@@ -8,6 +8,7 @@ mod fake;
 mod jobs;
 mod join;
 mod link;
+mod packages;
 mod refusals;
 mod streams;
 

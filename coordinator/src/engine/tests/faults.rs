@@ -341,7 +341,15 @@ fn steps_told_before_the_resume_is_known_are_not_counted_as_repeated() {
         610,
         Event::AttemptResumed {
             node: node("n1"),
-            resumed: Resumed { job: job(1), attempt: 2, step: Some(500), path: None, from_memory: false, quarantined: vec![] },
+            resumed: Resumed {
+                job: job(1),
+                attempt: 2,
+                step: Some(500),
+                path: None,
+                from_memory: false,
+                fetched_from: None,
+                quarantined: vec![],
+            },
         },
     );
     assert_eq!((scene.summary(1).step, scene.summary(1).lost_steps), (Some(510), 10));

@@ -202,7 +202,7 @@ fn new_gangs_get_suspected_gpus_last_and_are_never_refused_for_them() {
     scene.submit(2_000, 3, on_gpus(1)).submit(2_000, 4, on_gpus(1));
     assert_eq!([place(&scene, 3), place(&scene, 4)], [Some(("n2".into(), vec![1])), Some(("n1".into(), vec![0]))]);
     scene.take();
-    let told = scene.engine.plan(&on_gpus(2)).reason;
+    let told = scene.engine.plan(&on_gpus(2), scene.now).reason;
     assert_eq!(told, "n1 needs 2 GPUs, has free 0");
     // One that waits behind another learns what it would get.
     let mut lone = Scene::new();

@@ -173,6 +173,7 @@ fn steps_checkpoints_and_repeats_are_counted() {
                 step: Some(10),
                 path: Some("/c/10".into()),
                 from_memory: false,
+                fetched_from: None,
                 quarantined: vec![],
             },
         },

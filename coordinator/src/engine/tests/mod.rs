@@ -2,12 +2,15 @@
 //! scenario that leaves outcomes unread fails.
 
 mod checkpoints;
+mod clocks;
+mod copies;
 mod elastic;
 mod faults;
 mod gpus;
 mod in_place;
 mod lives;
 mod nodes;
+mod own_words;
 mod policies;
 mod scheduling;
 mod single;
@@ -18,6 +21,7 @@ mod views;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
+use everlit_api::agent::copies::CopyDoor;
 use everlit_api::agent::{Beat, CheckpointNews, Exited, Hello, RankReport, Resumed, Started, ToAgent};
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::JobSpec;
@@ -95,10 +99,19 @@ pub(super) fn hello(name: &str, ranks: Vec<RankReport>) -> Event {
             checkpoints: vec![],
             draining: false,
             address: None,
+            copies: None,
             labels: Default::default(),
             taints: Vec::new(),
         }),
     }
+}
+
+/// A node that others reach, and that gives and takes copies of checkpoints.
+pub(super) fn reachable(name: &str, ranks: Vec<RankReport>) -> Event {
+    let Event::NodeLinked { mut hello } = hello(name, ranks) else { unreachable!("it is a hello") };
+    hello.address = Some("10.0.0.1".into());
+    hello.copies = Some(CopyDoor { port: 1, certificate: String::new(), secret: String::new() });
+    Event::NodeLinked { hello }
 }
 
 pub(super) fn alive(incarnation: Incarnation, pid: u32) -> RankReport {
@@ -139,7 +152,7 @@ impl Scene {
     }
 
     pub(super) fn submit(&mut self, ms: u64, n: u128, spec: JobSpec) -> &mut Self {
-        self.at(ms, Event::JobSubmitted { id: job(n), spec: Arc::new(spec), seed: 1, user: None })
+        self.at(ms, Event::JobSubmitted { id: job(n), spec: Arc::new(spec), seed: 1, user: None, origin: Vec::new() })
     }
 
     pub(super) fn start_all(&mut self, ms: u64, n: u128, attempt: u32, world: u32) -> &mut Self {
@@ -147,7 +160,15 @@ impl Scene {
             ms,
             Event::AttemptResumed {
                 node: node("n1"),
-                resumed: Resumed { job: job(n), attempt, step: None, path: None, from_memory: false, quarantined: vec![] },
+                resumed: Resumed {
+                    job: job(n),
+                    attempt,
+                    step: None,
+                    path: None,
+                    from_memory: false,
+                    fetched_from: None,
+                    quarantined: vec![],
+                },
             },
         );
         for r in 0..world {
@@ -234,8 +255,13 @@ fn frame_text(frame: ToAgent) -> String {
             let resume = gang.resume_from.map(|r| format!(" resume_from {r:?}")).unwrap_or_default();
             let members = if gang.generation > 0 { format!(" membership {} {:?}", gang.generation, gang.seats) } else { String::new() };
             let spares = if gang.spares.is_empty() { String::new() } else { format!(" spares {:?}", gang.spares) };
+            let fetch = gang.fetch.map(|f| {
+                let from: Vec<_> = f.sources.iter().map(|source| source.node.0.as_str()).collect();
+                format!(" fetch {} from {}{}", f.step, from.join(", "), if f.required { "" } else { " if it can" })
+            });
+            let fetch = fetch.unwrap_or_default();
             format!(
-                "start job {} attempt {} ranks {}+{} port {}{members}{spares}{resume}",
+                "start job {} attempt {} ranks {}+{} port {}{members}{spares}{resume}{fetch}",
                 gang.job.as_u128(),
                 gang.attempt,
                 gang.first_rank,
@@ -248,6 +274,11 @@ fn frame_text(frame: ToAgent) -> String {
             let names: Vec<_> = incarnations.iter().map(|i| format!("{}.{}.{}", i.job.as_u128(), i.attempt, i.rank)).collect();
             format!("forget {}", names.join(" "))
         }
+        ToAgent::CopyCheckpoint(order) => {
+            let from: Vec<_> = order.sources.iter().map(|source| source.node.0.as_str()).collect();
+            format!("copy step {} of job {} from {}", order.step, order.job.as_u128(), from.join(", "))
+        }
+        ToAgent::PutAside { job, attempt, beyond } => format!("put aside attempt {attempt} of job {} beyond {beyond:?}", job.as_u128()),
         ToAgent::JobEnded { job } => format!("job {} ended", job.as_u128()),
         other => format!("{other:?}"),
     }

@@ -2,6 +2,7 @@
 
 use everlit_api::agent::Exited;
 use everlit_api::status::JobState;
+use everlit_api::time::Millis;
 use expect_test::expect;
 
 use super::*;
@@ -167,6 +168,72 @@ fn a_drain_saves_and_puts_jobs_back_in_the_queue_without_counting() {
     "#]]);
 }
 
+fn draining(within_ms: u64) -> Event {
+    Event::NodeDraining { node: node("n1"), cordon: true, deadline: Some(Millis(within_ms)) }
+}
+
+/// Its ranks live, and its agent was away or is a new one.
+fn back(scene: &mut Scene, ms: u64) {
+    scene.at(ms, Event::NodeReported { node: node("n1"), load: Default::default() });
+    scene.at(ms, Event::NodeUnlinked { node: node("n1") });
+    scene.at(ms, hello("n1", vec![alive(rank(1, 1, 0), 100)]));
+}
+
+#[test]
+fn of_a_drains_deadline_only_the_rest_is_left_after_a_reconnect_and_after_a_restart_of_the_coordinator() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, JobSpec { stop_grace: Millis::secs(30), ..command(1) });
+    scene.start_all(10, 1, 1, 1);
+    scene.take();
+    scene.at(1_000, draining(40_000));
+    back(&mut scene, 5_000);
+    back(&mut scene, 21_000);
+    scene.restart_coordinator(30_000);
+    scene.at(31_000, hello("n1", vec![alive(rank(1, 1, 0), 100)]));
+    // A later deadline gives nobody more time; an earlier one takes some, for good.
+    scene.at(32_000, draining(60_000));
+    scene.at(33_000, draining(2_000));
+    scene.restart_coordinator(33_500);
+    scene.at(34_000, hello("n1", vec![alive(rank(1, 1, 0), 100)]));
+    back(&mut scene, 50_000);
+    scene.expect(expect![[r#"
+        1000 node_cordoned: n1 takes no new ranks: a user asked for it
+        1000   n1 <- stop job 1 attempt 1 grace 30s
+        5000   n1 <- stop job 1 attempt 1 grace 30s
+        21000   n1 <- stop job 1 attempt 1 grace 20s
+        31000   n1 <- stop job 1 attempt 1 grace 10s
+        32000 node_cordoned: n1 takes no new ranks: a user asked for it
+        32000   n1 <- stop job 1 attempt 1 grace 9s
+        33000   n1 <- stop job 1 attempt 1 grace 2s
+        34000   n1 <- stop job 1 attempt 1 grace 1s
+        50000   n1 <- stop job 1 attempt 1 grace 0s
+    "#]]);
+}
+
+#[test]
+fn who_is_told_late_to_save_and_stop_has_its_whole_grace_and_who_was_to_be_killed_has_none() {
+    let mut scene = Scene::with_node();
+    scene.submit(0, 1, command(1));
+    scene.start_all(10, 1, 1, 1);
+    scene.take();
+    scene.at(20, Event::NodeUnlinked { node: node("n1") });
+    scene.at(1_000, Event::NodeDraining { node: node("n1"), cordon: true, deadline: None });
+    scene.restart_coordinator(2_000);
+    scene.at(90_000, hello("n1", vec![alive(rank(1, 1, 0), 100)]));
+    scene.at(91_000, Event::NodeUnlinked { node: node("n1") });
+    scene.at(92_000, Event::StopRequested { job: job(1), force: true, delete: false });
+    scene.restart_coordinator(93_000);
+    scene.at(94_000, hello("n1", vec![alive(rank(1, 1, 0), 100)]));
+    scene.expect(expect![[r#"
+        1000 node_cordoned: n1 takes no new ranks: a user asked for it
+        1000   n1 <- stop job 1 attempt 1 grace 30s
+        90000   n1 <- stop job 1 attempt 1 grace 30s
+        92000 job 1: stop_requested: a user asked for it
+        92000   n1 <- stop job 1 attempt 1 grace 0s
+        94000   n1 <- stop job 1 attempt 1 grace 0s
+    "#]]);
+}
+
 #[test]
 fn a_cordoned_node_takes_no_new_ranks_until_it_is_uncordoned() {
     let mut scene = Scene::with_node();
@@ -207,7 +274,7 @@ fn what_a_lying_disk_has_forgotten_is_learned_from_the_nodes_and_no_number_is_us
     let mut scene = Scene::with_node();
     scene.submit(0, 1, command(1));
     scene.start_all(10, 1, 1, 1);
-    scene.at(20, Event::NodeUnlinked { node: node("n1") });
+    scene.restart_coordinator(20);
     scene.at(30, hello("n1", vec![alive(rank(1, 4, 0), 400)]));
     scene.at(1_000, Event::Woke);
     // The attempt that is on record runs on another node, too.
@@ -237,7 +304,7 @@ fn what_a_lying_disk_has_forgotten_is_learned_from_the_nodes_and_no_number_is_us
         4100 job 1: job_running: all 1 ranks of attempt 6 run
         4100 job 1: gang_failed: who is in it is not on record: the coordinator's disk has lost what it said was durable
         4100   n1 <- stop job 1 attempt 6 grace 0s
-        4100   n1 <- stop job 1 attempt 6 grace 30s
+        4100   n1 <- stop job 1 attempt 6 grace 0s
     "#]]);
 }
 

@@ -95,7 +95,11 @@ impl Table {
         spec.time_limit = number(words, "limit").map(|s| Millis(s * 1_000));
         spec.stop_grace = Millis(number(words, "grace").unwrap_or(5) * 1_000);
         self.jobs.push(n);
+        let plan = self.scene.engine.plan(&spec, Timestamp(self.ms));
         self.scene.submit(self.ms, n, spec);
+        let gang = self.scene.engine.job(job(n)).and_then(|own| own.gang.as_ref());
+        let placed = gang.map(|gang| gang.placement.clone());
+        assert_eq!(plan.fits_now.then_some(plan.placement), placed, "a dry run of job {n} tells what comes: {}", plan.reason);
         self.settle();
     }
 
@@ -550,6 +554,28 @@ fn labels_and_taints_choose_the_nodes_and_what_none_ever_has_is_said_at_once() {
             ends 5                                        | 1 -  2 b:0+2  3 -  4 -  6 a:0+8 c:8+4  7 -
         "#]],
     );
+}
+
+#[test]
+fn a_dry_run_tells_why_a_job_would_go_before_others() {
+    let mut table = Table::new();
+    table.run(
+        "node a 8
+         job 1 normal 6 limit=100
+         job 2 normal 8",
+    );
+    let plan = |world, limit: Option<u64>| {
+        let spec = JobSpec { time_limit: limit.map(Millis::secs), stop_grace: Millis::secs(5), ..command(world) };
+        let plan = table.scene.engine.plan(&spec, Timestamp(table.ms));
+        format!("{} {}\n", plan.fits_now, plan.reason)
+    };
+    expect![[r#"
+        false a keeps room for jobs before it (needs 2 ranks, has free places for 0)
+        true it would start at once: its time_limit ends before those have that the first in the queue waits for
+        false a keeps room for jobs before it (needs 2 ranks, has free places for 0)
+        false a needs 3 ranks, has free places for 0
+    "#]]
+    .assert_eq(&(plan(2, None) + &plan(2, Some(100)) + &plan(2, Some(101)) + &plan(3, Some(1))));
 }
 
 #[test]

@@ -54,7 +54,7 @@ fn checkpoints_are_listed_newest_first_as_the_node_keeps_them_and_what_is_new_is
 fn a_plan_says_whether_it_would_start_now_wait_or_never_start() {
     let mut scene = Scene::with_node();
     let plan = |scene: &Scene, world| {
-        let plan = scene.engine.plan(&command(world));
+        let plan = scene.engine.plan(&command(world), scene.now);
         format!("{} {} {} {}\n", plan.fits_now, plan.fits_ever, plan.placement.len(), plan.reason)
     };
     let mut told = plan(&scene, 2) + &plan(&scene, 9);
@@ -81,7 +81,9 @@ fn a_record_with_anything_in_it_is_not_empty() {
     let event = EventRow { job: None, time: Timestamp(0), event: "x", reason: String::new(), data: serde_json::Value::Null };
     assert!(Record::default().is_empty());
     let mut scene = Scene::with_node();
-    let step = scene.engine.handle(Timestamp(1), Event::JobSubmitted { id: job(1), spec: Arc::new(command(1)), seed: 1, user: None });
+    let step = scene
+        .engine
+        .handle(Timestamp(1), Event::JobSubmitted { id: job(1), spec: Arc::new(command(1)), seed: 1, user: None, origin: Vec::new() });
     scene.take();
     let Record { jobs, attempts, .. } = step.record;
     let some = [
@@ -96,7 +98,14 @@ fn a_record_with_anything_in_it_is_not_empty() {
 
 #[test]
 fn every_frame_that_concerns_the_engine_is_an_event() {
-    let of = |frame| Event::of_frame(node("n1"), frame);
+    let of = |frame| match Event::of_frame(node("n1"), frame) {
+        Some(Event::Said { node: by, event }) => {
+            assert_eq!(by, node("n1"), "it stands with what it says");
+            Some(*event)
+        }
+        Some(other) => panic!("said by nobody: {other:?}"),
+        None => None,
+    };
     assert!(matches!(of(FromAgent::Draining), Some(Event::NodeDraining { cordon: false, .. })));
     assert!(matches!(of(FromAgent::Beats { beats: Vec::new() }), Some(Event::RanksBeat(_))));
     assert!(matches!(of(FromAgent::Checkpoint(saved(1, 1, 5))), Some(Event::CheckpointSeen { .. })));
@@ -167,7 +176,10 @@ fn only_a_job_s_first_row_has_its_settings() {
         let step = scene.engine.handle(Timestamp(5), event);
         step.record.jobs.iter().map(|row| row.spec.is_some()).collect::<Vec<_>>()
     };
-    assert_eq!(with_settings(Event::JobSubmitted { id: job(1), spec: Arc::new(command(1)), seed: 1, user: None }), [true]);
+    assert_eq!(
+        with_settings(Event::JobSubmitted { id: job(1), spec: Arc::new(command(1)), seed: 1, user: None, origin: Vec::new() }),
+        [true]
+    );
     // In the same millisecond.
     assert_eq!(with_settings(Event::StopRequested { job: job(1), force: false, delete: false }), [false]);
 }
@@ -297,7 +309,7 @@ fn who_is_dead_or_told_to_end_is_not_judged() {
 #[test]
 fn a_new_job_is_what_was_submitted_and_waits() {
     let mut scene = Scene::new();
-    scene.at(5, Event::JobSubmitted { id: job(1), spec: Arc::new(command(3)), seed: 7, user: None });
+    scene.at(5, Event::JobSubmitted { id: job(1), spec: Arc::new(command(3)), seed: 7, user: None, origin: Vec::new() });
     let own = &scene.engine.jobs[&job(1)];
     assert_eq!((own.version, own.seed, own.state), (ROW_VERSION, 7, JobState::Queued));
     assert_eq!((own.reason.as_str(), own.submitted_at, own.series_kept_at), ("waiting for a place", Timestamp(5), Timestamp(5)));

@@ -235,6 +235,7 @@ impl Sources {
                 self.merge.push(index, last_us, LogItem::Passed { source: index, next: place(len) });
             }
             if let Some(stream) = source.stream.as_ref().filter(|stream| stream.id == frame.header.stream) {
+                self.agents.streams.taken(stream.id, len as u64);
                 self.agents.tell(&source.node, &ToAgent::LogCredit { stream: stream.id, bytes: len as u64 });
             }
             source.frames.pop_front();

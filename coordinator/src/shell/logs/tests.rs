@@ -157,6 +157,7 @@ impl Node {
             checkpoints: vec![],
             draining: false,
             address: None,
+            copies: None,
             labels: Default::default(),
             taints: vec![],
         });
@@ -542,4 +543,28 @@ async fn what_is_passed_over_is_not_read_again() {
     assert_eq!(seen.all().await, "b1 b2 b3 b4 <now>");
     assert_eq!((seen.place.of(0), seen.place.of(1)), (LogPosition { segment: 1, offset: 156, line: 0 }, seen.place.of(0)));
     assert_eq!(scene.read(LogQuery { after: Some(seen.place), ..query }).all().await, "<now>");
+}
+
+#[test]
+fn a_stream_is_its_node_s_and_takes_no_more_than_it_gave_credit_for() {
+    let streams = Streams::default();
+    let (to, mut inbox) = mpsc::unbounded_channel();
+    let (own, other) = (NodeId("n1".into()), NodeId("n2".into()));
+    let stream = streams.add(own.clone(), to);
+    let frame = |bytes: usize| {
+        let header = LogFrame { stream, segment: 0, offset: 0, skipped: 0, caught_up: false };
+        LogMessage::Frame(header, vec![0; bytes].into())
+    };
+    assert_eq!(streams.deliver(&other, stream, frame(10)), Delivery::Foreign);
+    assert_eq!(streams.deliver(&other, stream, LogMessage::Closed(None)), Delivery::Foreign);
+    assert!(inbox.try_recv().is_err(), "nobody else ends or fills it");
+    let credit = LOG_CREDIT_BYTES as usize;
+    assert_eq!(streams.deliver(&own, stream, frame(credit)), Delivery::Done);
+    assert_eq!(streams.deliver(&own, stream, frame(1)), Delivery::Overrun);
+    streams.taken(stream, credit as u64);
+    assert_eq!(streams.deliver(&own, stream, frame(credit - 1)), Delivery::Done);
+    // Frames without bytes are bounded, too.
+    let empty = (0..=FRAMES_WAITING_MAX).map(|_| streams.deliver(&own, stream, frame(0))).find(|came| *came == Delivery::Overrun);
+    assert_eq!(empty, Some(Delivery::Overrun));
+    assert_eq!(streams.deliver(&own, stream + 1, frame(1)), Delivery::Done, "of a stream that was closed nobody is told");
 }

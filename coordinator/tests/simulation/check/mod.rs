@@ -13,6 +13,7 @@ use crate::world::World;
 mod accepted;
 mod budget;
 mod durable_first;
+mod late;
 mod ledger;
 mod one_lives;
 mod placement;
@@ -55,6 +56,21 @@ pub enum Seen<'a> {
         node: usize,
         job: JobId,
         attempt: u32,
+        step: u64,
+    },
+    /// A node has a checkpoint that another one has, too.
+    Copied {
+        node: usize,
+        from: usize,
+        job: JobId,
+        step: u64,
+    },
+    /// A node begins an attempt, from a step that some attempt has committed.
+    Resumed {
+        node: usize,
+        job: JobId,
+        attempt: u32,
+        from: Option<(u64, u32)>,
     },
     /// A node marks a job as final.
     Retired {
@@ -93,6 +109,7 @@ impl Seen<'_> {
 #[derive(Debug, Default)]
 pub struct Checkers {
     one_lives: one_lives::OneLives,
+    late: late::Late,
     accepted: accepted::Accepted,
     pub signals: signals::Signals,
     pub retention: retention::Retention,
@@ -104,6 +121,7 @@ pub struct Checkers {
 impl Checkers {
     pub fn saw(&mut self, world: &World, seen: &Seen<'_>) -> Result<(), String> {
         self.one_lives.saw(world, seen)?;
+        self.late.saw(seen)?;
         self.accepted.saw(world, seen)?;
         durable_first::saw(world, seen)?;
         self.signals.saw(world, seen)?;
@@ -123,6 +141,7 @@ impl Checkers {
         self.budget.forget(store);
         self.policies.forget(store);
         self.retention.unsure = true;
+        self.late.forget();
     }
 
     pub fn at_the_end(&self, world: &World) -> Result<(), String> {

@@ -23,7 +23,7 @@ pub struct OneLives {
 impl OneLives {
     pub fn saw(&mut self, world: &World, seen: &Seen<'_>) -> Result<(), String> {
         match seen {
-            Seen::Committed { node, job, attempt } => {
+            Seen::Committed { node, job, attempt, .. } => {
                 let newest = self.committed.entry((*node, *job)).or_default();
                 if attempt < newest {
                     return Err(format!("INV-1: attempt {attempt} of job {} commits after attempt {newest} did", job.as_u128()));

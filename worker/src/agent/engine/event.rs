@@ -124,6 +124,8 @@ pub enum Event {
     },
     /// A checkpoint was committed, or read back.
     CheckpointSeen(Box<CheckpointNews>),
+    /// What was known of a job's checkpoints does not hold any more; what is left is told after this.
+    CheckpointsGone(JobId),
     /// A checkpoint was damaged when it was read back, and was moved away.
     CheckpointQuarantined {
         /// Whose.

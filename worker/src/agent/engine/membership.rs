@@ -105,5 +105,5 @@ fn is_news(gang: &Gang, spec: &GangSpec) -> bool {
 }
 
 fn nowhere(spec: &GangSpec) -> Resumed {
-    Resumed { job: spec.job, attempt: spec.attempt, step: None, path: None, from_memory: false, quarantined: Vec::new() }
+    Resumed::from_nothing(spec.job, spec.attempt)
 }

@@ -169,6 +169,11 @@ impl Engine {
         (running.flat_map(report).collect(), self.checkpoints.values().cloned().collect(), self.is_draining())
     }
 
+    /// Whether it keeps checkpoints of jobs that are not final.
+    pub fn has_checkpoints(&self) -> bool {
+        !self.checkpoints.is_empty()
+    }
+
     /// Ranks whose process lives, with what their job says about them.
     pub fn living(&self) -> impl Iterator<Item = (Incarnation, &GangSpec)> {
         self.gangs.values().flat_map(|gang| {
@@ -235,6 +240,7 @@ impl Engine {
             }
             Event::Probed { took_ms } => self.on_probed(now, took_ms),
             Event::CheckpointSeen(news) => self.on_checkpoint_seen(*news, &mut out),
+            Event::CheckpointsGone(job) => drop(self.checkpoints.remove(&job)),
             Event::CheckpointQuarantined { job, step, reason } => self.on_checkpoint_quarantined(job, step, reason, &mut out),
             Event::GpuFailed(error) => self.on_gpu_failed(now, error, &mut out),
             Event::JobRemoved(job) => out.push(Action::Say(FromAgent::Removed { job })),

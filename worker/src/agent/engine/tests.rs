@@ -121,6 +121,7 @@ impl Scene {
             step: Some(50),
             path: None,
             from_memory: false,
+            fetched_from: None,
             quarantined: Vec::new(),
         };
         Event::GangPrepared { resumed, at: Timestamp(1) }

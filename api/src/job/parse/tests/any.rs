@@ -142,10 +142,11 @@ prop_compose! {
     fn spec()(world in 1u32..=WORLD_SIZE_MAX)(
         world in Just(world), (worker, command) in program(world), (mut restart, heartbeat) in policies(), texts in texts(),
         cpus in 0.0f64..100.0, memory in 0u64..1 << 50, gpus in 0u32..=1024, every_steps in 1..=STEPS_MAX, keep in 1u32..=1000,
-        every in proptest::option::of(proptest::option::of(1_000u64..=86_400_000)), measures in any::<bool>(),
+        every in proptest::option::of(proptest::option::of(1_000u64..=86_400_000)), measures in any::<bool>(), package in proptest::option::of("[0-9a-f]{64}"),
         grace in 0u64..86_400_000, limit in proptest::option::of(1_000u64..3_153_600_000_000),
     ) -> JobSpec {
         let every = every.map(|time| time.map_or(CheckpointInterval::Auto(Auto::Auto), |ms| CheckpointInterval::Time(Millis(ms))));
+        let worker_is_none = worker.is_none();
         let measurable = measures && worker.is_some() && texts.resume_from.is_some();
         if measurable || worker.is_none() || world < 2 {
             restart.spares = 0;
@@ -153,7 +154,8 @@ prop_compose! {
         JobSpec {
             kind: if measurable { JobKind::Evaluate } else { JobKind::Train },
             world_size: world, worker, command, restart, heartbeat, resources: Resources { cpus, memory, gpus, gpu_memory: memory / 2 },
-            checkpoint: CheckpointPolicy { every_steps: if every.is_some() && every_steps % 2 == 0 { 0 } else { every_steps }, every, keep }, stop_grace: Millis(grace), time_limit: limit.map(Millis), ..texts
+            package: if worker_is_none && texts.workdir.is_none() { package } else { None },
+            checkpoint: CheckpointPolicy { every_steps: if every.is_some() && every_steps % 2 == 0 { 0 } else { every_steps }, every, keep, copies: keep % 5 }, stop_grace: Millis(grace), time_limit: limit.map(Millis), ..texts
         }
     }
 }
