@@ -311,21 +311,3 @@ async fn a_quiet_stream_pings() {
     drop(to);
     assert!(body.frame().await.is_none());
 }
-
-/// A hint, not a bench: the encoder must leave most of a core to others at 100,000 lines a second.
-#[test]
-fn a_hundred_thousand_lines_are_encoded_quickly() {
-    use super::super::sse::{Encode, LogEvents};
-    let line = b"step=1200 loss=2.3145 samples_per_second=1234.5 the quick brown fox jumps over the lazy dog 0123456789\n";
-    let item = record(&line.repeat(100), 0, 0, Stream::Stdout, 0);
-    let mut out = bytes::BytesMut::with_capacity(64 * 1024);
-    let mut encoder = LogEvents::new(None);
-    let begun = std::time::Instant::now();
-    for _ in 0..1000 {
-        encoder.encode(item.clone(), &mut out);
-        out.clear();
-    }
-    let took = begun.elapsed();
-    println!("100,000 lines in {took:?}");
-    assert!(took < std::time::Duration::from_millis(800), "{took:?}");
-}
