@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 
 pub use crate::model::MODEL_PRESETS;
 use crate::rank::Cause;
+use crate::store::Place;
 use crate::time::Millis;
 
 mod inherit;
@@ -16,7 +17,7 @@ mod parse;
 mod policy;
 mod worker;
 pub use inherit::{inherit, resumes};
-pub use parse::{Fault, FaultKind, parse};
+pub use parse::{Fault, FaultKind, parse, size};
 pub use policy::{LogAction, LogPolicy};
 pub use worker::{Auto, BatchSize, Device, EvaluationSpec, ModelSpec, OnNan, Precision, WorkerSpec};
 
@@ -289,7 +290,7 @@ impl Default for HeartbeatPolicy {
 }
 
 /// When state is saved and how much is kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct CheckpointPolicy {
     /// Steps between checkpoints of the built-in program; 0: by time only.
@@ -301,11 +302,18 @@ pub struct CheckpointPolicy {
     pub keep: u32,
     /// Other nodes that are to have the newest verified one, too (0 to 4).
     pub copies: u32,
+    /// A store that gets each newest verified one, in a folder of the job: `s3://bucket/prefix`, `gs://…`, `az://…`, or a folder that the
+    /// nodes share, which must exist.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub to: Option<Place>,
+    /// Checkpoints kept in the store.
+    pub keep_stored: u32,
 }
 
 impl Default for CheckpointPolicy {
     fn default() -> Self {
-        Self { every_steps: 50, every: None, keep: 3, copies: 1 }
+        Self { every_steps: 50, every: None, keep: 3, copies: 1, to: None, keep_stored: 3 }
     }
 }
 

@@ -2,15 +2,19 @@
 //!
 //! Format 1 is fixed (CONTRACT sections 3 and 4). A reader ignores fields it does not know and refuses a format it does not know.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 
+use crate::join::to_hex;
 use crate::time::Timestamp;
 
 /// The manifest format that this build writes and reads.
 pub const MANIFEST_FORMAT: u32 = 1;
+/// The manifest's name; its presence under the final name is the commit.
+pub const MANIFEST_NAME: &str = "MANIFEST.json";
 /// Bytes per checksummed chunk of a checkpoint's file.
 pub const CHUNK_BYTES: u64 = 4 * 1024 * 1024;
 /// A manifest larger than this is refused unread: 1 TB of 4 MiB chunks stays below it.
@@ -97,6 +101,106 @@ pub struct ManifestFile {
     pub sha256: Vec<String>,
 }
 
+/// Why a manifest is none.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ManifestError {
+    /// It is of a format that this build does not know.
+    #[error("{MANIFEST_NAME} has format {0}, this build reads format {MANIFEST_FORMAT}")]
+    UnknownFormat(u64),
+    /// It can not be read as what it says it is.
+    #[error("{MANIFEST_NAME} is not valid: {0}")]
+    Bad(String),
+}
+
+/// Stands for the manifest's own checksum while that is computed.
+pub const NO_SHA256: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+
+impl Manifest {
+    /// Reads and checks one: format, its own checksum, names, and counts of chunks; not the files.
+    pub fn parse(text: &[u8]) -> Result<Self, ManifestError> {
+        // The format comes first: another format may have none of our fields.
+        #[derive(Deserialize)]
+        struct Format {
+            format: u64,
+        }
+        let bad = |error: serde_json::Error| ManifestError::Bad(error.to_string());
+        let format: Format = serde_json::from_slice(text).map_err(bad)?;
+        if format.format != u64::from(MANIFEST_FORMAT) {
+            return Err(ManifestError::UnknownFormat(format.format));
+        }
+        let mut manifest: Self = serde_json::from_slice(text).map_err(bad)?;
+        manifest.check_sum(text).map_err(ManifestError::Bad)?;
+        // It is about these bytes only: a manifest in memory has none.
+        manifest.manifest_sha256 = None;
+        manifest.check_files().map_err(ManifestError::Bad)?;
+        Ok(manifest)
+    }
+
+    /// Sum of its files; more than fits is as good as endless.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().fold(0, |sum, file| sum.saturating_add(file.bytes))
+    }
+
+    /// Whether the bytes are those that were written.
+    fn check_sum(&self, text: &[u8]) -> Result<(), String> {
+        let Some(sum) = &self.manifest_sha256 else {
+            return if self.model.is_some() { Err("it has no checksum of its own".into()) } else { Ok(()) };
+        };
+        let at = text.windows(sum.len()).position(|part| part == sum.as_bytes()).filter(|_| sum.len() == NO_SHA256.len());
+        let Some(at) = at else { return Err("its own checksum can not be read".into()) };
+        let mut unsigned = text.to_vec();
+        unsigned[at..at + sum.len()].copy_from_slice(NO_SHA256.as_bytes());
+        if hex_sha256(&unsigned) == *sum { Ok(()) } else { Err("it has another sha256 than it says".into()) }
+    }
+
+    /// What must hold of the list of files, wherever it comes from.
+    pub fn check_files(&self) -> Result<(), String> {
+        if self.files.is_empty() {
+            return Err("it names no file".into());
+        }
+        let mut names = BTreeSet::new();
+        for file in &self.files {
+            if !is_plain_name(&file.name) {
+                return Err(format!("`{}` is not a plain file name", file.name.escape_debug()));
+            }
+            if !names.insert(&file.name) {
+                return Err(format!("`{}` is named twice", file.name));
+            }
+            if file.chunk_bytes == 0 || file.sha256.len() as u64 != chunks(file.bytes, file.chunk_bytes) {
+                return Err(format!("`{}` has a wrong number of chunks", file.name));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The folder's name for a step: twelve digits, so that names sort like steps.
+pub fn step_folder(step: u64) -> String {
+    format!("step-{step:012}")
+}
+
+/// The step of a folder's name, if it is one; each step has one spelling.
+pub fn folder_step(name: &str) -> Option<u64> {
+    let step = name.strip_prefix("step-")?.parse().ok()?;
+    (step_folder(step) == name).then_some(step)
+}
+
+/// Whether a name stays inside its folder, and is not the manifest's or a hidden file's.
+pub fn is_plain_name(name: &str) -> bool {
+    let plain = |c: char| c != '/' && c != '\\' && !c.is_control();
+    !name.is_empty() && name.len() <= 255 && !name.starts_with('.') && name != MANIFEST_NAME && name.chars().all(plain)
+}
+
+/// Chunks of a file; an empty file has one, of nothing.
+pub fn chunks(bytes: u64, chunk_bytes: u64) -> u64 {
+    bytes.div_ceil(chunk_bytes).max(1)
+}
+
+/// The hex sha256 of `bytes`.
+pub fn hex_sha256(bytes: &[u8]) -> String {
+    to_hex(&Sha256::digest(bytes))
+}
+
 /// What a rank is doing, as it says itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -174,4 +278,36 @@ pub struct SaveError {
     pub step: u64,
     /// Why, for people; at most 512 characters.
     pub reason: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_names_stay_in_their_folder() {
+        for name in ["part-00000-of-00002.safetensors", "a", "ü.bin", "a b"] {
+            assert!(is_plain_name(name), "{name}");
+        }
+        for name in ["", ".", "..", ".hidden", "a/b", "/etc/passwd", "../x", "a\\b", "a\0b", "a\nb", MANIFEST_NAME] {
+            assert!(!is_plain_name(name), "{name:?}");
+        }
+        assert!(!is_plain_name(&"a".repeat(256)));
+    }
+
+    #[test]
+    fn an_empty_file_has_one_chunk() {
+        assert_eq!([chunks(0, 4), chunks(1, 4), chunks(4, 4), chunks(5, 4)], [1, 1, 1, 2]);
+        assert_eq!(hex_sha256(b""), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+    }
+
+    #[test]
+    fn each_step_has_one_folder_name() {
+        assert_eq!(step_folder(100), "step-000000000100");
+        assert_eq!(folder_step("step-000000000100"), Some(100));
+        assert_eq!(folder_step(&step_folder(u64::MAX)), Some(u64::MAX));
+        for name in ["step-100", "step-", "step-+00000000100", "step-000000000100x", "STEP-000000000100", "quarantine"] {
+            assert_eq!(folder_step(name), None, "{name}");
+        }
+    }
 }

@@ -355,19 +355,28 @@ pub struct CheckpointView {
     pub created_at: Timestamp,
     /// Read back and found whole since.
     pub verified: bool,
-    /// Where it is.
-    pub node: NodeId,
-    /// Its folder.
+    /// A node that has it; none when only its store does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeId>,
+    /// Its folder there, or in the store.
     pub path: String,
+    /// Where it is in the job's store (`checkpoint.to`), once it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<String>,
     /// Other nodes that have it, too.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub also_on: Vec<NodeId>,
 }
 
 impl CheckpointView {
+    /// A node has it, or the store.
+    pub fn is_somewhere(&self) -> bool {
+        self.node.is_some() || self.stored.is_some()
+    }
+
     /// Every node that has it.
     pub fn nodes(&self) -> impl Iterator<Item = &NodeId> {
-        std::iter::once(&self.node).chain(&self.also_on)
+        self.node.iter().chain(&self.also_on)
     }
 }
 

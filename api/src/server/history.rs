@@ -38,7 +38,8 @@ pub(super) async fn checkpoints(
     let (limit, after) = (params.limit(LIMIT_DEFAULT, LIMIT_MAX), params.one("after"));
     params.finish()?;
     let all = control.checkpoints(id).await?;
-    page(all, limit, after.as_deref(), |one| format!("{}-{}-{}", one.step, one.attempt, one.node)).map(Json)
+    page(all, limit, after.as_deref(), |one| format!("{}-{}-{}", one.step, one.attempt, one.node.as_ref().map_or("store", |node| &node.0)))
+        .map(Json)
 }
 
 /// Its time series, oldest first; thinned out to at most a thousand points.

@@ -11,6 +11,7 @@ use everlit_api::client::{Client, DEFAULT_URL, Error};
 use crate::config::UpArgs;
 
 mod act;
+mod checkpoints;
 mod deploy;
 mod doctor;
 mod find;
@@ -28,6 +29,7 @@ mod tokens;
 
 pub use act::{DownArgs, stop_all_jobs};
 use act::{PurgeArgs, RmArgs, StopArgs};
+use checkpoints::CheckpointsArgs;
 use doctor::DoctorArgs;
 use logs::LogsArgs;
 use nodes::NodesArgs;
@@ -85,6 +87,8 @@ pub enum Verb {
     Restart(JobArg),
     /// Have a running job save now and go on
     Checkpoint(JobArg),
+    /// List checkpoints; verify, fetch or remove what a store has
+    Checkpoints(CheckpointsArgs),
     /// Print a job's time series: loss, rates and whatever its program tells
     Metrics(MetricsArgs),
     /// Submit a job again, to go on from the newest checkpoint of an old one
@@ -201,6 +205,7 @@ async fn run(cli: Cli) -> Result<(), Fail> {
         Verb::Stop(args) => act::stop(&client, &args, output).await,
         Verb::Restart(args) => act::restart(&client, &args.job, output).await,
         Verb::Checkpoint(args) => act::checkpoint(&client, &args.job, output).await,
+        Verb::Checkpoints(args) => checkpoints::checkpoints(&client, args, output).await,
         Verb::Metrics(args) => show::metrics(&client, &args, output).await,
         Verb::Resume(args) => submit::resume(&client, *args, output).await,
         Verb::Rm(args) => act::rm(&client, &args, output).await,
@@ -250,6 +255,10 @@ mod usage {
             "everlit -o json get abc",
             "everlit get abc -o json",
             "everlit checkpoint last",
+            "everlit checkpoints ls last",
+            "everlit checkpoints verify s3://bucket/runs/x --step 100",
+            "everlit checkpoints fetch /mnt/runs/x/step-000000000100 --into here",
+            "everlit checkpoints rm s3://bucket/runs/x/step-000000000100",
             "everlit metrics last --since-step 100",
             "everlit nodes drain here",
             "everlit node token create --ttl 2h --uses 8",

@@ -39,6 +39,11 @@ impl Engine {
         let Some(resumed) = gang.note_resumed(node, resumed) else { return };
         gang.resumed_step = Some(resumed.step.unwrap_or(0));
         gang.from_memory = resumed.from_memory;
+        job.lineage.begin(resumed.attempt, resumed.step.unwrap_or(0));
+        for view in &mut job.checkpoints {
+            view.stored = view.stored.take().filter(|_| job.lineage.counts(view.attempt, view.step));
+        }
+        job.checkpoints.retain(CheckpointView::is_somewhere);
         if let Some(step) = resumed.step {
             // A fresh job that begins from another's checkpoint repeats nothing of its own.
             if gang.attempt == 1 {
@@ -52,9 +57,10 @@ impl Engine {
             } else {
                 format!(
                     "resumes from the checkpoint of step {step}{}",
-                    match &resumed.fetched_from {
-                        Some(from) => format!(", fetched from {from}"),
-                        None => String::new(),
+                    match (&resumed.fetched_from, &resumed.fetched_from_store) {
+                        (Some(from), _) => format!(", fetched from {from}"),
+                        (None, Some(from)) => format!(", fetched from {from}"),
+                        (None, None) => String::new(),
                     }
                 )
             };
@@ -77,6 +83,7 @@ impl Engine {
         }
         self.note_view(turn, node, &news);
         self.note_copied(turn, node, &news);
+        self.upload_newest(turn, news.job);
     }
 
     fn note_view(&mut self, turn: &mut Turn, node: &NodeId, news: &CheckpointNews) {
@@ -89,7 +96,10 @@ impl Engine {
         match job.checkpoints.iter_mut().find(|c| c.step == news.step && c.attempt == news.attempt) {
             Some(view) => {
                 view.verified |= news.verified;
-                if !view.nodes().any(|other| other == node) {
+                if view.node.is_none() {
+                    (view.node, view.path) = (Some(node.clone()), news.path.clone());
+                    turn.touched.insert(id);
+                } else if !view.nodes().any(|other| other == node) {
                     view.also_on.push(node.clone());
                     turn.touched.insert(id);
                 }
@@ -102,8 +112,9 @@ impl Engine {
                     bytes: news.bytes,
                     created_at,
                     verified: news.verified,
-                    node: node.clone(),
+                    node: Some(node.clone()),
                     path: news.path.clone(),
+                    stored: None,
                     also_on: Vec::new(),
                 });
             }
@@ -207,15 +218,11 @@ impl Job {
                 return true;
             }
             own.also_on.retain(|other| other != node);
-            if own.node != *node {
-                return true;
+            if own.node.as_ref() != Some(node) {
+                return own.is_somewhere();
             }
-            let next = own.also_on.first().cloned();
-            if let Some(next) = &next {
-                own.node = next.clone();
-                own.also_on.remove(0);
-            }
-            next.is_some()
+            own.node = (!own.also_on.is_empty()).then(|| own.also_on.remove(0));
+            own.is_somewhere()
         });
     }
 }

@@ -209,10 +209,14 @@ impl Engine {
     pub(super) fn tell_what_is_out_of_reach(&self, turn: &mut Turn, job: &Job, placement: &[PlacedRanks]) {
         let Some(newest) = job.checkpoints.first() else { return };
         let held = |view: &CheckpointView| view.nodes().any(|own| placement.iter().any(|share| share.node == *own));
-        if held(newest) || !self.sources(newest, None).is_empty() {
+        if held(newest) || newest.stored.is_some() || !self.sources(newest, None).is_empty() {
             return;
         }
-        let next = job.checkpoints.iter().find(|view| held(view) || !self.sources(view, None).is_empty()).map(|view| view.step);
+        let next = job
+            .checkpoints
+            .iter()
+            .find(|view| held(view) || view.stored.is_some() || !self.sources(view, None).is_empty())
+            .map(|view| view.step);
         let then = next.map_or("begins anew".into(), |step| format!("goes on from step {step}"));
         let place = newest.nodes().map(|node| node.0.as_str()).collect::<Vec<_>>().join(", ");
         let facts = Facts::from([("step", newest.step.into()), ("nodes", place.clone().into())]);

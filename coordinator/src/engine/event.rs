@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use everlit_api::agent::stored::{StoreFault, Uploaded};
 use everlit_api::agent::{Beat, CheckpointNews, Exited, FromAgent, GpuHolder, Hello, Resumed, Started};
 use everlit_api::gpu::GpuError;
 use everlit_api::ids::{Incarnation, JobId, NodeId};
@@ -139,6 +140,20 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// A node has put a checkpoint in its job's store.
+    Uploaded {
+        /// Which node.
+        node: NodeId,
+        /// What.
+        done: Uploaded,
+    },
+    /// A store did not do what a node asked of it.
+    StoreFault {
+        /// Which node.
+        node: NodeId,
+        /// What.
+        fault: StoreFault,
+    },
     /// A rank could not save and trains on.
     SaveFailed {
         /// Which.
@@ -200,6 +215,8 @@ impl Event {
             FromAgent::Checkpoint(news) => Self::CheckpointSeen { node: node.clone(), news },
             FromAgent::Quarantined { job, step, reason } => Self::CheckpointQuarantined { node: node.clone(), job, step, reason },
             FromAgent::CopyFailed { job, step, reason } => Self::CopyFailed { node: node.clone(), job, step, reason },
+            FromAgent::Uploaded(done) => Self::Uploaded { node: node.clone(), done },
+            FromAgent::StoreFault(fault) => Self::StoreFault { node: node.clone(), fault },
             FromAgent::SaveFailed { incarnation, error } => Self::SaveFailed { incarnation, error },
             FromAgent::StartFailed { job, attempt, reason, permanent } => {
                 Self::StartFailed { node: node.clone(), job, attempt, reason, permanent }

@@ -7,6 +7,7 @@ use everlit_api::ids::JobId;
 use everlit_api::job::JobSpec;
 use everlit_api::rank::Cause;
 use everlit_api::status::{AttemptView, CheckpointView, JobState, PlacedRanks};
+use everlit_api::store::Place;
 use everlit_api::time::{Millis, Timestamp};
 
 use super::ledger::{Activity, Book};
@@ -151,6 +152,7 @@ impl Engine {
                 && gang.resumed_step.is_none()
             {
                 spec.fetch = self.fetch_for(job, &gang.placement, &node);
+                spec.stored = self.stored_for(job, &gang.placement);
             }
             turn.tell(&node, frame);
         }
@@ -310,6 +312,7 @@ impl Engine {
         turn.event(Some(id), "job_final", job.reason.clone(), facts);
         turn.touched.insert(id);
         self.copy_last(turn, id);
+        self.upload_last(turn, id);
         self.hand_on(id);
         for node in self.jobs.get(&id).map(Job::keepers).unwrap_or_default() {
             turn.tell(&node, ToAgent::JobEnded { job: id });
@@ -330,7 +333,10 @@ impl Job {
         };
         let resume_from = spec.resume_from.as_ref().map(|from| match self.begins_from() {
             Some(job) => ResumeFrom::Job(job),
-            None => ResumeFrom::Path(from.clone()),
+            None => match from.parse() {
+                Ok(place) if Place::is_url(from) => ResumeFrom::Store(place),
+                _ => ResumeFrom::Path(from.clone()),
+            },
         });
         let nodes = gang.placement.len() as u32;
         let frame = |(group_rank, share): (usize, &PlacedRanks)| {
@@ -361,9 +367,10 @@ impl Job {
                 shards: spec.data.shards.clone(),
                 resume_from: resume_from.clone(),
                 fetch: None,
+                stored: None,
                 rejected_step: self.rejected_step(),
                 skip_memory: self.failed_resumes.is_some_and(|failed| failed.from_memory),
-                checkpoint: spec.checkpoint,
+                checkpoint: spec.checkpoint.clone(),
                 heartbeat: spec.heartbeat,
                 log_metrics: spec.log_metrics.clone(),
                 log_policies: spec.log_policies.clone(),

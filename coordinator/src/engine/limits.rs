@@ -70,6 +70,10 @@ pub const COPY_LOOK_MS: u64 = 5_000;
 pub const COPY_WAIT_MAX_MS: u64 = 10 * 60 * 1000;
 /// Starts that fail for want of a checkpoint from another node before an older one is taken.
 pub const FETCHES_MAX: u32 = 3;
+/// A store's fault of one kind is told of a job at most so often.
+pub const STORE_FAULT_EVERY_MS: u64 = 10 * 60 * 1000;
+/// Jobs that are over and whose last upload is waited for, for the event.
+pub const LAST_UPLOADS_MAX: usize = 1_000;
 /// Told steps of a rank whose median is compared with the others'; odd, so that there is one in the middle.
 pub const SLOW_WINDOW: usize = 9;
 /// A rank whose own part of a step takes more than this many times as long as the others' is slow: ranks that do the same on machines of one

@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use everlit_api::ids::{Incarnation, JobId, NodeId};
+use everlit_api::store::Trouble;
 use everlit_api::time::Timestamp;
 
 mod beats;
@@ -44,6 +45,7 @@ pub mod state;
 #[cfg(test)]
 mod tests;
 pub mod timers;
+pub mod uploads;
 mod view;
 
 pub use blame::{Blame, Held};
@@ -96,6 +98,11 @@ pub struct Engine {
     stale: u64,
     /// What nodes said of ranks and files that are not theirs.
     foreign: u64,
+    last_uploads: uploads::LastUploads,
+    /// Checkpoints that were put in stores since the start, their bytes, and faults by kind.
+    uploads: u64,
+    upload_bytes: u64,
+    store_faults: BTreeMap<Trouble, u64>,
 }
 
 /// The event under way: when, and what comes of it.
@@ -135,6 +142,10 @@ impl Engine {
             pass: schedule::Pass::default(),
             stale: 0,
             foreign: 0,
+            last_uploads: BTreeMap::new(),
+            uploads: 0,
+            upload_bytes: 0,
+            store_faults: BTreeMap::new(),
         }
     }
 
@@ -166,6 +177,8 @@ impl Engine {
             Event::CheckpointSeen { node, news } => self.on_checkpoint_seen(turn, &node, news),
             Event::CheckpointQuarantined { node, job, step, reason } => self.on_checkpoint_quarantined(turn, &node, job, step, &reason),
             Event::CopyFailed { node, job, step, reason } => self.on_copy_failed(turn, &node, job, step, &reason),
+            Event::Uploaded { node, done } => self.on_uploaded(turn, &node, &done),
+            Event::StoreFault { node, fault } => self.on_store_fault(turn, &node, &fault),
             Event::SaveFailed { incarnation, error } => self.on_save_failed(turn, incarnation, error),
             Event::StartFailed { node, job, attempt, reason, permanent } => {
                 self.on_start_failed(turn, &node, (job, attempt), reason, permanent);

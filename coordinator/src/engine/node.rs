@@ -44,6 +44,7 @@ impl Engine {
         }
         self.reconcile(turn, &id, hello, heard);
         self.look_at_copies(turn.now);
+        self.look_at_uploads(turn, &id);
         self.queue.unpark();
         self.schedule(turn);
     }
@@ -240,6 +241,7 @@ impl Engine {
         let until = Timestamp((heard_at.0 + self.config.node_timeout_ms).max(turn.now.0));
         self.timers.set(Timer::NodeLost(id.clone()), until);
         self.stop_copies_on(id, turn.now);
+        self.look_at_uploads(turn, id);
     }
 
     pub(super) fn on_node_reported(&mut self, turn: &mut Turn, id: &NodeId, load: NodeLoad) {

@@ -278,13 +278,13 @@ impl Job {
         let views = if self.checkpoints.is_empty() { &self.origin } else { &self.checkpoints };
         let linked = |id: &&NodeId| nodes.get(*id).is_some_and(|node| node.linked);
         let reached = views.iter().find_map(|view| view.nodes().find(linked));
-        reached.or(views.first().map(|newest| &newest.node)).cloned()
+        reached.or(views.first().and_then(|newest| newest.node.as_ref())).cloned()
     }
 
     /// No other node that is connected has any of its checkpoints.
     pub(super) fn is_only_on(&self, node: &NodeId, nodes: &BTreeMap<NodeId, Node>) -> bool {
         let has = |other: &NodeId| other != node && nodes.get(other).is_some_and(|other| other.linked);
-        !self.checkpoints.is_empty() && !self.checkpoints.iter().any(|view| view.nodes().any(has))
+        !self.checkpoints.is_empty() && !self.checkpoints.iter().any(|view| view.stored.is_some() || view.nodes().any(has))
     }
 }
 

@@ -11,6 +11,7 @@ use everlit_api::job::JobSpec;
 use everlit_api::manifest::Phase;
 use everlit_api::rank::{Cause, RankExit, RankState};
 use everlit_api::status::{CheckpointView, JobState, PlacedRanks};
+use everlit_api::store::Lineage;
 use everlit_api::time::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +20,7 @@ use super::ledger::Book;
 use super::progress::{Progress, Rates, Series};
 use super::rank_restart::RankRestart;
 use super::slow::Slowness;
+use super::uploads::Uploading;
 
 /// Version of a job's row. A row of a later version is refused at start.
 pub const ROW_VERSION: u32 = 1;
@@ -97,6 +99,12 @@ pub struct Job {
     /// What is being copied.
     #[serde(skip)]
     pub copying: Copying,
+    /// What its attempts have left behind, for what is kept in its store.
+    #[serde(default)]
+    pub lineage: Lineage,
+    /// Which node puts which step in its store.
+    #[serde(skip)]
+    pub uploading: Uploading,
     /// Where the ranks of the attempt before this one ran, or of the last.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ran_on: Vec<PlacedRanks>,

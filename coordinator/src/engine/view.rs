@@ -64,7 +64,7 @@ impl Job {
                 step: c.step,
                 age_seconds: now.since_ms(c.created_at) as f64 / 1_000.0,
                 verified: c.verified,
-                location: format!("{}:{}", c.node, c.path),
+                location: c.node.as_ref().map_or_else(|| c.path.clone(), |node| format!("{node}:{}", c.path)),
             }),
             ranks: self.rank_views(now),
             spares: self.spare_views(now),

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use everlit_api::status::{GpuCounts, JobState};
+use everlit_api::store::Trouble;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -30,6 +31,9 @@ pub struct Metrics {
     queue: Gauge,
     stale: Gauge,
     foreign: Gauge,
+    uploads: Gauge,
+    upload_bytes: Gauge,
+    store_faults: Family<Label, Gauge>,
     commits: Histogram,
     batch: Histogram,
     commit_failures: Counter,
@@ -50,6 +54,9 @@ impl Default for Metrics {
             queue: Gauge::default(),
             stale: Gauge::default(),
             foreign: Gauge::default(),
+            uploads: Gauge::default(),
+            upload_bytes: Gauge::default(),
+            store_faults: Family::default(),
             commits: Histogram::new(exponential_buckets(0.000_25, 2.0, 14)),
             batch: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
             commit_failures: Counter::default(),
@@ -68,6 +75,9 @@ impl Default for Metrics {
             "News of nodes about ranks or files that are not theirs, passed over since the start",
             own.foreign.clone(),
         );
+        registry.register("checkpoint_uploads", "Checkpoints put in jobs' stores since the start", own.uploads.clone());
+        registry.register("checkpoint_upload_bytes", "Bytes of them that were sent", own.upload_bytes.clone());
+        registry.register("checkpoint_store_faults", "Faults of jobs' stores since the start, by kind", own.store_faults.clone());
         registry.register_with_unit("store_commit", "Time of a transaction until it is durable", Unit::Seconds, own.commits.clone());
         registry.register("store_commit_steps", "Engine steps per transaction", own.batch.clone());
         registry.register("store_commit_failures", "Transactions that failed and were tried again", own.commit_failures.clone());
@@ -93,6 +103,10 @@ pub struct Now {
     pub stale: u64,
     /// News of nodes about what is not theirs.
     pub foreign: u64,
+    /// Checkpoints that were put in stores, and their bytes.
+    pub uploads: (u64, u64),
+    /// Faults of stores.
+    pub store_faults: BTreeMap<Trouble, u64>,
     /// Since the start.
     pub uptime: Duration,
 }
@@ -156,6 +170,11 @@ impl Metrics {
         self.queue.set(now.queue as i64);
         self.stale.set(now.stale as i64);
         self.foreign.set(now.foreign as i64);
+        self.uploads.set(now.uploads.0 as i64);
+        self.upload_bytes.set(now.uploads.1 as i64);
+        for (trouble, count) in &now.store_faults {
+            self.store_faults.get_or_create(&vec![("trouble", trouble.name().to_string())]).set(*count as i64);
+        }
         self.nodes.get_or_create(&vec![("state", "ready".to_string())]).set(now.nodes.0 as i64);
         self.nodes.get_or_create(&vec![("state", "lost".to_string())]).set(now.nodes.1 as i64);
         self.uptime.set(now.uptime.as_secs_f64());
@@ -167,6 +186,7 @@ impl Metrics {
 
 /// What the engine knows of it.
 pub(super) fn engine_now(engine: &Engine) -> Now {
+    let (uploads, upload_bytes, store_faults) = engine.stores();
     let ready = engine.nodes().values().filter(|n| n.linked).count() as u64;
     Now {
         jobs: engine.counts(),
@@ -176,6 +196,8 @@ pub(super) fn engine_now(engine: &Engine) -> Now {
         queue: engine.queue_depth() as u64,
         stale: engine.stale_news(),
         foreign: engine.foreign_news(),
+        uploads: (uploads, upload_bytes),
+        store_faults: store_faults.clone(),
         uptime: Duration::ZERO,
     }
 }

@@ -168,6 +168,7 @@ impl Driven {
             path: step.map(|_| "simulated".into()),
             from_memory,
             fetched_from: None,
+            fetched_from_store: None,
             quarantined: Vec::new(),
         };
         orders.extend(self.feed(Event::AttemptResumed { node: NodeId("cluster".into()), resumed }));

@@ -167,6 +167,8 @@ impl World {
             ToAgent::Shutdown => AgentEvent::ShutdownOrdered,
             ToAgent::Welcome { .. }
             | ToAgent::Refused { .. }
+            // No world has a store.
+            | ToAgent::Upload(_)
             | ToAgent::OpenLog { .. }
             | ToAgent::LogCredit { .. }
             | ToAgent::CloseLog { .. } => return,

@@ -371,6 +371,7 @@ impl World {
             path: step.map(|step| format!("/c/{step}")),
             from_memory: false,
             fetched_from: None,
+            fetched_from_store: None,
             quarantined,
         };
         for seat in spec.own_seats().map(|(_, seat)| seat).chain(spec.spares.iter().copied()) {

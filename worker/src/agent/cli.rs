@@ -68,6 +68,9 @@ pub struct RunArgs {
     /// Ports for a door where other nodes fetch checkpoints from this one: the first that is free.
     #[arg(long, env = "EVERLIT_COPY_PORTS", value_name = "FIRST-LAST", default_value = "29400-29499")]
     pub copy_ports: PortRange,
+    /// Bytes a second that uploads of checkpoints (`checkpoint.to`) take together at most, like 100Mi [default: as many as go].
+    #[arg(long, env = "EVERLIT_UPLOAD_RATE", value_name = "SIZE", value_parser = everlit_api::job::size)]
+    pub upload_rate: Option<u64>,
     /// Ranks that this node takes at most [default: 16 per CPU, at least 64].
     #[arg(long, env = "EVERLIT_SLOTS")]
     pub slots: Option<u32>,
@@ -173,7 +176,8 @@ fn join(args: &JoinArgs) -> anyhow::Result<()> {
 }
 
 fn run(args: &RunArgs) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&args.log).context("--log")?;
+    // What a store's client tries again is told once it gives up; a filter of one's own may say otherwise.
+    let filter = EnvFilter::try_new(format!("object_store=warn,{}", args.log)).context("--log")?;
     // A log that can not be written (its disk is full) is no reason to end.
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false);
     log.with_ansi(false).with_target(false).init();

@@ -34,6 +34,7 @@ use super::policies::{Policies, shorten};
 use super::ranks::ShimNews;
 use super::shim::{Settled, Told};
 use super::start::Node;
+use super::uploads::Pace;
 use super::watch::{Noticed, Watched, Watcher};
 use super::{adopt, gpu, join, load, shim, status};
 use crate::checkpoint::Quarantined;
@@ -124,7 +125,7 @@ impl Driver {
         Ok(Self {
             started: Instant::now(),
             engine: Engine::new(0, linger.0),
-            effects: Effects::new(node, gpus, packages, watcher, shims_tx, done_tx),
+            effects: Effects::new(node, gpus, packages, watcher, Pace::new(args.upload_rate), shims_tx, done_tx),
             policies: Policies::default(),
             hello,
             coordinator,
@@ -311,6 +312,10 @@ impl Driver {
                 self.effects.copy_checkpoint(order);
                 None
             }
+            ToAgent::Upload(order) => {
+                self.effects.upload(order);
+                None
+            }
             ToAgent::PutAside { job, attempt, beyond } => {
                 self.effects.put_aside(job, attempt, beyond);
                 None
@@ -459,6 +464,16 @@ impl Driver {
                         None
                     }
                 }
+            }
+            Done::Uploaded(done) => {
+                tracing::info!(job = %done.job, step = done.step, bytes = done.bytes, took_ms = done.took_ms, "a checkpoint is in its store");
+                self.effects.say(&FromAgent::Uploaded(done));
+                None
+            }
+            Done::StoreFault(fault) => {
+                tracing::warn!(job = %fault.job, step = fault.step, reason = fault.reason, "a store failed");
+                self.effects.say(&FromAgent::StoreFault(fault));
+                None
             }
             Done::PutAside { job, outcome: Ok(Checked { news, quarantined }) } => {
                 self.handle(Event::CheckpointsGone(job));

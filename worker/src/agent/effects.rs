@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use everlit_api::agent::copies::{CopyDoor, CopyOrder};
 use everlit_api::agent::log::LogStart;
+use everlit_api::agent::stored::{StoreFault, UploadOrder, Uploaded};
 use everlit_api::agent::{Beat, CheckpointNews, FromAgent, GangSpec, GpuHolder, Hello, Resumed};
 use everlit_api::ids::{Incarnation, JobId};
 use everlit_api::ports::PortRange;
@@ -28,7 +29,7 @@ use super::engine::Action;
 use super::folders::DRAINED_NAME;
 use super::gpu::Gpus;
 use super::gpu_memory;
-use super::limits::{LAST_COPIES_MAX, LAST_COPIES_WAIT, REPORT_EVERY, STACKS_MAX, VERIFY_AT_ONCE};
+use super::limits::{LAST_COPIES_MAX, LAST_COPIES_WAIT, LAST_UPLOADS_WAIT, REPORT_EVERY, STACKS_MAX, VERIFY_AT_ONCE};
 use super::link::Link;
 use super::load::LoadMeter;
 use super::logs::Logs;
@@ -37,8 +38,10 @@ use super::packages::Packages;
 use super::procs;
 use super::progress::Outputs;
 use super::ranks::{Ranks, ShimNews};
+use super::resume::Asked;
 use super::stacks;
 use super::start::{self, Node, Prepared, Refused};
+use super::uploads::{Pace, Uploads};
 use super::watch::{Watched, Watcher};
 use crate::checkpoint::{CheckpointError, Quarantined};
 use crate::rendezvous::Server;
@@ -51,6 +54,8 @@ pub(super) enum Done {
     Checked { job: JobId, outcome: Result<Checked, CheckpointError> },
     Copied { job: JobId, step: u64, outcome: Result<Checked, String> },
     PutAside { job: JobId, outcome: Result<Checked, CheckpointError> },
+    Uploaded(Uploaded),
+    StoreFault(StoreFault),
     Scanned { job: JobId, scanner: Scanner, progress: Progress },
     CpuRead { incarnation: Incarnation, cpu_ms: u64 },
     Probed(Option<u64>),
@@ -75,6 +80,7 @@ pub(super) struct Effects {
     checkpoints: Tracker,
     verifying: Arc<Semaphore>,
     copies: Copies,
+    uploads: Uploads,
     outputs: Outputs,
     meter: Option<LoadMeter>,
     report_every: Duration,
@@ -90,6 +96,7 @@ impl Effects {
         gpus: Gpus,
         packages: Packages,
         watcher: Watcher,
+        pace: Pace,
         shims: mpsc::Sender<(Incarnation, ShimNews)>,
         done: mpsc::Sender<Done>,
     ) -> Self {
@@ -109,6 +116,7 @@ impl Effects {
             checkpoints: Tracker::default(),
             verifying: Arc::new(Semaphore::new(VERIFY_AT_ONCE)),
             copies: Copies::default(),
+            uploads: Uploads::new(pace),
             outputs: Outputs::new(folders),
             meter: Some(LoadMeter::default()),
             report_every: REPORT_EVERY,
@@ -176,6 +184,8 @@ impl Effects {
         self.preparing.retain(|(other, older), stop| !stop.is_closed() && (*other != job || *older > attempt));
         self.preparing.insert((job, attempt), stop);
         let until = stopped.clone();
+        let faults = self.done.clone();
+        let tell = move |fault| drop(faults.blocking_send(Done::StoreFault(fault)));
         let prepare = move || {
             // First: what follows says that ranks may have been started, and a stop that comes meanwhile finds none.
             let held = gpu_memory::wait(&gpus, &node.folders, &spec);
@@ -183,7 +193,7 @@ impl Effects {
                 job: spec.job,
                 attempt: spec.attempt,
                 held,
-                outcome: start::prepare(&node, &spec, &|| until.has_changed().is_ok()),
+                outcome: start::prepare(&node, &spec, &Asked { is_wanted: &|| until.has_changed().is_ok(), tell: &tell }),
             }
         };
         let Some(package) = missing else { return self.work(prepare) };
@@ -296,6 +306,9 @@ impl Effects {
 
     /// Whether others may still need what is here, now that this agent is done since then: it stays a little while, and as long as it is asked.
     pub(super) fn must_stay(&self, done_since: Duration) -> bool {
+        if self.uploads.is_busy() && done_since < LAST_UPLOADS_WAIT {
+            return true;
+        }
         let begins_soon = done_since < LAST_COPIES_WAIT || self.copies.is_giving(LAST_COPIES_WAIT);
         self.is_linked() && self.copies.is_open() && begins_soon && done_since < LAST_COPIES_MAX
     }
@@ -319,6 +332,11 @@ impl Effects {
         if let Some(next) = self.copies.end(job) {
             self.copy_checkpoint(next);
         }
+    }
+
+    /// Has a checkpoint put in its job's store, behind everything else.
+    pub(super) fn upload(&mut self, order: UploadOrder) {
+        self.uploads.order(order, &self.node.folders, &self.done);
     }
 
     /// Has put aside what was committed too late, and looks at what is left.
@@ -398,6 +416,7 @@ impl Effects {
     fn remove_job(&mut self, job: JobId) {
         self.drop_job(job);
         self.copies.drop_job(job);
+        self.uploads.drop_job(job);
         self.trashed += 1;
         let node = self.node.clone();
         let grave = node.folders.trash().join(format!("{job}-{}-{}", std::process::id(), self.trashed));

@@ -176,6 +176,7 @@ pub(crate) mod tests {
             shards: Vec::new(),
             resume_from: None,
             fetch: None,
+            stored: None,
             rejected_step: None,
             skip_memory: false,
             checkpoint: CheckpointPolicy::default(),

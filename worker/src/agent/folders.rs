@@ -77,6 +77,11 @@ impl Folders {
         self.job(job).join("ended")
     }
 
+    /// What is held of a job's checkpoints while it is uploaded.
+    pub(super) fn uploads(&self, job: JobId) -> PathBuf {
+        self.job(job).join("uploads")
+    }
+
     /// Run folders of a job.
     pub(super) fn runs(&self, job: JobId) -> PathBuf {
         self.job(job).join("runs")

@@ -155,10 +155,20 @@ pub(super) const COPY_SILENCE_MAX: Duration = Duration::from_secs(20);
 /// An agent that was told to end and has checkpoints stays so long after its last rank, and after others have fetched some; but no longer than.
 pub(super) const LAST_COPIES_WAIT: Duration = Duration::from_secs(3);
 pub(super) const LAST_COPIES_MAX: Duration = Duration::from_secs(600);
+/// An agent that ends waits so long for uploads; what is not in its store then stays on this node's disk.
+pub(super) const LAST_UPLOADS_WAIT: Duration = Duration::from_secs(30);
 pub(super) const LAST_COPIES_LOOK: Duration = Duration::from_millis(100);
 /// A copy leaves so much of the disk free.
 pub(super) const COPY_SPARE_BYTES: u64 = 256 * 1024 * 1024;
 /// Checkpoints that are fetched at once.
 pub(super) const COPIES_AT_ONCE: usize = 2;
+
+/// Checkpoints that are uploaded at once.
+pub(super) const UPLOADS_AT_ONCE: usize = 2;
+/// Between two tries of an upload that fails: at first, doubled with each that fails in a row, and at most.
+pub(super) const UPLOAD_WAIT_MIN: Duration = Duration::from_secs(1);
+pub(super) const UPLOAD_WAIT_MAX: Duration = Duration::from_secs(60);
+/// Files of a checkpoint that are fetched from a store at once.
+pub(super) const STORE_FILES_AT_ONCE: usize = 4;
 
 const _: () = assert!(VERIFY_AT_ONCE + COPIES_AT_ONCE < BLOCKING_THREADS);

@@ -295,7 +295,8 @@ mod tests {
         }
 
         fn decide(&self) -> (Option<u64>, bool, bool) {
-            let resumed = resume::decide(&self.node, &self.spec, false, Some(self.spec.attempt.saturating_sub(1)), &|| true).unwrap();
+            let resumed =
+                resume::decide(&self.node, &self.spec, false, Some(self.spec.attempt.saturating_sub(1)), &resume::WANTED).unwrap();
             if let Some(path) = &resumed.path {
                 assert_eq!(checkpoint::verify(Path::new(path)).map(|manifest| Some(manifest.step)).unwrap(), resumed.step);
             }
@@ -381,7 +382,7 @@ mod tests {
         next.job = JobId::from_parts(7, 7);
         next.attempt = 1;
         next.resume_from = Some(ResumeFrom::Job(place.spec.job));
-        let resumed = resume::decide(&place.node, &next, true, None, &|| true).unwrap();
+        let resumed = resume::decide(&place.node, &next, true, None, &resume::WANTED).unwrap();
         assert_eq!((resumed.step, resumed.from_memory), (Some(120), false));
     }
 

@@ -24,6 +24,7 @@ use super::environment::{self, Paths, Reach};
 use super::folders::{ERROR_NAME, Folders, GANG_NAME, HEARTBEAT_NAME, SHARDS_NAME, WORKER_NAME, parse_attempt};
 use super::late::Late;
 use super::memory::Memory;
+use super::resume::Asked;
 use super::{packages, resume, shim};
 use crate::checkpoint;
 use crate::rendezvous::Server;
@@ -124,8 +125,8 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), Refused> {
     fs::write(&draft, bytes).and_then(|()| fs::rename(&draft, path)).map_err(failed("write", path))
 }
 
-/// Decides and makes everything up to the start. What may take long ends early once `is_wanted` says no.
-pub(super) fn prepare(node: &Node, spec: &GangSpec, is_wanted: &dyn Fn() -> bool) -> Result<Prepared, Refused> {
+/// Decides and makes everything up to the start. What may take long ends early once it is not wanted.
+pub(super) fn prepare(node: &Node, spec: &GangSpec, asked: &Asked<'_>) -> Result<Prepared, Refused> {
     let folders = &node.folders;
     let attempts = folders.attempts(spec.job);
     let known = newest_attempt(&attempts);
@@ -157,7 +158,7 @@ pub(super) fn prepare(node: &Node, spec: &GangSpec, is_wanted: &dyn Fn() -> bool
         checkpoint::sweep_drafts(&checkpoints, spec.attempt).map_err(busy)?;
     }
     let put_aside = node.late.put_aside(folders, spec.job).map_err(busy)?;
-    let mut resumed = resume::decide(node, spec, fresh, known, is_wanted)?;
+    let mut resumed = resume::decide(node, spec, fresh, known, asked)?;
     resumed.quarantined.splice(0..0, put_aside.into_iter().map(|own| (own.step, own.reason)));
     let snapshots = node.memory.make(spec);
     let rendezvous = folders.rendezvous(spec.job, spec.attempt);
@@ -267,7 +268,7 @@ pub(super) fn regroup(node: &Node, spec: &GangSpec, resumed: Resumed, fresh: &[u
 fn write_settings(path: &Path, spec: &GangSpec, worker: &WorkerSpec) -> Result<(), Refused> {
     let config = TrainConfig {
         worker: worker.clone(),
-        checkpoint: spec.checkpoint,
+        checkpoint: spec.checkpoint.clone(),
         shards: spec.shards.clone(),
         mean_seconds_between_failures: spec.mean_time_between_failures.map(|Millis(ms)| ms as f64 / 1_000.0),
     };

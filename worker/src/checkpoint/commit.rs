@@ -11,12 +11,14 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use everlit_api::manifest::{CHUNK_BYTES, MANIFEST_BYTES_MAX, MANIFEST_FORMAT, Manifest, ManifestFile};
+use everlit_api::manifest::{
+    CHUNK_BYTES, MANIFEST_BYTES_MAX, MANIFEST_FORMAT, Manifest, ManifestFile, NO_SHA256, chunks, hex_sha256, is_plain_name,
+};
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use rayon::prelude::*;
 
 use super::fence::{self, Locked};
-use super::verify::{NO_SHA256, check_files, chunks, hash_chunk, hex_sha256, is_plain_name, open_regular, read_manifest, verify};
+use super::verify::{hash_chunk, open_regular, read_manifest, verify};
 use super::{CheckpointError, MANIFEST_NAME, draft_folder, draft_owner, io_error, step_folder};
 
 /// Makes the draft folder of a step, or empties what this membership left under that name; what those before it in the attempt left
@@ -100,7 +102,7 @@ fn check_draft(dir: &Path, draft: &Path, manifest: &Manifest) -> Result<(), Chec
     if manifest.format != MANIFEST_FORMAT {
         return refused(format!("format {} is not {MANIFEST_FORMAT}", manifest.format));
     }
-    if let Err(why) = check_files(manifest) {
+    if let Err(why) = manifest.check_files() {
         return refused(why);
     }
     if !manifest.files.is_sorted_by(|a, b| a.name < b.name) {

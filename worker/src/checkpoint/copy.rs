@@ -9,11 +9,12 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use everlit_api::join::to_hex;
 use everlit_api::manifest::{Manifest, ManifestFile};
 use sha2::{Digest, Sha256};
 
 use super::commit::{check_draft_files, place_locked, remove_tree};
-use super::verify::{Damage, hex, open_regular, parse_manifest, read_manifest, verify_file};
+use super::verify::{Damage, open_regular, parse_manifest, read_manifest, verify_file};
 use super::{CheckpointError, MANIFEST_NAME, draft_folder, draft_owner, fence, io_error, step_folder};
 
 /// Drafts of copies have this in place of a membership: no gang ever has so many.
@@ -99,7 +100,7 @@ impl Copy {
                 left -= read as u64;
                 offset += read as u64;
             }
-            if !hex(&hasher.finalize()).eq_ignore_ascii_case(wanted) {
+            if !to_hex(&hasher.finalize()).eq_ignore_ascii_case(wanted) {
                 let offset = chunk as u64 * file.chunk_bytes;
                 return Err(Damage::Content { file: file.name.clone(), chunk, offset }.into());
             }
@@ -162,8 +163,13 @@ pub fn manifest_bytes(path: &Path) -> Result<Vec<u8>, Damage> {
 pub fn open_file(path: &Path, index: usize) -> Result<(File, u64), Damage> {
     let manifest = read_manifest(path)?;
     let named = manifest.files.get(index).ok_or_else(|| Damage::Missing(format!("file {index}")))?;
+    open_named(path, named).map(|file| (file, named.bytes))
+}
+
+/// A file of a checkpoint, which has the length that its manifest says.
+pub fn open_named(path: &Path, named: &ManifestFile) -> Result<File, Damage> {
     let (file, found) = open_regular(path, &named.name)?;
-    if found == named.bytes { Ok((file, found)) } else { Err(Damage::Length { file: named.name.clone(), expected: named.bytes, found }) }
+    if found == named.bytes { Ok(file) } else { Err(Damage::Length { file: named.name.clone(), expected: named.bytes, found }) }
 }
 
 /// Puts aside what attempts up to `attempt` have committed beyond a step; answers what was. The newest first.

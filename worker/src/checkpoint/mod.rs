@@ -20,12 +20,11 @@ mod verify;
 
 pub use choose::{Chosen, Quarantined, newest_verified, prune, quarantine};
 pub use commit::{begin, commit, describe_file, sweep_drafts};
-pub use copy::{Copy, CopyError, manifest_bytes, open_file, put_aside};
+pub use copy::{Copy, CopyError, manifest_bytes, open_file, open_named, put_aside};
+pub use everlit_api::manifest::{MANIFEST_NAME, folder_step, hex_sha256, step_folder};
 pub use fence::{fence, raise_fence};
-pub use verify::{Damage, hex_sha256, read_file, read_manifest, stream_file, verify};
+pub use verify::{Damage, read_file, read_manifest, stream_file, verify};
 
-/// The manifest's name; its presence under the final folder name is the commit.
-pub const MANIFEST_NAME: &str = "MANIFEST.json";
 /// Where damaged checkpoints go.
 pub const QUARANTINE: &str = "quarantine";
 /// The file inside a quarantined folder that says why it is there.
@@ -80,17 +79,6 @@ pub struct Found {
     pub path: PathBuf,
 }
 
-/// The folder's name for a step: twelve digits, so that names sort like steps.
-pub fn step_folder(step: u64) -> String {
-    format!("step-{step:012}")
-}
-
-/// The step of a folder's name, if it is one; each step has one spelling.
-pub fn folder_step(name: &str) -> Option<u64> {
-    let step = name.strip_prefix("step-")?.parse().ok()?;
-    (step_folder(step) == name).then_some(step)
-}
-
 /// The draft's name; attempt 0 marks what is being removed. Each membership has drafts of its own: who is left of one before may still
 /// write to those.
 pub fn draft_folder(step: u64, attempt: u32, generation: u32) -> String {
@@ -131,16 +119,6 @@ pub fn list(dir: &Path) -> Result<Vec<Found>, CheckpointError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn each_step_has_one_folder_name() {
-        assert_eq!(step_folder(100), "step-000000000100");
-        assert_eq!(folder_step("step-000000000100"), Some(100));
-        assert_eq!(folder_step(&step_folder(u64::MAX)), Some(u64::MAX));
-        for name in ["step-100", "step-", "step-+00000000100", "step-000000000100x", "STEP-000000000100", "quarantine"] {
-            assert_eq!(folder_step(name), None, "{name}");
-        }
-    }
 
     #[test]
     fn drafts_name_their_owner() {

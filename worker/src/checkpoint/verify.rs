@@ -4,20 +4,18 @@
 //! differ next time (out of descriptors, an I/O error) is `Damage::Unreadable`, which is no reason to throw the
 //! checkpoint away. Extra files are ignored, links are refused. Memory is bounded: each thread reads 256 KiB at a time.
 
-use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use everlit_api::manifest::{MANIFEST_BYTES_MAX, MANIFEST_FORMAT, Manifest, ManifestFile};
+use everlit_api::join::to_hex;
+use everlit_api::manifest::{
+    MANIFEST_BYTES_MAX, MANIFEST_FORMAT, MANIFEST_NAME, Manifest, ManifestError, ManifestFile, folder_step, hex_sha256,
+};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::{MANIFEST_NAME, folder_step};
-
-/// Stands for the manifest's own checksum while that is computed.
-pub(super) const NO_SHA256: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 const READ_BYTES: usize = 256 * 1024;
 
 /// Why a checkpoint does not verify.
@@ -116,65 +114,10 @@ pub fn read_manifest(path: &Path) -> Result<Manifest, Damage> {
 }
 
 pub(super) fn parse_manifest(text: &[u8]) -> Result<Manifest, Damage> {
-    // The format comes first: another format may have none of our fields.
-    #[derive(serde::Deserialize)]
-    struct Format {
-        format: u64,
-    }
-    let bad = |error: serde_json::Error| Damage::BadManifest(error.to_string());
-    let format: Format = serde_json::from_slice(text).map_err(bad)?;
-    if format.format != u64::from(MANIFEST_FORMAT) {
-        return Err(Damage::UnknownFormat(format.format));
-    }
-    let mut manifest: Manifest = serde_json::from_slice(text).map_err(bad)?;
-    check_sum(&manifest, text).map_err(Damage::BadManifest)?;
-    // It is about these bytes only: a manifest in memory has none.
-    manifest.manifest_sha256 = None;
-    check_files(&manifest).map_err(Damage::BadManifest)?;
-    Ok(manifest)
-}
-
-/// Whether the manifest's bytes are those that were written.
-fn check_sum(manifest: &Manifest, text: &[u8]) -> Result<(), String> {
-    let Some(sum) = &manifest.manifest_sha256 else {
-        return if manifest.model.is_some() { Err("it has no checksum of its own".into()) } else { Ok(()) };
-    };
-    let at = text.windows(sum.len()).position(|part| part == sum.as_bytes()).filter(|_| sum.len() == NO_SHA256.len());
-    let Some(at) = at else { return Err("its own checksum can not be read".into()) };
-    let mut unsigned = text.to_vec();
-    unsigned[at..at + sum.len()].copy_from_slice(NO_SHA256.as_bytes());
-    if hex_sha256(&unsigned) == *sum { Ok(()) } else { Err("it has another sha256 than it says".into()) }
-}
-
-/// What must hold of a manifest's list of files, wherever it comes from.
-pub(super) fn check_files(manifest: &Manifest) -> Result<(), String> {
-    if manifest.files.is_empty() {
-        return Err("it names no file".into());
-    }
-    let mut names = BTreeSet::new();
-    for file in &manifest.files {
-        if !is_plain_name(&file.name) {
-            return Err(format!("`{}` is not a plain file name", file.name.escape_debug()));
-        }
-        if !names.insert(&file.name) {
-            return Err(format!("`{}` is named twice", file.name));
-        }
-        if file.chunk_bytes == 0 || file.sha256.len() as u64 != chunks(file.bytes, file.chunk_bytes) {
-            return Err(format!("`{}` has a wrong number of chunks", file.name));
-        }
-    }
-    Ok(())
-}
-
-/// Whether a name stays inside its folder, and is not the manifest's or a hidden file's.
-pub(super) fn is_plain_name(name: &str) -> bool {
-    let plain = |c: char| c != '/' && c != '\\' && !c.is_control();
-    !name.is_empty() && name.len() <= 255 && !name.starts_with('.') && name != MANIFEST_NAME && name.chars().all(plain)
-}
-
-/// Chunks of a file; an empty file has one, of nothing.
-pub(super) fn chunks(bytes: u64, chunk_bytes: u64) -> u64 {
-    bytes.div_ceil(chunk_bytes).max(1)
+    Manifest::parse(text).map_err(|error| match error {
+        ManifestError::UnknownFormat(format) => Damage::UnknownFormat(format),
+        ManifestError::Bad(why) => Damage::BadManifest(why),
+    })
 }
 
 /// Opens a regular file of the folder without following a link, and answers its length.
@@ -278,40 +221,5 @@ pub(super) fn hash_chunk(file: &File, mut offset: u64, mut length: u64) -> io::R
         offset += part as u64;
         length -= part as u64;
     }
-    Ok(hex(&hasher.finalize()))
-}
-
-/// The hex sha256 of `bytes`.
-pub fn hex_sha256(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn plain_names_stay_in_their_folder() {
-        for name in ["part-00000-of-00002.safetensors", "a", "ü.bin", "a b"] {
-            assert!(is_plain_name(name), "{name}");
-        }
-        for name in ["", ".", "..", ".hidden", "a/b", "/etc/passwd", "../x", "a\\b", "a\0b", "a\nb", MANIFEST_NAME] {
-            assert!(!is_plain_name(name), "{name:?}");
-        }
-        assert!(!is_plain_name(&"a".repeat(256)));
-    }
-
-    #[test]
-    fn an_empty_file_has_one_chunk() {
-        assert_eq!([chunks(0, 4), chunks(1, 4), chunks(4, 4), chunks(5, 4)], [1, 1, 1, 2]);
-        assert_eq!(hex_sha256(b""), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
-    }
+    Ok(to_hex(&hasher.finalize()))
 }

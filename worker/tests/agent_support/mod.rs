@@ -333,6 +333,7 @@ impl Bench {
             shards: Vec::new(),
             resume_from: None,
             fetch: None,
+            stored: None,
             rejected_step: None,
             skip_memory: false,
             checkpoint: CheckpointPolicy::default(),

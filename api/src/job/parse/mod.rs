@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 
 use super::{Auto, CheckpointInterval, CheckpointPolicy, DataSpec, JobKind, JobSpec, Priority, RestartScope, WORLD_SIZE_MAX};
 use crate::ids::JobId;
+use crate::store::Place;
 use crate::time::Millis;
 
 mod environment;
@@ -168,6 +169,11 @@ fn kind(top: &mut Reader<'_, '_>) -> JobKind {
     JobKind::Train
 }
 
+/// Bytes, from a text like "2Gi".
+pub fn size(text: &str) -> Result<u64, String> {
+    values::size(&Value::from(text))
+}
+
 /// What is measured must be named, and only the built-in program measures.
 fn evaluate(top: &mut Reader<'_, '_>) {
     if top.get("command").is_some() {
@@ -183,12 +189,19 @@ fn resume_from(value: &Value) -> Result<String, String> {
     if text.parse::<JobId>().is_ok() {
         return Ok(text.into());
     }
-    path(value).map_err(|_| "must be a job id (26 lower-case characters) or an absolute path without `..`".into())
+    if Place::is_url(text) {
+        return text.parse::<Place>().map(|place| place.to_string());
+    }
+    path(value).map_err(|_| "must be a job id (26 lower-case characters), an absolute path without `..`, or a place in a store".into())
 }
 
 fn checkpoint(fields: &mut Reader<'_, '_>) -> CheckpointPolicy {
     let defaults = CheckpointPolicy::default();
-    fields.not_built("to", |_| false, "checkpoints go to the node's data folder; object storage is not built");
+    let to = fields.read("to", |v| values::text(v, PATH_BYTES_MAX)?.parse::<Place>());
+    // What a job shows of itself is taken again.
+    if fields.get("to").is_none() && fields.get("keep_stored").is_some_and(|keep| *keep != defaults.keep_stored) {
+        fields.fault("keep_stored", "is for checkpoint.to: give that too, or leave this out".into());
+    }
     let every = fields.read("every", |v| match v.as_str() {
         Some("auto") => Ok(CheckpointInterval::Auto(Auto::Auto)),
         _ => duration(v, Millis::secs(1), DAY).map(CheckpointInterval::Time).map_err(|why| format!("{why}, or \"auto\"")),
@@ -203,5 +216,7 @@ fn checkpoint(fields: &mut Reader<'_, '_>) -> CheckpointPolicy {
         every,
         keep: fields.read_or("keep", u64::from(defaults.keep), |v| integer(v, 1, 1000)) as u32,
         copies: fields.read_or("copies", u64::from(defaults.copies), |v| integer(v, 0, COPIES_MAX)) as u32,
+        keep_stored: fields.read_or("keep_stored", u64::from(defaults.keep_stored), |v| integer(v, 1, 1000)) as u32,
+        to,
     }
 }

@@ -74,13 +74,12 @@ fn what_is_not_built_is_refused_as_such() {
     check(
         json!({
             "world_size": 4, "min_world_size": 2, "kind": "serve", "image": "x", "replicas": 1, "engine": "vllm", "model": "m", "port": 1,
-            "health": {}, "autoscale": {}, "checkpoint": {"to": "s3://b"},
+            "health": {}, "autoscale": {},
             "resources": {"gpus": 0.5},
         }),
         expect![[r#"
             - /kind kind serve is not built: only "train" and "evaluate" are
             - /resources/gpus fractions of a GPU are not built: give gpu_memory, the part of a GPU's memory that a rank takes
-            - /checkpoint/to checkpoints go to the node's data folder; object storage is not built
             - /image containers are not built: give a command that is installed on the nodes
             - /replicas belongs to kind serve, which is not built
             - /engine belongs to kind serve, which is not built
@@ -90,6 +89,28 @@ fn what_is_not_built_is_refused_as_such() {
             - /autoscale belongs to kind serve, which is not built
         "#]],
     );
+}
+
+#[test]
+fn places_in_stores_are_checked() {
+    check(
+        json!({"checkpoint": {"to": "s3://key:secret@bucket", "keep_stored": 0}, "resume_from": "http://bucket/x"}),
+        expect![[r#"
+            x /resume_from must be s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file:///folder or an absolute path
+            x /checkpoint/to must not hold credentials: give them in the job's `secrets`
+            x /checkpoint/keep_stored must be a whole number from 1 to 1000
+        "#]],
+    );
+    check(
+        json!({"checkpoint": {"keep_stored": 2}, "resume_from": "s3://bucket/../x"}),
+        expect![[r#"
+        x /resume_from must have no empty part, `.` or `..` in it
+        x /checkpoint/keep_stored is for checkpoint.to: give that too, or leave this out
+    "#]],
+    );
+    let job = parse(&json!({"checkpoint": {"to": "s3://bucket/runs/"}, "resume_from": "gs://bucket/runs/a/"})).expect("fine");
+    assert_eq!(job.checkpoint.to.map(|to| to.to_string()).as_deref(), Some("s3://bucket/runs"));
+    assert_eq!((job.checkpoint.keep_stored, job.resume_from.as_deref()), (3, Some("gs://bucket/runs/a")));
 }
 
 #[test]
@@ -457,7 +478,7 @@ fn labels_and_resume_from_are_checked() {
         json!({"labels": labels, "resume_from": "../x"}),
         expect![[r#"
             x /labels has 65 entries: at most 64 are allowed
-            x /resume_from must be a job id (26 lower-case characters) or an absolute path without `..`
+            x /resume_from must be a job id (26 lower-case characters), an absolute path without `..`, or a place in a store
         "#]],
     );
     check(
@@ -466,7 +487,7 @@ fn labels_and_resume_from_are_checked() {
             x /labels/ a label's name must be 1 to 63 letters, digits, `.`, `_`, `-` and `/`
             x /labels/c a label's value must be at most 256 characters without control characters
             x /labels/team must be a text in quotes, not a number
-            x /resume_from must be a job id (26 lower-case characters) or an absolute path without `..`
+            x /resume_from must be a job id (26 lower-case characters), an absolute path without `..`, or a place in a store
         "#]],
     );
     let id = JobId::from_parts(1, 2).to_string();

@@ -168,6 +168,7 @@ fn a_gang_that_moves_fetches_what_its_new_node_does_not_have() {
         path: Some("/c/50".into()),
         from_memory: false,
         fetched_from: Some(node("n1")),
+        fetched_from_store: None,
         quarantined: vec![],
     };
     scene.at(2_500, Event::AttemptResumed { node: node("n2"), resumed });

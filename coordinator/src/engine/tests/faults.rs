@@ -348,6 +348,7 @@ fn steps_told_before_the_resume_is_known_are_not_counted_as_repeated() {
                 path: None,
                 from_memory: false,
                 fetched_from: None,
+                fetched_from_store: None,
                 quarantined: vec![],
             },
         },

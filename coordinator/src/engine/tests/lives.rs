@@ -174,6 +174,7 @@ fn steps_checkpoints_and_repeats_are_counted() {
                 path: Some("/c/10".into()),
                 from_memory: false,
                 fetched_from: None,
+                fetched_from_store: None,
                 quarantined: vec![],
             },
         },

@@ -16,6 +16,7 @@ mod scheduling;
 mod single;
 mod slow;
 mod told;
+mod uploads;
 mod views;
 
 use std::fmt::Write as _;
@@ -167,6 +168,7 @@ impl Scene {
                     path: None,
                     from_memory: false,
                     fetched_from: None,
+                    fetched_from_store: None,
                     quarantined: vec![],
                 },
             },
@@ -260,8 +262,10 @@ fn frame_text(frame: ToAgent) -> String {
                 format!(" fetch {} from {}{}", f.step, from.join(", "), if f.required { "" } else { " if it can" })
             });
             let fetch = fetch.unwrap_or_default();
+            let stored = gang.stored.map(|s| format!(" or {} from {}{}", s.step, s.place, if s.required { "" } else { " if it must" }));
+            let stored = stored.unwrap_or_default();
             format!(
-                "start job {} attempt {} ranks {}+{} port {}{members}{spares}{resume}{fetch}",
+                "start job {} attempt {} ranks {}+{} port {}{members}{spares}{resume}{fetch}{stored}",
                 gang.job.as_u128(),
                 gang.attempt,
                 gang.first_rank,

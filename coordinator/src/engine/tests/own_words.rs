@@ -19,7 +19,16 @@ fn said(name: &str, frame: FromAgent) -> Event {
 }
 
 fn resumed(attempt: u32, step: Option<u64>) -> FromAgent {
-    FromAgent::Resumed(Resumed { job: job(1), attempt, step, path: None, from_memory: false, fetched_from: None, quarantined: vec![] })
+    FromAgent::Resumed(Resumed {
+        job: job(1),
+        attempt,
+        step,
+        path: None,
+        from_memory: false,
+        fetched_from: None,
+        fetched_from_store: None,
+        quarantined: vec![],
+    })
 }
 
 fn started(incarnation: Incarnation) -> FromAgent {

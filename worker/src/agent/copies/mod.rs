@@ -5,7 +5,7 @@
 mod door;
 mod fetch;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

@@ -19,16 +19,16 @@ use crate::checkpoint::{self, step_folder};
 const HERE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const PORTS: PortRange = PortRange { first: 21_400, last: 21_899 };
 
-struct Node {
+pub(in crate::agent) struct Node {
     _dir: tempfile::TempDir,
-    folders: Folders,
+    pub(in crate::agent) folders: Folders,
 }
 
-fn job() -> JobId {
+pub(in crate::agent) fn job() -> JobId {
     JobId::from_u128(9)
 }
 
-fn node() -> Node {
+pub(in crate::agent) fn node() -> Node {
     let dir = tempfile::tempdir().unwrap();
     let folders = Folders::new(dir.path().to_path_buf());
     Node { folders, _dir: dir }
@@ -48,12 +48,12 @@ fn source_of(told: CopyDoor) -> Source {
 }
 
 impl Node {
-    fn checkpoints(&self) -> PathBuf {
+    pub(in crate::agent) fn checkpoints(&self) -> PathBuf {
         self.folders.checkpoints(job())
     }
 
     /// Three files, one of them of more than a chunk, one of nothing.
-    fn commit(&self, step: u64, attempt: u32) -> PathBuf {
+    pub(in crate::agent) fn commit(&self, step: u64, attempt: u32) -> PathBuf {
         let dir = self.checkpoints();
         fs::create_dir_all(&dir).unwrap();
         let draft = checkpoint::begin(&dir, step, attempt, 0).unwrap();

@@ -122,6 +122,7 @@ impl Scene {
             path: None,
             from_memory: false,
             fetched_from: None,
+            fetched_from_store: None,
             quarantined: Vec::new(),
         };
         Event::GangPrepared { resumed, at: Timestamp(1) }

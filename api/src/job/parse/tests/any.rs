@@ -155,7 +155,7 @@ prop_compose! {
             kind: if measurable { JobKind::Evaluate } else { JobKind::Train },
             world_size: world, worker, command, restart, heartbeat, resources: Resources { cpus, memory, gpus, gpu_memory: memory / 2 },
             package: if worker_is_none && texts.workdir.is_none() { package } else { None },
-            checkpoint: CheckpointPolicy { every_steps: if every.is_some() && every_steps % 2 == 0 { 0 } else { every_steps }, every, keep, copies: keep % 5 }, stop_grace: Millis(grace), time_limit: limit.map(Millis), ..texts
+            checkpoint: CheckpointPolicy { every_steps: if every.is_some() && every_steps % 2 == 0 { 0 } else { every_steps }, every, keep, copies: keep % 5, keep_stored: 3, to: None }, stop_grace: Millis(grace), time_limit: limit.map(Millis), ..texts
         }
     }
 }

@@ -22,7 +22,16 @@ fn a_later_attempt_takes_the_place_of_those_that_were_refused_and_of_nothing_els
     s.engine.handle(
         5,
         Event::GangPrepared {
-            resumed: Resumed { job, attempt: 4, step: None, path: None, from_memory: false, fetched_from: None, quarantined: vec![] },
+            resumed: Resumed {
+                job,
+                attempt: 4,
+                step: None,
+                path: None,
+                from_memory: false,
+                fetched_from: None,
+                fetched_from_store: None,
+                quarantined: vec![],
+            },
             at: Timestamp(1),
         },
     );

@@ -1,0 +1,286 @@
+//! The one door to a store: opening it, and the few things that are done with it. Each has a time limit, and each fault says what was asked.
+//!
+//! Retries are the store client's own, few and with growing pauses; who calls has a budget above that. A folder answers as a bucket does,
+//! and what is put there is on the disk before it counts.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
+use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
+use object_store::local::LocalFileSystem;
+use object_store::path::{Path, PathPart};
+use object_store::{
+    BackoffConfig, ClientOptions, Error, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutPayload, RetryConfig, UpdateVersion,
+};
+
+use super::fault::Fault;
+use super::place::{Place, Scheme};
+use super::settings::Settings;
+use super::trouble::Trouble;
+
+const CONNECT_MAX: Duration = Duration::from_secs(5);
+/// Without a byte from the other side: the first of an answer, or the next.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// A request with all of its answer's head; a body has [`SILENCE_MAX`] between its pieces.
+const REQUEST_MAX: Duration = Duration::from_secs(10 * 60);
+const RETRIES_MAX: usize = 4;
+const RETRY_MAX: Duration = Duration::from_secs(45);
+/// Objects that one listing names at most.
+const LISTED_MAX: usize = 1_000_000;
+
+/// A place that was opened. Nothing is sent before it is used.
+#[derive(Debug, Clone)]
+pub struct Store {
+    inner: Arc<dyn ObjectStore>,
+    place: Place,
+    /// Where all keys begin.
+    base: Path,
+    who: String,
+}
+
+/// A version of an object, for putting another in its place only as long as nobody else has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written {
+    version: Option<UpdateVersion>,
+}
+
+impl Store {
+    /// Opens a place with what is set.
+    pub fn open(place: &Place, settings: &Settings) -> Result<Self, Fault> {
+        let asked = || format!("open {place}");
+        let wrong = |error: Error| Fault::new(Trouble::Settings, asked(), error.to_string());
+        // The first that needs a provider for TLS sets it, for the whole process.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let retry = RetryConfig {
+            backoff: BackoffConfig { init_backoff: Duration::from_millis(200), max_backoff: Duration::from_secs(5), base: 2.0 },
+            max_retries: RETRIES_MAX,
+            retry_timeout: RETRY_MAX,
+        };
+        let client = || ClientOptions::new().with_connect_timeout(CONNECT_MAX).with_read_timeout(SILENCE_MAX).with_timeout(REQUEST_MAX);
+        let plain = |endpoint: Option<&str>| endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"));
+        let scheme = place.scheme();
+        let inner: Arc<dyn ObjectStore> = match scheme {
+            Scheme::S3 => {
+                let endpoint = settings.get("AWS_ENDPOINT_URL_S3").or(settings.get("AWS_ENDPOINT_URL")).or(settings.get("AWS_ENDPOINT"));
+                let mut builder = AmazonS3Builder::new()
+                    .with_client_options(client().with_allow_http(plain(endpoint)))
+                    .with_retry(retry)
+                    .with_bucket_name(place.bucket());
+                for (name, value) in settings.of(scheme) {
+                    if let Ok(key) = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>()
+                        && !matches!(key, AmazonS3ConfigKey::Bucket | AmazonS3ConfigKey::Client(_) | AmazonS3ConfigKey::ConditionalPut)
+                    {
+                        builder = builder.with_config(key, value);
+                    }
+                }
+                if let Some(endpoint) = endpoint {
+                    builder = builder.with_endpoint(endpoint);
+                }
+                Arc::new(builder.build().map_err(wrong)?)
+            }
+            Scheme::Gcs => {
+                let mut builder = GoogleCloudStorageBuilder::new()
+                    .with_client_options(client().with_allow_http(plain(settings.get("GOOGLE_BASE_URL"))))
+                    .with_retry(retry)
+                    .with_bucket_name(place.bucket());
+                for (name, value) in settings.of(scheme) {
+                    if let Ok(key) = name.to_ascii_lowercase().parse::<GoogleConfigKey>()
+                        && !matches!(key, GoogleConfigKey::Bucket | GoogleConfigKey::Client(_))
+                    {
+                        builder = builder.with_config(key, value);
+                    }
+                }
+                Arc::new(builder.build().map_err(wrong)?)
+            }
+            Scheme::Azure => {
+                let mut builder = MicrosoftAzureBuilder::new()
+                    .with_client_options(client().with_allow_http(plain(settings.get("AZURE_STORAGE_ENDPOINT"))))
+                    .with_retry(retry)
+                    .with_container_name(place.bucket());
+                for (name, value) in settings.of(scheme) {
+                    if let Ok(key) = name.to_ascii_lowercase().parse::<AzureConfigKey>()
+                        && !matches!(key, AzureConfigKey::ContainerName | AzureConfigKey::Client(_))
+                    {
+                        builder = builder.with_config(key, value);
+                    }
+                }
+                Arc::new(builder.build().map_err(wrong)?)
+            }
+            Scheme::Folder => return Self::open_folder(place, settings),
+        };
+        let base = Path::parse(place.path()).map_err(|error| Fault::new(Trouble::Settings, asked(), error.to_string()))?;
+        Ok(Self { inner, place: place.clone(), base, who: settings.who(scheme) })
+    }
+
+    /// A folder must be there: one that is not mounted would be made on the wrong disk.
+    fn open_folder(place: &Place, settings: &Settings) -> Result<Self, Fault> {
+        let root = format!("/{}", place.path());
+        let local = LocalFileSystem::new_with_prefix(&root).map_err(|_| {
+            let why = format!("there is no folder {root} on this machine: make it, or mount it");
+            Fault::new(Trouble::NoBucket, format!("open {place}"), why)
+        })?;
+        let who = settings.who(place.scheme());
+        Ok(Self { inner: Arc::new(local.with_fsync(true)), place: place.clone(), base: Path::default(), who })
+    }
+
+    /// One that is only in memory.
+    #[cfg(test)]
+    pub(super) fn in_memory(inner: Arc<dyn ObjectStore>) -> Self {
+        let place: Place = "s3://memory/jobs".parse().expect("a place");
+        Self { inner, base: Path::from(place.path()), place, who: "the test".into() }
+    }
+
+    /// Where it is.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// The same store, further in.
+    pub fn at(&self, name: &str) -> Self {
+        Self { place: self.place.join(name), base: self.base.clone().join(as_it_is(name)), ..self.clone() }
+    }
+
+    fn key(&self, name: &str) -> Path {
+        let mut key = self.base.clone();
+        for part in name.split('/').filter(|part| !part.is_empty()) {
+            key = key.join(as_it_is(part));
+        }
+        key
+    }
+
+    fn fault(&self, verb: &str, name: &str, error: &Error) -> Fault {
+        let whole = if name.is_empty() { self.place.to_string() } else { format!("{}/{name}", self.place) };
+        Fault::from_store(format!("{verb} {whole}"), error, &self.who, self.place.bucket())
+    }
+
+    /// Everything below `name`, by its name from here, with its length, in order.
+    pub async fn list(&self, name: &str) -> Result<Vec<(String, u64)>, Fault> {
+        let prefix = self.key(name);
+        let mut all = self.inner.list(Some(&prefix));
+        let mut found = Vec::new();
+        while let Some(next) = all.next().await {
+            let about = match next {
+                Ok(about) => about,
+                // A folder that nobody has made yet has nothing in it.
+                Err(Error::NotFound { .. }) if self.place.scheme() == Scheme::Folder => continue,
+                Err(error) => return Err(self.fault("list", name, &error)),
+            };
+            if found.len() >= LISTED_MAX {
+                return Err(Fault::new(Trouble::Other, format!("list {}", self.place), format!("it has more than {LISTED_MAX} objects")));
+            }
+            if let Some(parts) = about.location.prefix_match(&self.base) {
+                let own: Vec<String> = parts.map(|part| part.as_ref().to_string()).collect();
+                found.push((own.join("/"), about.size));
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
+
+    /// A whole object of at most `bytes_max`. `None`: there is none.
+    pub async fn get(&self, name: &str, bytes_max: u64) -> Result<Option<(Bytes, Written)>, Fault> {
+        let answer = match self.inner.get(&self.key(name)).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                let fault = self.fault("get", name, &error);
+                return if fault.trouble == Trouble::NotFound { Ok(None) } else { Err(fault) };
+            }
+        };
+        if answer.meta.size > bytes_max {
+            let why = format!("it has {} bytes, more than {bytes_max}", answer.meta.size);
+            return Err(Fault::new(Trouble::Damaged, format!("get {}/{name}", self.place), why));
+        }
+        let version = Some(UpdateVersion { e_tag: answer.meta.e_tag.clone(), version: answer.meta.version.clone() });
+        let bytes = answer.bytes().await.map_err(|error| self.fault("get", name, &error))?;
+        Ok(Some((bytes, Written { version })))
+    }
+
+    /// An object as it comes, with its length.
+    pub async fn stream(&self, name: &str) -> Result<(u64, BoxStream<'static, Result<Bytes, Fault>>), Fault> {
+        let answer = self.inner.get(&self.key(name)).await.map_err(|error| self.fault("get", name, &error))?;
+        let (own, name, bytes) = (self.clone(), name.to_string(), answer.meta.size);
+        Ok((bytes, answer.into_stream().map(move |piece| piece.map_err(|error| own.fault("get", &name, &error))).boxed()))
+    }
+
+    /// Puts an object where none may be. `Conflict` when there is one.
+    pub async fn create(&self, name: &str, bytes: Bytes) -> Result<(), Fault> {
+        self.put_as(name, bytes, PutMode::Create).await
+    }
+
+    /// Puts an object in the place of the one that was read, if that is still there.
+    pub async fn replace(&self, name: &str, bytes: Bytes, read: &Written) -> Result<(), Fault> {
+        if self.place.scheme() == Scheme::Folder {
+            // A folder has no such exchange. Between these two there is none, which is no commit of anybody.
+            self.remove(name).await?;
+            return self.create(name, bytes).await;
+        }
+        let version = read.version.clone().unwrap_or(UpdateVersion { e_tag: None, version: None });
+        self.put_as(name, bytes, PutMode::Update(version)).await
+    }
+
+    /// Puts an object, whatever was there.
+    pub async fn put(&self, name: &str, bytes: Bytes) -> Result<(), Fault> {
+        self.put_as(name, bytes, PutMode::Overwrite).await
+    }
+
+    async fn put_as(&self, name: &str, bytes: Bytes, mode: PutMode) -> Result<(), Fault> {
+        let put = self.inner.put_opts(&self.key(name), PutPayload::from(bytes), mode.into()).await;
+        put.map(drop).map_err(|error| self.fault("put", name, &error))
+    }
+
+    /// Begins an object that comes in parts; it is there once [`Parts::complete`] says so.
+    pub async fn begin(&self, name: &str) -> Result<Parts, Fault> {
+        let upload = self.inner.put_multipart(&self.key(name)).await.map_err(|error| self.fault("put", name, &error))?;
+        Ok(Parts { upload, store: self.clone(), name: name.into() })
+    }
+
+    /// Removes an object; that there is none is no fault.
+    pub async fn remove(&self, name: &str) -> Result<(), Fault> {
+        match self.inner.delete(&self.key(name)).await {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                let fault = self.fault("remove", name, &error);
+                if fault.trouble == Trouble::NotFound { Ok(()) } else { Err(fault) }
+            }
+        }
+    }
+}
+
+/// A part of a key with no character written in another way, as other tools show it.
+fn as_it_is(part: &str) -> PathPart<'_> {
+    PathPart::parse(part).unwrap_or_else(|_| part.into())
+}
+
+/// An object that comes in parts.
+#[derive(Debug)]
+pub struct Parts {
+    upload: Box<dyn MultipartUpload>,
+    store: Store,
+    name: String,
+}
+
+impl Parts {
+    /// Sends the next part; all but the last have the same length. Parts may be under way at the same time.
+    pub fn put(&mut self, bytes: Bytes) -> impl Future<Output = Result<(), Fault>> + Send + use<> {
+        let part = self.upload.put_part(PutPayload::from(bytes));
+        let (store, name) = (self.store.clone(), self.name.clone());
+        async move { part.await.map_err(|error| store.fault("put a part of", &name, &error)) }
+    }
+
+    /// All parts are there: it becomes an object.
+    pub async fn complete(mut self) -> Result<(), Fault> {
+        let done = self.upload.complete().await;
+        done.map(drop).map_err(|error| self.store.fault("complete", &self.name, &error))
+    }
+
+    /// It is not wanted any more.
+    pub async fn abort(mut self) {
+        // What can not be taken back is left to the bucket's own rules for unfinished uploads.
+        let _ = self.upload.abort().await;
+    }
+}

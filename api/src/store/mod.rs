@@ -1,0 +1,32 @@
+//! Where things are kept beyond a node: buckets (`s3://`, `gs://`, `az://`) and folders that several machines share (`file://`, a path).
+//!
+//! A [`Place`] is the words; behind feature `store` stand the one door to it ([`Store`]), the credentials that open it ([`Settings`]), and
+//! the rules by which checkpoints are kept there ([`Shelf`]). Nothing here knows a job's state or decides when something is kept.
+
+mod lineage;
+mod place;
+mod trouble;
+
+#[cfg(feature = "store")]
+mod door;
+#[cfg(feature = "store")]
+mod fault;
+#[cfg(feature = "store")]
+mod settings;
+#[cfg(feature = "store")]
+mod shelf;
+#[cfg(all(test, feature = "store"))]
+mod tests;
+
+pub use lineage::Lineage;
+pub use place::{Place, Scheme};
+pub use trouble::Trouble;
+
+#[cfg(feature = "store")]
+pub use door::Store;
+#[cfg(feature = "store")]
+pub use fault::Fault;
+#[cfg(feature = "store")]
+pub use settings::Settings;
+#[cfg(feature = "store")]
+pub use shelf::{Committed, Kept, NotKept, PART_BYTES, Shelf, Source, digest};
