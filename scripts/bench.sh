@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures what README states, on the built programs and loopback: a table, and the same as JSON in target/bench/results.json.
-# `scripts/bench.sh [AREA…]` with areas: control, engine, logs, train, recovery, large, idle, agents, steps, checkpoint (all by default).
+# `scripts/bench.sh [AREA…]` with areas: control, engine, logs, train, recovery, large, idle, agents, store, steps, checkpoint (all by default).
 # large needs about 16 GB of memory; steps and recovery run PyTorch beside us, which is fetched once (scripts/fetch-python-torch.sh, about 4 GB).
 . "$(dirname "$0")/common.sh"
 need python3
@@ -18,6 +18,11 @@ for line in sys.stdin:
 }
 LOAD=$(program load)
 ENGINE=$(program engine)
+EVERLIT_WEED=
+case " ${*:-store} " in
+  *" store "*) EVERLIT_WEED=$(scripts/fetch-s3-server.sh | tail -n 1) || die "the S3 server could not be fetched" ;;
+esac
+export EVERLIT_WEED
 PYTHON_TORCH=
 case " ${*:-steps} " in
   *" steps "* | *" recovery "*) PYTHON_TORCH=$(scripts/fetch-python-torch.sh | tail -n 1) || die "PyTorch could not be fetched" ;;

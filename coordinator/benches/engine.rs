@@ -84,16 +84,7 @@ impl Cluster {
 
     fn start(&mut self, job: u32) -> u64 {
         let Some(Incarnation { attempt, .. }) = self.incarnation(job, 0) else { return 0 };
-        let resumed = Resumed {
-            job: id(job),
-            attempt,
-            step: None,
-            path: None,
-            from_memory: false,
-            fetched_from: None,
-            fetched_from_store: None,
-            quarantined: Vec::new(),
-        };
+        let resumed = Resumed::from_nothing(id(job), attempt);
         self.say(Event::AttemptResumed { node: NodeId("n1".into()), resumed });
         for rank in 0..RANKS {
             let incarnation = Incarnation { job: id(job), attempt, rank };

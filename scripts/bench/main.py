@@ -13,6 +13,7 @@ import time
 
 import agents
 import recovery
+import store
 import training
 from lib import Everlit, is_alive, parent, until
 
@@ -149,6 +150,7 @@ AREAS = {
     "large": lambda: recovery.large(row),
     "idle": idle,
     "agents": lambda: agents.agents(row, RUNS),
+    "store": lambda: store.store(row, RUNS),
     "steps": lambda: training.steps(row),
     "checkpoint": lambda: training.checkpoint(row),
 }

@@ -280,6 +280,45 @@ def the_command_line_lists_verifies_fetches_and_removes():
             assert code == expected and said in words, (arguments, code, words)
 
 
+def written(folder, attempt, content):
+    """A checkpoint of step 100 that a program has committed."""
+    draft = folder / "new"
+    draft.mkdir(parents=True)
+    (draft / "part.bin").write_bytes(content)
+    env = {**os.environ, "EVERLIT_CHECKPOINT_DIR": str(folder), "EVERLIT_ATTEMPT": str(attempt)}
+    subprocess.run([BIN / "everlit-agent", "checkpoint", "commit", draft, "--step", "100"], env=env, check=True, stdout=subprocess.DEVNULL)
+    return folder / "step-000000000100"
+
+
+def of_two_that_race_to_commit_a_step_exactly_one_wins():
+    with Weed() as weed, tempfile.TemporaryDirectory() as folder:
+        own = opened(weed.url())
+        env = {**os.environ, **own["env"], **own["secrets"]}
+        put = lambda path, place: subprocess.Popen([BIN / "everlit", "checkpoints", "put", path, place], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        ends = {"first": 0, "second": 0}
+        for older, newer in [(1, 1), (1, 2)]:
+            one = written(pathlib.Path(folder, f"{older}{newer}a"), older, os.urandom(100_000))
+            two = written(pathlib.Path(folder, f"{older}{newer}b"), newer, os.urandom(100_000))
+            for round in range(20):
+                place = f"s3://runs/race-{older}-{newer}-{round}"
+                racing = [put(path, place) for path in ((one, two) if round % 2 else (two, one))]
+                said = [process.communicate(timeout=60)[0] for process in racing]
+                codes = [process.returncode for process in racing]
+                kept = json.loads(weed.get(f"{place[5:]}/step-000000000100/MANIFEST.json"))
+                if older == newer:
+                    assert sorted(codes) == [0, 1], (codes, said)
+                    won = one if codes[0 if round % 2 else 1] == 0 else two
+                else:
+                    # The newer attempt stays, whoever came first; the older one is refused, or was first and made room.
+                    won = two
+                    assert codes[1 if round % 2 else 0] == 0, said
+                ends["first" if won == one else "second"] += 1
+                assert kept == json.loads((won / "MANIFEST.json").read_text()), round
+                assert all(code == 0 or "may not commit step 100" in text for code, text in zip(codes, said)), said
+                subprocess.run([BIN / "everlit", "checkpoints", "verify", place], env=env, check=True, stdout=subprocess.DEVNULL)
+        print(f"     40 races, 20 of them of two attempts: one checkpoint each time, whole; {ends}")
+
+
 def a_shared_folder_works_the_same():
     wanted = undisturbed()
     with tempfile.TemporaryDirectory() as shared:
@@ -302,6 +341,7 @@ CHECKS = [
     an_agent_that_lost_its_folder_fetches_what_is_in_the_bucket,
     what_can_not_be_opened_says_so,
     the_command_line_lists_verifies_fetches_and_removes,
+    of_two_that_race_to_commit_a_step_exactly_one_wins,
     a_shared_folder_works_the_same,
     each_bad_answer_is_told_and_costs_nothing,
     through_a_store_that_fails_now_and_then_the_weights_are_the_same,

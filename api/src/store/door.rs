@@ -233,7 +233,7 @@ impl Store {
         put.map(drop).map_err(|error| self.fault("put", name, &error))
     }
 
-    /// Begins an object that comes in parts; it is there once [`Parts::complete`] says so.
+    /// Begins an object that comes in parts; it is there once its `complete` says so.
     pub async fn begin(&self, name: &str) -> Result<Parts, Fault> {
         let upload = self.inner.put_multipart(&self.key(name)).await.map_err(|error| self.fault("put", name, &error))?;
         Ok(Parts { upload, store: self.clone(), name: name.into() })

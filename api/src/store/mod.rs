@@ -12,6 +12,8 @@ mod door;
 #[cfg(feature = "store")]
 mod fault;
 #[cfg(feature = "store")]
+mod file;
+#[cfg(feature = "store")]
 mod settings;
 #[cfg(feature = "store")]
 mod shelf;
@@ -26,6 +28,8 @@ pub use trouble::Trouble;
 pub use door::Store;
 #[cfg(feature = "store")]
 pub use fault::Fault;
+#[cfg(feature = "store")]
+pub use file::CheckedFile;
 #[cfg(feature = "store")]
 pub use settings::Settings;
 #[cfg(feature = "store")]

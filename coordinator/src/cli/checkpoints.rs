@@ -1,4 +1,4 @@
-//! `everlit checkpoints`: what there is of a job's checkpoints, and, in a store, reading back, fetching and removing them.
+//! `everlit checkpoints`: what there is of a job's checkpoints, and, in a store, reading back, fetching, putting and removing them.
 //!
 //! A job is asked of the coordinator; a place is opened from here, with the settings of this process (`AWS_…`, `GOOGLE_…`, `AZURE_…`).
 
@@ -6,10 +6,11 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
 use clap::{Args, Subcommand};
 use everlit_api::client::Client;
-use everlit_api::manifest::{MANIFEST_NAME, folder_step, step_folder};
-use everlit_api::store::{Committed, Fault, Place, Settings, Shelf, Store};
+use everlit_api::manifest::{MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, folder_step, step_folder};
+use everlit_api::store::{CheckedFile, Committed, Fault, Place, Settings, Shelf, Source, Store, digest};
 use serde::Serialize;
 
 use super::out::{age, size};
@@ -35,6 +36,14 @@ enum CheckpointsVerb {
         /// The folder that gets it, as `step-…`; made if missing
         #[arg(long, default_value = ".", value_name = "FOLDER")]
         into: PathBuf,
+    },
+    /// Put one that lies on this machine in a store, by the rules that jobs keep
+    Put {
+        /// The checkpoint's folder, which has a MANIFEST.json
+        #[arg(value_name = "FOLDER")]
+        from: PathBuf,
+        #[command(flatten)]
+        to: Where,
     },
     /// Remove one from a store
     Rm(Where),
@@ -86,6 +95,11 @@ pub(super) async fn checkpoints(client: &Client, args: CheckpointsArgs, output: 
             let path = fetch(&shelf, &found, &into).await?;
             let (step, bytes) = (found.manifest.step, found.manifest.bytes());
             told(output, &shelf, step, bytes, &format!("{}: {} fetched and verified", path.display(), size(bytes)))
+        }
+        CheckpointsVerb::Put { from, to } => {
+            let (shelf, _) = to.shelf(client).await?;
+            let (step, bytes) = put(&shelf, &from).await?;
+            told(output, &shelf, step, bytes, &format!("step {step} is in {}: {} sent and committed", shelf.place(), size(bytes)))
         }
         CheckpointsVerb::Rm(of) => {
             let (shelf, step) = of.shelf(client).await?;
@@ -163,6 +177,37 @@ impl One {
         let found = found.ok_or_else(|| Fail::Refused(format!("there is no such checkpoint in {}", shelf.place())))?;
         Ok((shelf, found))
     }
+}
+
+/// A file on this machine, as it is sent.
+struct Sent<'a>(CheckedFile<'a>);
+
+impl Source for Sent<'_> {
+    fn next(&mut self, bytes: usize) -> Result<Vec<u8>, Fault> {
+        self.0.read(bytes)
+    }
+
+    fn wait_for_turn(&mut self, _: usize) -> Result<(), Fault> {
+        Ok(())
+    }
+}
+
+/// Puts a folder's checkpoint on a shelf; answers its step and its bytes.
+async fn put(shelf: &Shelf, from: &Path) -> Result<(u64, u64), Fail> {
+    let place = from.join(MANIFEST_NAME);
+    let about = fs::metadata(&place).map_err(|error| Fail::Refused(format!("{} can not be read: {error}", place.display())))?;
+    if about.len() > MANIFEST_BYTES_MAX {
+        return Err(Fail::Refused(format!("{} has more than {MANIFEST_BYTES_MAX} bytes", place.display())));
+    }
+    let text = fs::read(&place)?;
+    let manifest = Manifest::parse(&text).map_err(|error| Fail::Refused(format!("{}: {error}", from.display())))?;
+    let (digest, text) = (digest(&text), Bytes::from(text));
+    for file in shelf.lacking(&manifest, &text).await? {
+        let open = File::open(from.join(&file.name)).map_err(|error| Fail::Refused(format!("{}: {error}", file.name)))?;
+        shelf.put_file(manifest.step, &digest, file, &mut Sent(CheckedFile::new(open, from, file))).await?;
+    }
+    shelf.commit(&manifest, &text).await.map_err(|error| Fail::Refused(error.to_string()))?;
+    Ok((manifest.step, manifest.bytes()))
 }
 
 /// Brings a checkpoint into `into`; it is there under its name only once all of it is.

@@ -87,7 +87,7 @@ pub enum Verb {
     Restart(JobArg),
     /// Have a running job save now and go on
     Checkpoint(JobArg),
-    /// List checkpoints; verify, fetch or remove what a store has
+    /// List checkpoints; verify, fetch, put or remove what a store has
     Checkpoints(CheckpointsArgs),
     /// Print a job's time series: loss, rates and whatever its program tells
     Metrics(MetricsArgs),
@@ -258,6 +258,7 @@ mod usage {
             "everlit checkpoints ls last",
             "everlit checkpoints verify s3://bucket/runs/x --step 100",
             "everlit checkpoints fetch /mnt/runs/x/step-000000000100 --into here",
+            "everlit checkpoints put ./step-000000000100 s3://bucket/runs/x",
             "everlit checkpoints rm s3://bucket/runs/x/step-000000000100",
             "everlit metrics last --since-step 100",
             "everlit nodes drain here",

@@ -161,16 +161,7 @@ impl Driven {
             orders.extend(self.feed(Event::RankStarted(started)));
         }
         let (job, attempt) = (self.job, self.attempt);
-        let resumed = Resumed {
-            job,
-            attempt,
-            step,
-            path: step.map(|_| "simulated".into()),
-            from_memory,
-            fetched_from: None,
-            fetched_from_store: None,
-            quarantined: Vec::new(),
-        };
+        let resumed = Resumed { step, path: step.map(|_| "simulated".into()), from_memory, ..Resumed::from_nothing(job, attempt) };
         orders.extend(self.feed(Event::AttemptResumed { node: NodeId("cluster".into()), resumed }));
         orders
     }

@@ -364,16 +364,7 @@ impl World {
         let from = kept.steps.last_key_value().map(|(step, (by, _))| (*step, *by));
         let step = kept.steps.last_key_value().map(|(step, _)| *step);
         let quarantined = damaged.into_iter().map(|step| (step, "a flipped bit".to_string())).collect();
-        let resumed = Resumed {
-            job,
-            attempt,
-            step,
-            path: step.map(|step| format!("/c/{step}")),
-            from_memory: false,
-            fetched_from: None,
-            fetched_from_store: None,
-            quarantined,
-        };
+        let resumed = Resumed { step, path: step.map(|step| format!("/c/{step}")), quarantined, ..Resumed::from_nothing(job, attempt) };
         for seat in spec.own_seats().map(|(_, seat)| seat).chain(spec.spares.iter().copied()) {
             own.runs.insert(Incarnation { job, attempt, rank: seat }, Run::default());
         }

@@ -6,8 +6,8 @@
 //! agent may remove older checkpoints meanwhile.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Read, Seek};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,10 +16,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use everlit_api::agent::stored::{StoreFault, UploadOrder, Uploaded};
 use everlit_api::ids::JobId;
-use everlit_api::join::to_hex;
-use everlit_api::manifest::{Manifest, ManifestFile};
-use everlit_api::store::{Fault, NotKept, Settings, Shelf, Source, Store, Trouble, digest};
-use sha2::{Digest, Sha256};
+use everlit_api::manifest::Manifest;
+use everlit_api::store::{CheckedFile, Fault, NotKept, Settings, Shelf, Source, Store, Trouble, digest};
 use tokio::runtime::Runtime;
 use tokio::sync::{Semaphore, mpsc, watch};
 
@@ -245,7 +243,9 @@ impl Tended {
         let digest = digest(&text);
         let mut bytes = 0;
         for file in shelf.lacking(&manifest, &text).await? {
-            let mut source = tokio::task::block_in_place(|| FileSource::open(&path, file, self))?;
+            let open =
+                tokio::task::block_in_place(|| checkpoint::open_named(&path, file)).map_err(|damage| here(&path, &damage.to_string()))?;
+            let mut source = FileSource { file: CheckedFile::new(open, &path, file), tended: self };
             shelf.put_file(order.step, &digest, file, &mut source).await?;
             bytes += file.bytes;
         }
@@ -271,62 +271,15 @@ fn here(path: &Path, why: &str) -> Fault {
     Fault { trouble: Trouble::Damaged, asked: format!("read {}", path.display()), why: why.into() }
 }
 
-/// A file of a checkpoint, checked as it is read: what is sent is what was committed.
+/// A file on its way, as long as its job is there, and at the pace of all.
 struct FileSource<'a> {
-    file: File,
-    path: &'a Path,
-    about: &'a ManifestFile,
+    file: CheckedFile<'a>,
     tended: &'a Tended,
-    hasher: Sha256,
-    chunk: usize,
-    of_chunk: u64,
-}
-
-impl<'a> FileSource<'a> {
-    fn open(path: &'a Path, about: &'a ManifestFile, tended: &'a Tended) -> Result<Self, Fault> {
-        let found = checkpoint::open_named(path, about).map_err(|damage| here(path, &damage.to_string()))?;
-        Ok(Self { file: found, path, about, tended, hasher: Sha256::new(), chunk: 0, of_chunk: about.chunk_bytes })
-    }
-
-    fn check(&mut self) -> Result<(), Fault> {
-        let found = to_hex(&std::mem::take(&mut self.hasher).finalize());
-        if self.about.sha256.get(self.chunk).is_some_and(|wanted| wanted.eq_ignore_ascii_case(&found)) {
-            self.chunk += 1;
-            self.of_chunk = self.about.chunk_bytes;
-            return Ok(());
-        }
-        Err(here(self.path, &format!("{}: chunk {} has another sha256 than committed", self.about.name, self.chunk)))
-    }
-
-    fn read(&mut self, bytes: usize) -> Result<Vec<u8>, Fault> {
-        let mut piece = vec![0; bytes];
-        self.file.read_exact(&mut piece).map_err(|error| here(self.path, &format!("{}: {error}", self.about.name)))?;
-        let mut rest = piece.as_slice();
-        while !rest.is_empty() {
-            let (part, after) = rest.split_at(rest.len().min(usize::try_from(self.of_chunk).unwrap_or(usize::MAX)));
-            self.hasher.update(part);
-            self.of_chunk -= part.len() as u64;
-            rest = after;
-            if self.of_chunk == 0 {
-                self.check()?;
-            }
-        }
-        // The last chunk may be shorter.
-        if self.chunk + 1 == self.about.sha256.len() && self.at_end()? {
-            self.check()?;
-        }
-        Ok(piece)
-    }
-
-    fn at_end(&mut self) -> Result<bool, Fault> {
-        let at = self.file.stream_position().map_err(|error| here(self.path, &error.to_string()))?;
-        Ok(at == self.about.bytes)
-    }
 }
 
 impl Source for FileSource<'_> {
     fn next(&mut self, bytes: usize) -> Result<Vec<u8>, Fault> {
-        tokio::task::block_in_place(|| self.read(bytes))
+        tokio::task::block_in_place(|| self.file.read(bytes))
     }
 
     fn wait_for_turn(&mut self, bytes: usize) -> Result<(), Fault> {

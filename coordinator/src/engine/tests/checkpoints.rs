@@ -108,16 +108,7 @@ fn a_resume_from_shared_memory_says_so_and_repeats_only_what_it_must() {
     scene.at(1_600, Event::Woke);
     scene.take();
     let path = Some("/dev/shm/x".to_string());
-    let resumed = Resumed {
-        job: job(1),
-        attempt: 2,
-        step: Some(69),
-        path,
-        from_memory: true,
-        fetched_from: None,
-        fetched_from_store: None,
-        quarantined: vec![],
-    };
+    let resumed = Resumed { step: Some(69), path, from_memory: true, ..Resumed::from_nothing(job(1), 2) };
     scene.at(1_610, Event::AttemptResumed { node: node("n1"), resumed });
     scene.expect(expect![[r#"
         1610 job 1: attempt_resumed: attempt 2 resumed from step 69 from the snapshot in shared memory
@@ -138,16 +129,7 @@ fn an_evaluation_runs_to_its_end_and_shows_what_it_measured() {
         .handle(Timestamp(0), Event::JobSubmitted { id: job(1), spec: Arc::new(spec.clone()), seed: 1, user: None, origin: Vec::new() });
     assert!(matches!(&started(step).program, Program::Worker { evaluate: true, .. }));
     scene.submit(0, 1, spec);
-    let resumed = Resumed {
-        job: job(1),
-        attempt: 1,
-        step: Some(50),
-        path: None,
-        from_memory: false,
-        fetched_from: None,
-        fetched_from_store: None,
-        quarantined: vec![],
-    };
+    let resumed = Resumed { step: Some(50), ..Resumed::from_nothing(job(1), 1) };
     scene.at(5, Event::AttemptResumed { node: node("n1"), resumed });
     scene.at(10, Event::RankStarted(Started { incarnation: rank(1, 1, 0), pid: 7, at: Timestamp(10) }));
     let metrics = std::collections::BTreeMap::from([("evaluation_loss".to_string(), 2.5)]);
@@ -213,16 +195,7 @@ fn the_newest_metrics_of_the_leading_rank_are_in_the_summary() {
 fn fails_to_resume(scene: &mut Scene, attempt: u32, step: u64, from_memory: bool) -> Option<(Option<u64>, bool)> {
     let now = scene.engine.next_deadline().map_or(0, |at| at.0);
     scene.at(now, Event::Woke);
-    let resumed = Resumed {
-        job: job(1),
-        attempt,
-        step: Some(step),
-        path: None,
-        from_memory,
-        fetched_from: None,
-        fetched_from_store: None,
-        quarantined: vec![],
-    };
+    let resumed = Resumed { step: Some(step), from_memory, ..Resumed::from_nothing(job(1), attempt) };
     scene.at(now, Event::AttemptResumed { node: node("n1"), resumed });
     scene.at(now, Event::RankStarted(Started { incarnation: rank(1, attempt, 0), pid: attempt, at: Timestamp(now) }));
     scene.exits(now, rank(1, attempt, 0), exit(1, now));

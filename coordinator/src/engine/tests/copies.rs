@@ -161,16 +161,8 @@ fn a_gang_that_moves_fetches_what_its_new_node_does_not_have() {
         2100   n1 <- forget 1.1.0
         2100   n2 <- start job 1 attempt 2 ranks 0+1 port 29501 fetch 50 from n1
     "#]]);
-    let resumed = Resumed {
-        job: job(1),
-        attempt: 2,
-        step: Some(50),
-        path: Some("/c/50".into()),
-        from_memory: false,
-        fetched_from: Some(node("n1")),
-        fetched_from_store: None,
-        quarantined: vec![],
-    };
+    let resumed =
+        Resumed { step: Some(50), path: Some("/c/50".into()), fetched_from: Some(node("n1")), ..Resumed::from_nothing(job(1), 2) };
     scene.at(2_500, Event::AttemptResumed { node: node("n2"), resumed });
     scene.expect(expect![[r#"
         2500 job 1: attempt_resumed: attempt 2 resumes from the checkpoint of step 50, fetched from n1

@@ -337,22 +337,7 @@ fn steps_told_before_the_resume_is_known_are_not_counted_as_repeated() {
     scene.exits(20, rank(1, 1, 0), killed(20));
     scene.at(520, Event::Woke);
     scene.at(600, Event::RanksBeat(vec![beat(rank(1, 2, 0), 510)]));
-    scene.at(
-        610,
-        Event::AttemptResumed {
-            node: node("n1"),
-            resumed: Resumed {
-                job: job(1),
-                attempt: 2,
-                step: Some(500),
-                path: None,
-                from_memory: false,
-                fetched_from: None,
-                fetched_from_store: None,
-                quarantined: vec![],
-            },
-        },
-    );
+    scene.at(610, Event::AttemptResumed { node: node("n1"), resumed: Resumed { step: Some(500), ..Resumed::from_nothing(job(1), 2) } });
     assert_eq!((scene.summary(1).step, scene.summary(1).lost_steps), (Some(510), 10));
     scene.take();
 }

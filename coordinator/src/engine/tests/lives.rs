@@ -167,16 +167,7 @@ fn steps_checkpoints_and_repeats_are_counted() {
         2_810,
         Event::AttemptResumed {
             node: node("n1"),
-            resumed: Resumed {
-                job: job(1),
-                attempt: 2,
-                step: Some(10),
-                path: Some("/c/10".into()),
-                from_memory: false,
-                fetched_from: None,
-                fetched_from_store: None,
-                quarantined: vec![],
-            },
+            resumed: Resumed { step: Some(10), path: Some("/c/10".into()), ..Resumed::from_nothing(job(1), 2) },
         },
     );
     scene.start_all(2_820, 1, 2, 2);

@@ -157,22 +157,7 @@ impl Scene {
     }
 
     pub(super) fn start_all(&mut self, ms: u64, n: u128, attempt: u32, world: u32) -> &mut Self {
-        self.at(
-            ms,
-            Event::AttemptResumed {
-                node: node("n1"),
-                resumed: Resumed {
-                    job: job(n),
-                    attempt,
-                    step: None,
-                    path: None,
-                    from_memory: false,
-                    fetched_from: None,
-                    fetched_from_store: None,
-                    quarantined: vec![],
-                },
-            },
-        );
+        self.at(ms, Event::AttemptResumed { node: node("n1"), resumed: Resumed::from_nothing(job(n), attempt) });
         for r in 0..world {
             let started = Started { incarnation: rank(n, attempt, r), pid: 100 * attempt + r, at: Timestamp(ms) };
             self.at(ms, Event::RankStarted(started));

@@ -19,16 +19,7 @@ fn said(name: &str, frame: FromAgent) -> Event {
 }
 
 fn resumed(attempt: u32, step: Option<u64>) -> FromAgent {
-    FromAgent::Resumed(Resumed {
-        job: job(1),
-        attempt,
-        step,
-        path: None,
-        from_memory: false,
-        fetched_from: None,
-        fetched_from_store: None,
-        quarantined: vec![],
-    })
+    FromAgent::Resumed(Resumed { step, ..Resumed::from_nothing(job(1), attempt) })
 }
 
 fn started(incarnation: Incarnation) -> FromAgent {

@@ -115,16 +115,7 @@ impl Scene {
     }
 
     fn prepared(&self) -> Event {
-        let resumed = Resumed {
-            job: self.spec.job,
-            attempt: self.spec.attempt,
-            step: Some(50),
-            path: None,
-            from_memory: false,
-            fetched_from: None,
-            fetched_from_store: None,
-            quarantined: Vec::new(),
-        };
+        let resumed = Resumed { step: Some(50), ..Resumed::from_nothing(self.spec.job, self.spec.attempt) };
         Event::GangPrepared { resumed, at: Timestamp(1) }
     }
 

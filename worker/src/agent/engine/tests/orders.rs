@@ -19,22 +19,7 @@ fn a_later_attempt_takes_the_place_of_those_that_were_refused_and_of_nothing_els
     let known: Vec<bool> = [(job, 1), (job, 3), (job, 4), (other, 1)].map(|(job, attempt)| s.engine.spec(job, attempt).is_some()).into();
     assert_eq!(known, [false, false, true, true]);
     // One that runs still has ranks to end.
-    s.engine.handle(
-        5,
-        Event::GangPrepared {
-            resumed: Resumed {
-                job,
-                attempt: 4,
-                step: None,
-                path: None,
-                from_memory: false,
-                fetched_from: None,
-                fetched_from_store: None,
-                quarantined: vec![],
-            },
-            at: Timestamp(1),
-        },
-    );
+    s.engine.handle(5, Event::GangPrepared { resumed: Resumed::from_nothing(job, 4), at: Timestamp(1) });
     s.engine.handle(6, Event::GangOrdered(Box::new(GangSpec { job, attempt: 5, ..s.spec.clone() })));
     assert!(s.engine.spec(job, 4).is_some());
 }
