@@ -15,7 +15,8 @@ from lib import BIN, Everlit, is_alive, run, until
 from stores import KEY, READER, READER_SECRET, SECRET, Proxy, Weed
 
 # Bits are compared: everything is a function of seed, step and rank.
-TRAINED = {"model": "llama-1m", "steps": 90, "batch_size": 8, "sequence_length": 32, "seed": 5, "deterministic": True}
+STEPS = 240
+TRAINED = {"model": "llama-1m", "steps": STEPS, "batch_size": 8, "sequence_length": 32, "seed": 5, "deterministic": True}
 SEED = int(os.environ.get("EVERLIT_SEED", str(random.SystemRandom().randrange(1 << 32))))
 FAST = {"initial": "50ms", "max": "500ms"}
 
@@ -45,11 +46,11 @@ def resumed(everlit, job):
     return [e["reason"] for e in named(everlit, job, "attempt_resumed")]
 
 
-def trained(everlit, job, steps=90):
+def trained(everlit, job):
     """The weights that a job has ended with."""
     assert everlit.final(job)["state"] == "succeeded", everlit.summary(job)["reason"]
     folder = newest(checkpoints(everlit, job))
-    assert folder.name == f"step-{steps:012}", folder
+    assert folder.name == f"step-{STEPS:012}", folder
     return checksum(folder)
 
 
@@ -63,12 +64,17 @@ def undisturbed():
     return UNDISTURBED[0]
 
 
-def stop_ranks(everlit, job):
+def stop_ranks(everlit, job, how=signal.SIGKILL):
     """No rank saves or says anything more."""
     for rank in everlit.summary(job)["ranks"]:
         if rank["pid"]:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(rank["pid"], signal.SIGKILL)
+                os.kill(rank["pid"], how)
+
+
+def remove(folder):
+    """All of it, though a shim or an agent may still write a line."""
+    until("it is gone", lambda: shutil.rmtree(folder, ignore_errors=True) or not folder.exists())
 
 
 def lose_everything(everlit):
@@ -80,27 +86,34 @@ def lose_everything(everlit):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     until("nobody lives", lambda: not any(is_alive(pid) for pid in [agent, *pids]))
-    shutil.rmtree(everlit.data)
+    remove(everlit.data)
+
+
+def lost_midway(to, settings, committed):
+    """A job whose machine is lost while it trains, as what is in its store shows; and the newest step there."""
+    for _ in range(5):
+        lost = Everlit()
+        lost.up()
+        job = lost.submit(world_size=2, worker=TRAINED, checkpoint={"every_steps": 10, "to": to}, **settings)
+        until("a few are in the store", lambda: committed(job)[-1:] >= [20], 120)
+        lose_everything(lost)
+        if committed(job)[-1] < STEPS:
+            return job, committed(job)[-1]
+    raise AssertionError("it was always through before it was lost")
 
 
 def trains_to_a_bucket_loses_all_else_and_goes_on_elsewhere():
     wanted = undisturbed()
     with Weed() as weed:
-        lost = Everlit()
-        lost.up()
-        job = lost.submit(world_size=2, worker=TRAINED, checkpoint={"every_steps": 10, "to": "s3://runs"}, stop_grace="5s", **opened(weed.url()))
-        # In mid-training, by what is in the bucket.
-        until("a few are in the bucket", lambda: weed.committed(job)[-1:] >= [20], 60)
-        lose_everything(lost)
-        step = weed.committed(job)[-1]
+        job, step = lost_midway("s3://runs", opened(weed.url()), weed.committed)
         with Everlit() as everlit:
             again = everlit.submit(world_size=2, worker=TRAINED, checkpoint={"every_steps": 10, "to": "s3://runs"}, resume_from=f"s3://runs/{job}", **opened(weed.url()))
             assert trained(everlit, again) == wanted
             first = resumed(everlit, again)[0]
             assert first == f"attempt 1 resumes from the checkpoint of step {step}, fetched from s3://runs/{job}", first
-            until("the last one is in the bucket", lambda: weed.committed(again)[-1:] == [90])
+            until("the last one is in the bucket", lambda: weed.committed(again)[-1:] == [STEPS])
             assert len(weed.committed(again)) <= 3
-            print(f"     went on from step {step} of 90; the weights are an undisturbed run's ({wanted[:16]}…)")
+            print(f"     went on from step {step} of {STEPS}; the weights are an undisturbed run's ({wanted[:16]}…)")
             secret = subprocess.run(["grep", "-rlF", SECRET, everlit.data], capture_output=True, text=True).stdout.split()
             assert all(path.endswith((".db", ".db-wal", ".sqlite", ".sqlite-wal", "db.sqlite3")) or "/state" in path for path in secret), secret
 
@@ -110,10 +123,11 @@ def an_agent_that_lost_its_folder_fetches_what_is_in_the_bucket():
     with Weed() as weed, Everlit() as everlit:
         job = everlit.submit(world_size=2, worker=TRAINED, restart={"backoff": FAST}, checkpoint={"every_steps": 10, "to": "s3://runs/a b/ü"}, **opened(weed.url()))
         until("some are in the bucket", lambda: named(everlit, job, "checkpoint_stored"), 60)
-        # Its snapshot in shared memory goes, too.
+        # Nobody writes while all of it goes, with the snapshots in shared memory.
+        stop_ranks(everlit, job, signal.SIGSTOP)
         for snapshot in pathlib.Path("/dev/shm").glob(f"**/*{job}*"):
             shutil.rmtree(snapshot, ignore_errors=True)
-        shutil.rmtree(checkpoints(everlit, job))
+        remove(checkpoints(everlit, job))
         stop_ranks(everlit, job)
         assert trained(everlit, job) == wanted
         print(f"     {resumed(everlit, job)[-1]}")
@@ -183,17 +197,14 @@ def through_a_store_that_fails_now_and_then_the_weights_are_the_same():
             return dice.choice(faults) if dice.random() < 0.25 else None
 
         proxy.rule = rule
-        lost = Everlit()
-        lost.up()
-        job = lost.submit(world_size=2, worker=TRAINED, checkpoint={"every_steps": 10, "to": "s3://runs"}, **opened(proxy.url()))
-        until("a few are in the bucket", lambda: weed.committed(job)[-1:] >= [20], 120)
-        lose_everything(lost)
+        job, step = lost_midway("s3://runs", opened(proxy.url()), weed.committed)
         proxy.fired.clear()
         with Everlit() as everlit:
             again = everlit.submit(world_size=2, worker=TRAINED, checkpoint={"every_steps": 10, "to": "s3://runs"}, resume_from=f"s3://runs/{job}", **opened(proxy.url()))
             assert trained(everlit, again) == wanted
-            print(f"     seed {SEED}: {resumed(everlit, again)[0]}; faults of the second part: {proxy.fired}")
-            assert sum(proxy.fired.values()) > 3, proxy.fired
+            until("faults came", lambda: sum(proxy.fired.values()) > 3)
+            # One that was altered may have been passed over for an older one.
+            print(f"     seed {SEED}, {step} in the bucket: {resumed(everlit, again)[0]}; faults of the second part: {proxy.fired}")
 
 
 def what_can_not_be_opened_says_so():
@@ -245,31 +256,31 @@ def the_command_line_lists_verifies_fetches_and_removes():
         own = opened(weed.url())
         job = everlit.submit(world_size=2, worker=TRAINED, checkpoint={"every_steps": 30, "to": "s3://runs"}, **own)
         wanted = trained(everlit, job)
-        until("all are in the bucket", lambda: weed.committed(job)[-1:] == [90])
+        until("all are in the bucket", lambda: weed.committed(job)[-1:] == [STEPS])
         keys = {**own["env"], **own["secrets"]}
         place = f"s3://runs/{job}"
         code, text, _ = everlit_cli(everlit, "ls", place, **keys)
         steps = [int(line.split()[0]) for line in text.splitlines()[1:]]
         assert code == 0 and steps == sorted(weed.committed(job), reverse=True), text
         code, text, _ = everlit_cli(everlit, "ls", job)
-        assert code == 0 and "90" in text, text
+        assert code == 0 and str(STEPS) in text, text
         code, text, _ = everlit_cli(everlit, "verify", place, **keys)
-        assert code == 0 and "step 90" in text and "verified" in text, text
+        assert code == 0 and f"step {STEPS}" in text and "verified" in text, text
         code, text, _ = everlit_cli(everlit, "fetch", job, "--into", folder, **keys)
-        assert code == 0 and checksum(pathlib.Path(folder) / "step-000000000090") == wanted, text
-        subprocess.run([BIN / "everlit-agent", "checkpoint", "verify", f"{folder}/step-000000000090"], check=True, stdout=subprocess.DEVNULL)
+        assert code == 0 and checksum(pathlib.Path(folder) / f"step-{STEPS:012}") == wanted, text
+        subprocess.run([BIN / "everlit-agent", "checkpoint", "verify", f"{folder}/step-{STEPS:012}"], check=True, stdout=subprocess.DEVNULL)
         code, _, words = everlit_cli(everlit, "fetch", place, "--into", folder, **keys)
         assert code == 1 and "is there already" in words, words
         # A byte in the bucket is another.
-        name = next(name for name in weed.keys(f"runs/{job}/step-000000000090") if name.endswith(".safetensors"))
+        name = next(name for name in weed.keys(f"runs/{job}/step-{STEPS:012}") if name.endswith(".safetensors"))
         content = bytearray(weed.get(name))
         content[-9] ^= 1
         assert weed.put(name, bytes(content))
         code, _, words = everlit_cli(everlit, "verify", place, **keys)
         assert code == 1 and "has another sha256 than committed" in words, words
         print(f"     {words.strip()}")
-        code, text, _ = everlit_cli(everlit, "rm", f"{place}/step-000000000090", **keys)
-        assert code == 0 and 90 not in weed.committed(job), text
+        code, text, _ = everlit_cli(everlit, "rm", f"{place}/step-{STEPS:012}", **keys)
+        assert code == 0 and STEPS not in weed.committed(job), text
         for arguments, settings, expected, said in [
             (["ls", place], {**keys, "AWS_SECRET_ACCESS_KEY": "wrong"}, 1, "was not accepted"),
             (["verify", "s3://runs/nothing"], keys, 1, "there is no such checkpoint"),
@@ -322,13 +333,8 @@ def of_two_that_race_to_commit_a_step_exactly_one_wins():
 def a_shared_folder_works_the_same():
     wanted = undisturbed()
     with tempfile.TemporaryDirectory() as shared:
-        lost = Everlit()
-        lost.up()
-        job = lost.submit(world_size=2, worker=TRAINED, checkpoint={"every_steps": 10, "to": f"file://{shared}"})
-        committed = lambda: sorted(int(path.parent.name[5:]) for path in pathlib.Path(shared, job).glob("step-*/MANIFEST.json"))
-        until("a few are there", lambda: committed()[-1:] >= [20], 60)
-        lose_everything(lost)
-        step = committed()[-1]
+        committed = lambda job: sorted(int(path.parent.name[5:]) for path in pathlib.Path(shared, job).glob("step-*/MANIFEST.json"))
+        job, step = lost_midway(f"file://{shared}", {}, committed)
         for place in [f"file://{shared}/{job}", f"{shared}/{job}"]:
             with Everlit() as everlit:
                 again = everlit.submit(world_size=2, worker=TRAINED, checkpoint={"every_steps": 10, "to": shared}, resume_from=place)
