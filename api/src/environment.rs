@@ -3,7 +3,7 @@
 //! The door refuses them and the agent overwrites them, so that no rank ever believes a wrong rank, port or folder.
 
 /// Set for each rank by everlit.
-pub const RESERVED: [&str; 32] = [
+pub const RESERVED: [&str; 33] = [
     "RANK",
     "LOCAL_RANK",
     "GROUP_RANK",
@@ -28,6 +28,7 @@ pub const RESERVED: [&str; 32] = [
     "EVERLIT_CHECKPOINT_DIR",
     "EVERLIT_RESUME_FROM",
     "EVERLIT_DATA_SHARDS",
+    "EVERLIT_SHARD_FEED",
     "EVERLIT_RENDEZVOUS",
     SERVER,
     SERVER_SECRET,

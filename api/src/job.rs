@@ -331,9 +331,33 @@ pub enum CheckpointInterval {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct DataSpec {
-    /// Paths of files, in order.
+    /// In order: paths of files on the nodes, or what a store has: an object (`s3://bucket/a.txt`), everything below a prefix
+    /// (`s3://bucket/text/`), or what matches in one (`s3://bucket/text/*.txt`). A store is listed once, when the job first starts, and what
+    /// was listed is what is read for as long as it lives.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub shards: Vec<String>,
+    /// A command asks for shards of a store as it goes (`EVERLIT_SHARD_FEED`); else they are all on the node before it starts. The built-in
+    /// program always asks as it goes.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub stream: bool,
+    /// Absolute path of a folder of the nodes that has the same files under the same names: read while the store can not be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<String>,
+}
+
+impl DataSpec {
+    /// The shards' sources, when they are in a store.
+    pub fn sources(&self) -> Option<Vec<crate::data::ShardSource>> {
+        if !self.is_stored() {
+            return None;
+        }
+        self.shards.iter().map(|shard| shard.parse().ok()).collect()
+    }
+
+    /// Whether the shards are in a store, and not files of the nodes.
+    pub fn is_stored(&self) -> bool {
+        self.shards.first().is_some_and(|shard| Place::is_url(shard))
+    }
 }
 
 impl Default for JobSpec {

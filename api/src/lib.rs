@@ -9,6 +9,7 @@ pub mod agent;
 pub mod auth;
 #[cfg(feature = "server")]
 pub mod control;
+pub mod data;
 pub mod environment;
 pub mod gpu;
 pub mod ids;

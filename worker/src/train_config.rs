@@ -16,7 +16,28 @@ pub struct TrainConfig {
     /// All of the job's data shards in order, over all ranks; empty: `worker.data` says where the text is.
     #[serde(default)]
     pub shards: Vec<String>,
+    /// Shards in a store, all of them in order, which are asked for as they are needed; then `shards` is empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<StoredData>,
     /// Seconds between failures of this job on average, for `checkpoint.every: "auto"`; null when nothing is known.
     #[serde(default)]
     pub mean_seconds_between_failures: Option<f64>,
+}
+
+/// A job's data in a store, as its agent hands it out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredData {
+    /// The folder where shards are asked for.
+    pub feed: std::path::PathBuf,
+    /// All of them, in order.
+    pub shards: Vec<StoredShard>,
+}
+
+/// One of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredShard {
+    /// Its name in the store.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::copies::Fetch;
 use super::stored::Stored;
+use crate::data::GangData;
 use crate::ids::JobId;
 use crate::job::{CheckpointPolicy, HeartbeatPolicy, LogMetric, LogPolicy};
 use crate::store::Place;
@@ -68,8 +69,11 @@ pub struct GangSpec {
     /// The sha256 of a packed folder, which the agent gets at `GET /agent/packages/{package}`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub package: Option<String>,
-    /// Data shards of the job, in order.
+    /// Data shards of the job, in order, when they are files of the nodes.
     pub shards: Vec<String>,
+    /// Its data shards in a store.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<GangData>,
     /// Where to start from.
     pub resume_from: Option<ResumeFrom>,
     /// A checkpoint that is elsewhere and may be newer than what is here.

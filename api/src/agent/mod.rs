@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use self::copies::{CopyDoor, CopyOrder};
 use self::stored::{StoreFault, UploadOrder, Uploaded};
+use crate::data::{DataTurn, Listed};
 use crate::gpu::GpuError;
 use crate::ids::{Incarnation, JobId, NodeId};
 use crate::manifest::{Phase, SaveError};
@@ -91,6 +92,10 @@ pub enum FromAgent {
     Uploaded(Uploaded),
     /// A store did not do what it was asked for.
     StoreFault(StoreFault),
+    /// A job's data shards in a store were listed, for the first time.
+    DataListed(Listed),
+    /// Where a job's data shards are read has changed.
+    DataTurned(DataTurn),
     /// A rank could not save and trains on; said once per failed step.
     SaveFailed {
         /// Which rank.

@@ -39,6 +39,11 @@ pub fn inherit(mut body: Value, old: &JobSpec) -> Value {
     if !old.data.shards.is_empty()
         && let Some(given) = section(map, "data")
     {
+        if given.get("shards").is_none_or(Value::is_null)
+            && let Some(fallback) = &old.data.fallback
+        {
+            fill(given, Map::from_iter([("fallback".to_string(), Value::from(fallback.clone()))]));
+        }
         fill(given, Map::from_iter([("shards".to_string(), Value::from(old.data.shards.clone()))]));
     }
     body

@@ -15,7 +15,7 @@ use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::local::LocalFileSystem;
 use object_store::path::{Path, PathPart};
 use object_store::{
-    BackoffConfig, ClientOptions, Error, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutPayload, RetryConfig, UpdateVersion,
+    BackoffConfig, ClientOptions, Error, GetOptions, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutPayload, RetryConfig, UpdateVersion,
 };
 
 use super::fault::Fault;
@@ -47,6 +47,17 @@ pub struct Store {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Written {
     version: Option<UpdateVersion>,
+}
+
+/// What a store tells of an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct About {
+    /// Its name, from where it was asked for.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
+    /// The store's tag of its content.
+    pub etag: Option<String>,
 }
 
 impl Store {
@@ -160,6 +171,11 @@ impl Store {
 
     /// Everything below `name`, by its name from here, with its length, in order.
     pub async fn list(&self, name: &str) -> Result<Vec<(String, u64)>, Fault> {
+        Ok(self.list_all(name).await?.into_iter().map(|about| (about.name, about.bytes)).collect())
+    }
+
+    /// Everything below `name`, in order of names from here.
+    pub async fn list_all(&self, name: &str) -> Result<Vec<About>, Fault> {
         let prefix = self.key(name);
         let mut all = self.inner.list(Some(&prefix));
         let mut found = Vec::new();
@@ -175,11 +191,32 @@ impl Store {
             }
             if let Some(parts) = about.location.prefix_match(&self.base) {
                 let own: Vec<String> = parts.map(|part| part.as_ref().to_string()).collect();
-                found.push((own.join("/"), about.size));
+                found.push(About { name: own.join("/"), bytes: about.size, etag: about.e_tag });
             }
         }
-        found.sort();
+        found.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(found)
+    }
+
+    /// What an object is, without its content.
+    pub async fn head(&self, name: &str) -> Result<About, Fault> {
+        let about = self.inner.head(&self.key(name)).await.map_err(|error| self.fault("look at", name, &error))?;
+        Ok(About { name: name.into(), bytes: about.size, etag: about.e_tag })
+    }
+
+    /// An object as it comes, if it still is what was seen; `Conflict` when it is another one.
+    pub async fn stream_as_seen(&self, seen: &About) -> Result<BoxStream<'static, Result<Bytes, Fault>>, Fault> {
+        let name = seen.name.as_str();
+        let options = GetOptions { if_match: seen.etag.clone(), ..GetOptions::default() };
+        let answer = self.inner.get_opts(&self.key(name), options).await.map_err(|error| self.fault("get", name, &error))?;
+        // A store may not know the condition.
+        let is_other = seen.etag.is_some() && answer.meta.e_tag != seen.etag;
+        if is_other || answer.meta.size != seen.bytes {
+            let why = format!("it is another one than was seen before ({} bytes then, {} now)", seen.bytes, answer.meta.size);
+            return Err(Fault::new(Trouble::Conflict, format!("get {}/{name}", self.place), why));
+        }
+        let (own, name) = (self.clone(), name.to_string());
+        Ok(answer.into_stream().map(move |piece| piece.map_err(|error| own.fault("get", &name, &error))).boxed())
     }
 
     /// A whole object of at most `bytes_max`. `None`: there is none.

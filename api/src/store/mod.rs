@@ -25,7 +25,7 @@ pub use place::{Place, Scheme};
 pub use trouble::Trouble;
 
 #[cfg(feature = "store")]
-pub use door::Store;
+pub use door::{About, Store};
 #[cfg(feature = "store")]
 pub use fault::Fault;
 #[cfg(feature = "store")]

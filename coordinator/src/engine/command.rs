@@ -65,6 +65,8 @@ pub struct JobRow {
     pub ranks: Option<String>,
     /// The time series, JSON; only when it is due, and of a final job. Without it what was written before stays.
     pub series: Option<String>,
+    /// What its data in a store was when it was listed, JSON; only with the row after that.
+    pub listing: Option<String>,
     /// To be removed with all files now that it is final.
     pub delete: bool,
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use everlit_api::agent::stored::{StoreFault, Uploaded};
+use everlit_api::data::{DataTurn, Listed};
 use everlit_api::agent::{Beat, CheckpointNews, Exited, FromAgent, GpuHolder, Hello, Resumed, Started};
 use everlit_api::gpu::GpuError;
 use everlit_api::ids::{Incarnation, JobId, NodeId};
@@ -154,6 +155,20 @@ pub enum Event {
         /// What.
         fault: StoreFault,
     },
+    /// A node has listed a job's data in a store.
+    DataListed {
+        /// Which node.
+        node: NodeId,
+        /// What.
+        listed: Listed,
+    },
+    /// A node reads a job's shards elsewhere now.
+    DataTurned {
+        /// Which node.
+        node: NodeId,
+        /// What.
+        news: DataTurn,
+    },
     /// A rank could not save and trains on.
     SaveFailed {
         /// Which.
@@ -217,6 +232,8 @@ impl Event {
             FromAgent::CopyFailed { job, step, reason } => Self::CopyFailed { node: node.clone(), job, step, reason },
             FromAgent::Uploaded(done) => Self::Uploaded { node: node.clone(), done },
             FromAgent::StoreFault(fault) => Self::StoreFault { node: node.clone(), fault },
+            FromAgent::DataListed(listed) => Self::DataListed { node: node.clone(), listed },
+            FromAgent::DataTurned(news) => Self::DataTurned { node: node.clone(), news },
             FromAgent::SaveFailed { incarnation, error } => Self::SaveFailed { incarnation, error },
             FromAgent::StartFailed { job, attempt, reason, permanent } => {
                 Self::StartFailed { node: node.clone(), job, attempt, reason, permanent }

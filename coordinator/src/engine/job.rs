@@ -339,6 +339,7 @@ impl Job {
             },
         });
         let nodes = gang.placement.len() as u32;
+        let data = self.gang_data();
         let frame = |(group_rank, share): (usize, &PlacedRanks)| {
             let gang_spec = GangSpec {
                 job: self.id,
@@ -364,7 +365,8 @@ impl Job {
                 env: env.clone(),
                 workdir: spec.workdir.clone(),
                 package: spec.package.clone(),
-                shards: spec.data.shards.clone(),
+                shards: if data.is_some() { Vec::new() } else { spec.data.shards.clone() },
+                data: data.clone(),
                 resume_from: resume_from.clone(),
                 fetch: None,
                 stored: None,

@@ -17,6 +17,7 @@ mod checkpoint;
 mod clocks;
 pub mod command;
 mod copies;
+mod data;
 mod elastic;
 pub mod event;
 mod explain;
@@ -179,6 +180,8 @@ impl Engine {
             Event::CopyFailed { node, job, step, reason } => self.on_copy_failed(turn, &node, job, step, &reason),
             Event::Uploaded { node, done } => self.on_uploaded(turn, &node, &done),
             Event::StoreFault { node, fault } => self.on_store_fault(turn, &node, &fault),
+            Event::DataListed { node, listed } => self.on_data_listed(turn, &node, listed),
+            Event::DataTurned { node, news } => self.on_data_turned(turn, &node, &news),
             Event::SaveFailed { incarnation, error } => self.on_save_failed(turn, incarnation, error),
             Event::StartFailed { node, job, attempt, reason, permanent } => {
                 self.on_start_failed(turn, &node, (job, attempt), reason, permanent);

@@ -45,6 +45,7 @@ impl Engine {
         self.reconcile(turn, &id, hello, heard);
         self.look_at_copies(turn.now);
         self.look_at_uploads(turn, &id);
+        self.feeds_again(turn, &id);
         self.queue.unpark();
         self.schedule(turn);
     }

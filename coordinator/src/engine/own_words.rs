@@ -7,6 +7,7 @@
 //! gang may tell, for nothing follows from it.
 
 use everlit_api::agent::stored::{StoreFault, Uploaded};
+use everlit_api::data::Listed;
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 
 use super::event::Event;
@@ -38,6 +39,8 @@ impl Engine {
             }
             Event::RankJudged { incarnation, .. } | Event::SaveFailed { incarnation, .. } => self.is_of(node, *incarnation),
             Event::AttemptResumed { resumed, .. } => self.takes_part(node, resumed.job, resumed.attempt),
+            Event::DataListed { listed: Listed { job, attempt, .. }, .. } => self.takes_part(node, *job, *attempt),
+            Event::DataTurned { news, .. } => self.keeps_files(node, news.job),
             Event::StartFailed { job, attempt, .. } | Event::GpuHeld { job, attempt, .. } => self.takes_part(node, *job, *attempt),
             Event::CheckpointSeen { news, .. } => self.keeps_files(node, news.job) && self.is_known(news.job, news.attempt),
             Event::CheckpointQuarantined { job, .. } | Event::CopyFailed { job, .. } => self.keeps_files(node, *job),

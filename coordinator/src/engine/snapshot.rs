@@ -12,7 +12,7 @@ use super::command::JobRow;
 use super::limits::{CHECK_ALL_MS, REGROUP_MAX_MS, SERIES_EVERY_MS};
 use super::placement::Node;
 use super::progress::Series;
-use super::state::{Job, ROW_VERSION, Ranks};
+use super::state::{Job, Listing, ROW_VERSION, Ranks};
 use super::timers::Timer;
 use super::{Config, Engine};
 
@@ -29,6 +29,8 @@ pub struct StoredJob {
     pub ranks: Option<String>,
     /// The time series, JSON; read for active jobs only.
     pub series: Option<String>,
+    /// What its data in a store was when it was listed, JSON; read for active jobs only.
+    pub listing: Option<String>,
 }
 
 /// A node's row as it was read.
@@ -57,6 +59,8 @@ impl Job {
         if with_series {
             self.series_kept_at = now;
         }
+        let listing = self.listing.as_mut().and_then(|listing| std::mem::take(&mut listing.is_new).then_some(&listing.shards));
+        let listing = listing.map(|shards| text(serde_json::to_string(&**shards)));
         JobRow {
             id: self.id,
             state: self.state,
@@ -66,6 +70,7 @@ impl Job {
             body: text(serde_json::to_string(self)),
             ranks: is_final.then(|| text(serde_json::to_string(&self.ranks))),
             series: with_series.then(|| text(serde_json::to_string(self.series.points()))),
+            listing,
             delete: is_final && self.delete_when_final,
         }
     }
@@ -87,6 +92,8 @@ pub fn read_job(row: &StoredJob) -> Result<Job, String> {
     // Numbers for a curve: what can not be read of them stops no job.
     let points = row.series.as_deref().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
     job.series = Series::restore(points);
+    let listing = row.listing.as_deref().map(serde_json::from_str).transpose().map_err(|e| refuse("its data's listing", e))?;
+    job.listing = listing.map(|shards| Listing { shards: Arc::new(shards), is_new: false });
     job.spec = Arc::new(spec);
     Ok(job)
 }

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use everlit_api::data::ListedShard;
 use everlit_api::gpu::GpuError;
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::JobSpec;
@@ -48,6 +49,9 @@ pub struct Job {
     /// Loss over steps, thinned out; in a column of its own, written at most once a minute.
     #[serde(skip)]
     pub series: Series,
+    /// What its data in a store is, once that was listed; in a column of its own, written once.
+    #[serde(skip)]
+    pub listing: Option<Listing>,
     /// When the series was last written.
     #[serde(skip)]
     pub series_kept_at: Timestamp,
@@ -117,6 +121,15 @@ pub struct Job {
     /// Its failures followed it to another node: they are held against none.
     #[serde(default)]
     pub fails_anywhere: bool,
+}
+
+/// What a job's data in a store was when it was listed.
+#[derive(Debug, Clone)]
+pub struct Listing {
+    /// In order.
+    pub shards: Arc<Vec<ListedShard>>,
+    /// It is to be written.
+    pub is_new: bool,
 }
 
 /// Attempts in a row that began from one place and ended without a step.

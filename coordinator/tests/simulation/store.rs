@@ -44,8 +44,9 @@ impl Store {
             let before = self.active.remove(&row.id);
             let text = |spec: &std::sync::Arc<everlit_api::job::JobSpec>| serde_json::to_string(&**spec).expect("plain data");
             let spec = row.spec.as_ref().map(text).or(before.as_ref().map(|b| b.spec.clone())).expect("the first row has the spec");
-            let series = row.series.clone().or(before.and_then(|b| b.series));
-            let stored = StoredJob { id: row.id, spec, body: row.body.clone(), ranks: row.ranks.clone(), series };
+            let series = row.series.clone().or(before.as_ref().and_then(|b| b.series.clone()));
+            let listing = row.listing.clone().or(before.and_then(|b| b.listing));
+            let stored = StoredJob { id: row.id, spec, body: row.body.clone(), ranks: row.ranks.clone(), series, listing };
             if row.finished_at.is_some() {
                 self.finals.insert(row.id, stored)
             } else {

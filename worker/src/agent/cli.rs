@@ -71,6 +71,9 @@ pub struct RunArgs {
     /// Bytes a second that uploads of checkpoints (`checkpoint.to`) take together at most, like 100Mi [default: as many as go].
     #[arg(long, env = "EVERLIT_UPLOAD_RATE", value_name = "SIZE", value_parser = everlit_api::job::size)]
     pub upload_rate: Option<u64>,
+    /// Bytes of data shards of stores (`data.shards`) that are kept for all jobs, like 200Gi; the least recently used go first.
+    #[arg(long, env = "EVERLIT_DATA_CACHE", value_name = "SIZE", default_value = "50Gi", value_parser = everlit_api::job::size)]
+    pub data_cache: u64,
     /// Ranks that this node takes at most [default: 16 per CPU, at least 64].
     #[arg(long, env = "EVERLIT_SLOTS")]
     pub slots: Option<u32>,

@@ -125,7 +125,7 @@ impl Driver {
         Ok(Self {
             started: Instant::now(),
             engine: Engine::new(0, linger.0),
-            effects: Effects::new(node, gpus, packages, watcher, Pace::new(args.upload_rate), shims_tx, done_tx),
+            effects: Effects::new(node, gpus, packages, watcher, Pace::new(args.upload_rate), args.data_cache, shims_tx, done_tx),
             policies: Policies::default(),
             hello,
             coordinator,
@@ -303,7 +303,10 @@ impl Driver {
                 self.effects.set_report_interval(report_interval.as_duration());
                 None
             }
-            ToAgent::StartGang(spec) => self.handle(Event::GangOrdered(spec)),
+            ToAgent::StartGang(spec) => {
+                self.effects.feed(&spec);
+                self.handle(Event::GangOrdered(spec))
+            }
             ToAgent::StopGang { job, attempt, grace } => {
                 self.effects.stop_preparing(job, attempt);
                 self.handle(Event::StopOrdered { job, attempt, grace })
@@ -475,6 +478,17 @@ impl Driver {
                 self.effects.say(&FromAgent::StoreFault(fault));
                 None
             }
+            Done::DataListed(listed) => {
+                tracing::info!(job = %listed.job, shards = listed.shards.len(), "its data is listed");
+                self.effects.say(&FromAgent::DataListed(listed));
+                None
+            }
+            Done::DataTurned(turn) => {
+                tracing::info!(job = %turn.job, local = turn.local, reason = turn.reason, "shards are read elsewhere now");
+                self.effects.say(&FromAgent::DataTurned(turn));
+                None
+            }
+            Done::DataAwaited { job, attempt, waiting } => self.handle(Event::DataAwaited { job, attempt, waiting }),
             Done::PutAside { job, outcome: Ok(Checked { news, quarantined }) } => {
                 self.handle(Event::CheckpointsGone(job));
                 self.tell_of_checkpoints(job, news.map(Box::new), quarantined)

@@ -15,6 +15,7 @@ use everlit_api::agent::copies::{CopyDoor, CopyOrder};
 use everlit_api::agent::log::LogStart;
 use everlit_api::agent::stored::{StoreFault, UploadOrder, Uploaded};
 use everlit_api::agent::{Beat, CheckpointNews, FromAgent, GangSpec, GpuHolder, Hello, Resumed};
+use everlit_api::data::{DataTurn, Listed};
 use everlit_api::ids::{Incarnation, JobId};
 use everlit_api::ports::PortRange;
 use everlit_api::rank::RankExit;
@@ -25,6 +26,7 @@ use tokio::time::Instant;
 
 use super::checkpoints::{self, Checked, Tracker};
 use super::copies::{self, Copies};
+use super::data::{Cache, Feeds};
 use super::engine::Action;
 use super::folders::DRAINED_NAME;
 use super::gpu::Gpus;
@@ -56,6 +58,9 @@ pub(super) enum Done {
     PutAside { job: JobId, outcome: Result<Checked, CheckpointError> },
     Uploaded(Uploaded),
     StoreFault(StoreFault),
+    DataListed(Listed),
+    DataTurned(DataTurn),
+    DataAwaited { job: JobId, attempt: u32, waiting: bool },
     Scanned { job: JobId, scanner: Scanner, progress: Progress },
     CpuRead { incarnation: Incarnation, cpu_ms: u64 },
     Probed(Option<u64>),
@@ -81,6 +86,7 @@ pub(super) struct Effects {
     verifying: Arc<Semaphore>,
     copies: Copies,
     uploads: Uploads,
+    feeds: Feeds,
     outputs: Outputs,
     meter: Option<LoadMeter>,
     report_every: Duration,
@@ -97,6 +103,7 @@ impl Effects {
         packages: Packages,
         watcher: Watcher,
         pace: Pace,
+        data_cache: u64,
         shims: mpsc::Sender<(Incarnation, ShimNews)>,
         done: mpsc::Sender<Done>,
     ) -> Self {
@@ -108,7 +115,7 @@ impl Effects {
             gpus: Arc::new(gpus),
             packages: Arc::new(packages),
             preparing: BTreeMap::new(),
-            done,
+            done: done.clone(),
             link: None,
             logs: Logs::new(folders.clone()),
             prepared: BTreeMap::new(),
@@ -117,6 +124,7 @@ impl Effects {
             verifying: Arc::new(Semaphore::new(VERIFY_AT_ONCE)),
             copies: Copies::default(),
             uploads: Uploads::new(pace),
+            feeds: Feeds::new(Cache::new(folders.shards(), data_cache), folders.clone(), done),
             outputs: Outputs::new(folders),
             meter: Some(LoadMeter::default()),
             report_every: REPORT_EVERY,
@@ -175,7 +183,7 @@ impl Effects {
         }
     }
 
-    fn prepare(&mut self, spec: Box<GangSpec>) {
+    fn prepare(&mut self, mut spec: Box<GangSpec>) {
         let (node, gpus, done) = (self.node.clone(), self.gpus.clone(), self.done.clone());
         let (job, attempt) = (spec.job, spec.attempt);
         let missing = spec.package.clone().filter(|_| !node.folders.workdir(job).exists());
@@ -186,7 +194,8 @@ impl Effects {
         let until = stopped.clone();
         let faults = self.done.clone();
         let tell = move |fault| drop(faults.blocking_send(Done::StoreFault(fault)));
-        let prepare = move || {
+        let data = self.feeds.ready(job, attempt);
+        let prepare = move |spec: Box<GangSpec>| {
             // First: what follows says that ranks may have been started, and a stop that comes meanwhile finds none.
             let held = gpu_memory::wait(&gpus, &node.folders, &spec);
             Done::Prepared {
@@ -196,15 +205,31 @@ impl Effects {
                 outcome: start::prepare(&node, &spec, &Asked { is_wanted: &|| until.has_changed().is_ok(), tell: &tell }),
             }
         };
-        let Some(package) = missing else { return self.work(prepare) };
+        if missing.is_none() && data.is_none() {
+            return self.work(move || prepare(spec));
+        }
         let packages = self.packages.clone();
         tokio::spawn(async move {
-            let fetched = tokio::select! {
-                fetched = packages.fetch(&package) => fetched,
-                _ = stopped.changed() => Err(Refused::now("it was stopped before its package was here")),
+            let ready = async {
+                if let Some(package) = missing {
+                    packages.fetch(&package).await?;
+                }
+                match data {
+                    Some(data) => Ok(Some(data.await?)),
+                    None => Ok(None),
+                }
             };
-            let prepared = match fetched {
-                Ok(()) => spawn_blocking(prepare).await,
+            let ready = tokio::select! {
+                ready = ready => ready,
+                _ = stopped.changed() => Err(Refused::now("it was stopped before its package or its data was here")),
+            };
+            let prepared = match ready {
+                Ok(shards) => {
+                    if let Some((data, shards)) = spec.data.as_mut().zip(shards) {
+                        data.shards = Some(shards.to_vec());
+                    }
+                    spawn_blocking(move || prepare(spec)).await
+                }
                 Err(refused) => Ok(Done::Prepared { job, attempt, held: Vec::new(), outcome: Err(refused) }),
             };
             if let Ok(prepared) = prepared {
@@ -214,7 +239,12 @@ impl Effects {
         });
     }
 
-    /// A gang that waits for its package, or for a checkpoint from elsewhere, is not wanted any more.
+    /// A gang is told: what it needs of stores begins, or goes on with what is new.
+    pub(super) fn feed(&mut self, spec: &GangSpec) {
+        self.feeds.order(spec);
+    }
+
+    /// A gang that waits for its package, for its data, or for a checkpoint from elsewhere, is not wanted any more.
     pub(super) fn stop_preparing(&mut self, job: JobId, attempt: u32) {
         self.preparing.remove(&(job, attempt));
     }
@@ -411,6 +441,7 @@ impl Effects {
         self.watcher.remove(Watched::Checkpoints(job));
         self.checkpoints.drop_job(job);
         self.outputs.drop_job(job);
+        self.feeds.drop_job(job);
     }
 
     fn remove_job(&mut self, job: JobId) {

@@ -8,7 +8,10 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use everlit_api::agent::{GangSpec, Program};
+use everlit_api::data::file_name;
 use everlit_api::environment::{ELASTIC, GLOO_HOST, RESERVED, SEAT, SERVER, SERVER_SECRET, SNAPSHOT_DIR, SPARE};
+
+use super::data::HAVE_NAME;
 
 /// What is passed on from the agent's own environment.
 pub(super) const PASSED: [&str; 4] = ["PATH", "HOME", "LANG", "LD_LIBRARY_PATH"];
@@ -22,6 +25,8 @@ pub(super) struct Paths<'a> {
     pub error: &'a Path,
     /// The list of its shards.
     pub shards: &'a Path,
+    /// Where it asks for shards of a store.
+    pub feed: Option<&'a Path>,
     /// The job's checkpoints.
     pub checkpoints: &'a Path,
     /// Where ranks of this attempt meet.
@@ -99,6 +104,9 @@ pub(super) fn environment(
     set("EVERLIT_CHECKPOINT_DIR", path(paths.checkpoints));
     set("EVERLIT_RESUME_FROM", resume_from.unwrap_or_default().into());
     set("EVERLIT_DATA_SHARDS", path(paths.shards));
+    if let Some(feed) = paths.feed {
+        set("EVERLIT_SHARD_FEED", path(feed));
+    }
     set("EVERLIT_RENDEZVOUS", format!("dir:{}", paths.rendezvous.display()));
     if matches!(spec.program, Program::Worker { .. }) {
         set(SEAT, seat.to_string());
@@ -136,14 +144,21 @@ pub(super) fn server_address(spec: &GangSpec) -> String {
 }
 
 /// The shards of one rank of the whole gang: round-robin, so that each shard has one reader.
-pub(super) fn shards_of(spec: &GangSpec, rank: u32) -> String {
-    let own = spec.shards.iter().skip(rank as usize).step_by(spec.world_size.max(1) as usize);
-    own.map(|shard| format!("{shard}\n")).collect()
+/// `feed`: where those of a store are.
+pub(super) fn shards_of(spec: &GangSpec, rank: u32, feed: &Path) -> String {
+    let (first, step) = (rank as usize, spec.world_size.max(1) as usize);
+    if let Some(shards) = spec.data.as_ref().and_then(|data| data.shards.as_ref()) {
+        let have = feed.join(HAVE_NAME);
+        let own = shards.iter().enumerate().skip(first).step_by(step);
+        return own.map(|(index, shard)| format!("{}\n", have.join(file_name(index, &shard.name)).display())).collect();
+    }
+    spec.shards.iter().skip(first).step_by(step).map(|shard| format!("{shard}\n")).collect()
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use everlit_api::data::{GangData, ListedShard};
     use everlit_api::ids::JobId;
     use everlit_api::job::{CheckpointPolicy, HeartbeatPolicy, default_stop_grace};
     use expect_test::expect;
@@ -174,6 +189,7 @@ pub(crate) mod tests {
             workdir: None,
             package: None,
             shards: Vec::new(),
+            data: None,
             resume_from: None,
             fetch: None,
             stored: None,
@@ -194,6 +210,7 @@ pub(crate) mod tests {
             heartbeat: at("/r/HEARTBEAT"),
             error: at("/r/e"),
             shards: at("/r/s"),
+            feed: None,
             checkpoints: at("/c"),
             rendezvous: at("/m"),
             snapshots: Some(at("/dev/shm/s")),
@@ -262,9 +279,15 @@ pub(crate) mod tests {
     #[test]
     fn every_shard_has_one_reader() {
         let mut spec = spec(2);
+        let feed = Path::new("/j/data");
         spec.shards = ["a", "b", "c"].map(String::from).into();
-        assert_eq!((shards_of(&spec, 0), shards_of(&spec, 1)), ("a\nc\n".into(), "b\n".into()));
+        assert_eq!((shards_of(&spec, 0, feed), shards_of(&spec, 1, feed)), ("a\nc\n".into(), "b\n".into()));
         spec.shards.clear();
-        assert_eq!(shards_of(&spec, 1), "");
+        assert_eq!(shards_of(&spec, 1, feed), "");
+        let shard = |name: &str| ListedShard { source: 0, name: name.into(), bytes: 1, etag: None };
+        let shards = Some(["x/a", "x/b c", "x/d"].map(shard).into());
+        spec.data = Some(GangData { sources: Vec::new(), shards, stream: false, fallback: None });
+        assert_eq!(shards_of(&spec, 0, feed), "/j/data/have/000000-a\n/j/data/have/000002-d\n");
+        assert_eq!(shards_of(&spec, 1, feed), "/j/data/have/000001-b c\n");
     }
 }

@@ -1,7 +1,7 @@
 //! Where everything is in the agent's data folder. Names only: nothing here touches a disk.
 //!
-//! `jobs/<job>/` holds `runs/a<attempt>-r<seat>/` (one incarnation), `attempts/a<n>/`, `checkpoints/`, `origin/`, `logs/` and, with a
-//! package, `workdir/`; `ended` marks a final job. `packages/` holds packed folders.
+//! `jobs/<job>/` holds `runs/a<attempt>-r<seat>/` (one incarnation), `attempts/a<n>/`, `checkpoints/`, `origin/`, `logs/`, with a
+//! package `workdir/` and with data in a store `data/`; `ended` marks a final job. `packages/` holds packed folders, `shards/` the cache of data.
 
 use std::path::{Path, PathBuf};
 
@@ -115,6 +115,16 @@ impl Folders {
     /// What a job begins from, when that is another job's and came from another node.
     pub(super) fn origin(&self, job: JobId) -> PathBuf {
         self.job(job).join("origin")
+    }
+
+    /// Where a job's ranks ask for shards of a store, and have them.
+    pub(super) fn data(&self, job: JobId) -> PathBuf {
+        self.job(job).join("data")
+    }
+
+    /// Shards of stores, for all jobs.
+    pub(super) fn shards(&self) -> PathBuf {
+        self.root.join("shards")
     }
 
     /// Log segments of a job.

@@ -168,6 +168,11 @@ pub(super) const UPLOADS_AT_ONCE: usize = 2;
 /// Between two tries of an upload that fails: at first, doubled with each that fails in a row, and at most.
 pub(super) const UPLOAD_WAIT_MIN: Duration = Duration::from_secs(1);
 pub(super) const UPLOAD_WAIT_MAX: Duration = Duration::from_secs(60);
+/// Data shards of a job that are fetched at once.
+pub(super) const SHARDS_AT_ONCE: usize = 4;
+/// Between two tries to read data that fail: at first, doubled with each that fails in a row, and at most.
+pub(super) const DATA_WAIT_MIN: Duration = Duration::from_millis(500);
+pub(super) const DATA_WAIT_MAX: Duration = Duration::from_secs(15);
 /// Files of a checkpoint that are fetched from a store at once.
 pub(super) const STORE_FILES_AT_ONCE: usize = 4;
 

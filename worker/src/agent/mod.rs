@@ -9,6 +9,7 @@ mod begin;
 mod checkpoints;
 pub mod cli;
 mod copies;
+mod data;
 mod dial;
 mod driver;
 mod effects;

@@ -29,7 +29,7 @@ use super::{packages, resume, shim};
 use crate::checkpoint;
 use crate::rendezvous::Server;
 use crate::shim::spec::Spec;
-use crate::train_config::TrainConfig;
+use crate::train_config::{StoredData, StoredShard, TrainConfig};
 
 /// What all gangs on this node have in common.
 #[derive(Debug)]
@@ -166,7 +166,7 @@ pub(super) fn prepare(node: &Node, spec: &GangSpec, asked: &Asked<'_>) -> Result
     make_folder(&folders.logs(spec.job))?;
     make_folder(&folders.runs(spec.job))?;
     if let Program::Worker { worker, .. } = &spec.program {
-        write_settings(&attempt.join(WORKER_NAME), spec, worker)?;
+        write_settings(&attempt.join(WORKER_NAME), folders, spec, worker)?;
     }
     let from = resumed.path.as_deref();
     let seats = spec.own_seats().map(|(_, seat)| seat).chain(spec.spares.iter().copied());
@@ -205,11 +205,13 @@ fn prepare_rank(
     let folder = folders.run(incarnation);
     make_folder(&folder)?;
     let shards = folder.join(SHARDS_NAME);
-    fs::write(&shards, environment::shards_of(spec, rank)).map_err(failed("write", &shards))?;
+    fs::write(&shards, environment::shards_of(spec, rank, &folders.data(spec.job))).map_err(failed("write", &shards))?;
+    let feed = spec.data.as_ref().map(|_| folders.data(spec.job));
     let paths = Paths {
         heartbeat: &folder.join(HEARTBEAT_NAME),
         error: &folder.join(ERROR_NAME),
         shards: &shards,
+        feed: feed.as_deref(),
         checkpoints: &folders.checkpoints(spec.job),
         rendezvous: &folders.rendezvous(spec.job, spec.attempt),
         snapshots,
@@ -265,11 +267,16 @@ pub(super) fn regroup(node: &Node, spec: &GangSpec, resumed: Resumed, fresh: &[u
 }
 
 /// What the built-in program is told beyond its environment.
-fn write_settings(path: &Path, spec: &GangSpec, worker: &WorkerSpec) -> Result<(), Refused> {
+fn write_settings(path: &Path, folders: &Folders, spec: &GangSpec, worker: &WorkerSpec) -> Result<(), Refused> {
+    let stored = spec.data.as_ref().and_then(|data| data.shards.as_ref()).map(|shards| StoredData {
+        feed: folders.data(spec.job),
+        shards: shards.iter().map(|shard| StoredShard { name: shard.name.clone(), bytes: shard.bytes }).collect(),
+    });
     let config = TrainConfig {
         worker: worker.clone(),
         checkpoint: spec.checkpoint.clone(),
         shards: spec.shards.clone(),
+        stored,
         mean_seconds_between_failures: spec.mean_time_between_failures.map(|Millis(ms)| ms as f64 / 1_000.0),
     };
     let text = serde_json::to_vec(&config).map_err(|error| Refused::forever(error.to_string()))?;

@@ -231,6 +231,7 @@ fn configuration(flags: &TrainFlags, world: u32) -> Result<TrainConfig, TrainErr
             worker: WorkerSpec::for_world(world),
             checkpoint: CheckpointPolicy::default(),
             shards: Vec::new(),
+            stored: None,
             mean_seconds_between_failures: None,
         },
         Some(path) => {

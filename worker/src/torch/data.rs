@@ -2,7 +2,8 @@
 //!
 //! Shards are cut into windows; an epoch visits each window once in an order that is computed from (seed, epoch). Sample
 //! k of the job is place `k % windows` of epoch `k / windows`, whatever the world size: a resume, or a resume with other
-//! ranks, continues with the next k and neither skips nor repeats. Memory is bounded: files are read where needed.
+//! ranks, continues with the next k and neither skips nor repeats. Memory is bounded: files are read where needed. Shards of a store that
+//! are more than a node may want to hold at once come in blocks ([`Order`]), and the next block is asked for before it is needed.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -12,7 +13,9 @@ use std::time::SystemTime;
 use sha2::{Digest, Sha256};
 
 use super::TrainError;
-use super::random::{Permutation, Stream};
+use super::feed::Feed;
+use super::order::Order;
+use everlit_worker::train_config::{StoredData, TrainConfig};
 
 /// Files held open at once; more are opened again when needed.
 const OPEN_MAX: usize = 256;
@@ -21,9 +24,36 @@ struct Shard {
     path: PathBuf,
     /// Windows in all shards before this one.
     first: u64,
-    /// Length and time of the last change, as they were at the start.
+    /// Length and time of the last change, as they were at the start; of a store's only the length, and what comes has it.
     seen: (u64, Option<SystemTime>),
     file: Option<File>,
+}
+
+/// Where a job's text is.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// Files of this node.
+    Files(Vec<PathBuf>),
+    /// Shards that are asked for.
+    Stored(StoredData),
+}
+
+impl Source {
+    /// What a job's settings name.
+    pub fn of(config: &TrainConfig) -> Result<Self, TrainError> {
+        match &config.stored {
+            Some(stored) => Ok(Self::Stored(stored.clone())),
+            None => locate(&config.shards, config.worker.data.as_deref()).map(Self::Files),
+        }
+    }
+
+    /// The samples that it has.
+    pub fn open(&self, window: u64, seed: u64, held_out: u64) -> Result<Corpus, TrainError> {
+        match self {
+            Self::Files(paths) => Corpus::open(paths, window, seed, held_out),
+            Self::Stored(stored) => Corpus::stored(stored, window, seed, held_out),
+        }
+    }
 }
 
 /// The text of a job.
@@ -35,9 +65,8 @@ pub struct Corpus {
     windows: u64,
     held_out: u64,
     listing_sha256: String,
-    seed: u64,
-    /// The epoch's order, kept because most samples in a row are of one epoch.
-    order: Option<(u64, Permutation)>,
+    order: Order,
+    feed: Option<Feed>,
 }
 
 impl std::fmt::Debug for Corpus {
@@ -94,28 +123,31 @@ impl Corpus {
                 return Err(bad(&"it is not a regular file"));
             }
             File::open(path).map_err(|error| bad(&error))?;
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            listing.update(name.as_bytes());
-            listing.update(b"\0");
-            listing.update(about.len().to_le_bytes());
+            note(&mut listing, &path.file_name().unwrap_or_default().to_string_lossy(), about.len());
             shards.push(Shard { path: path.clone(), first: windows, seen: (about.len(), about.modified().ok()), file: None });
             windows += about.len().saturating_sub(1) / (window - 1);
         }
-        if windows == 0 {
-            return Err(TrainError::Config(format!("the data has not even one sample of {window} bytes")));
-        }
-        if held_out > windows / 2 {
-            return Err(TrainError::Config(format!(
-                "the data has {windows} samples, of which {held_out} would be held out for evaluation: give more text, fewer evaluation.samples, or evaluation.data"
-            )));
-        }
-        if held_out > 0 {
-            listing.update(b"held out\0");
-            listing.update(held_out.to_le_bytes());
-        }
-        let listing_sha256 = listing.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let listing_sha256 = check(windows, window, held_out, listing)?;
         let windows = windows - held_out;
-        Ok(Self { shards, open: 0, window, windows, held_out, listing_sha256, seed, order: None })
+        let order = Order::whole(seed, windows);
+        Ok(Self { shards, open: 0, window, windows, held_out, listing_sha256, order, feed: None })
+    }
+
+    /// The same of shards that are asked for as they are needed. The same names and lengths give the same listing wherever they are.
+    fn stored(stored: &StoredData, window: u64, seed: u64, held_out: u64) -> Result<Self, TrainError> {
+        let feed = Feed::new(stored);
+        let (mut shards, mut sizes, mut windows, mut listing) = (Vec::with_capacity(stored.shards.len()), Vec::new(), 0, Sha256::new());
+        for (index, shard) in stored.shards.iter().enumerate() {
+            note(&mut listing, shard.name.rsplit('/').next().unwrap_or_default(), shard.bytes);
+            shards.push(Shard { path: feed.path(index), first: windows, seen: (shard.bytes, None), file: None });
+            let own = shard.bytes.saturating_sub(1) / (window - 1);
+            sizes.push((shard.bytes, own));
+            windows += own;
+        }
+        let listing_sha256 = check(windows, window, held_out, listing)?;
+        let windows = windows - held_out;
+        let order = Order::of_shards(seed, windows, &sizes);
+        Ok(Self { shards, open: 0, window, windows, held_out, listing_sha256, order, feed: Some(feed) })
     }
 
     /// Samples of an epoch.
@@ -135,19 +167,28 @@ impl Corpus {
 
     /// The window, over all shards, that sample `number` is.
     pub fn window_of(&mut self, number: u64) -> u64 {
-        let (epoch, place) = (number / self.windows, number % self.windows);
-        let order = match self.order {
-            Some((of, order)) if of == epoch => order,
-            _ => Permutation::new(Stream::new(self.seed, "data").child(epoch), self.windows),
-        };
-        self.order = Some((epoch, order));
-        order.at(place)
+        self.order.window(number)
     }
 
     /// Appends the bytes of sample `number` to `into`, widened to what an embedding takes.
     pub fn read(&mut self, number: u64, scratch: &mut Vec<u8>, into: &mut Vec<i64>) -> Result<(), TrainError> {
         let window = self.window_of(number);
+        if self.feed.is_some()
+            && let Some((leaves, comes)) = self.order.turned(number)
+        {
+            self.turn_to(&leaves, &comes);
+        }
         self.read_window(window, scratch, into)
+    }
+
+    /// Another block begins: what only the one before it needs is let go, what this one needs is asked for, and then what comes after it.
+    fn turn_to(&mut self, leaves: &[usize], comes: &[usize]) {
+        for index in leaves {
+            self.open -= usize::from(self.shards[*index].file.take().is_some());
+        }
+        if let Some(feed) = &self.feed {
+            feed.ask(comes, false);
+        }
     }
 
     /// Appends the bytes of a window.
@@ -162,9 +203,12 @@ impl Corpus {
                 self.open = 0;
             }
             let shard = &mut self.shards[index];
-            let file = File::open(&shard.path).map_err(|error| failed(&shard.path, error))?;
+            let file = match &self.feed {
+                Some(feed) => feed.wait_for(index)?,
+                None => File::open(&shard.path).map_err(|error| failed(&shard.path, error))?,
+            };
             let about = file.metadata().map_err(|error| failed(&shard.path, error))?;
-            if (about.len(), about.modified().ok()) != shard.seen {
+            if (about.len(), about.modified().ok().filter(|_| self.feed.is_none())) != shard.seen {
                 return Err(changed(&shard.path));
             }
             shard.file = Some(file);
@@ -179,6 +223,30 @@ impl Corpus {
         into.extend(scratch.iter().map(|byte| i64::from(*byte)));
         Ok(())
     }
+}
+
+/// A shard as the listing knows it.
+fn note(listing: &mut Sha256, name: &str, bytes: u64) {
+    listing.update(name.as_bytes());
+    listing.update(b"\0");
+    listing.update(bytes.to_le_bytes());
+}
+
+/// Whether there is enough of it; answers the listing's sha256.
+fn check(windows: u64, window: u64, held_out: u64, mut listing: Sha256) -> Result<String, TrainError> {
+    if windows == 0 {
+        return Err(TrainError::Config(format!("the data has not even one sample of {window} bytes")));
+    }
+    if held_out > windows / 2 {
+        return Err(TrainError::Config(format!(
+            "the data has {windows} samples, of which {held_out} would be held out for evaluation: give more text, fewer evaluation.samples, or evaluation.data"
+        )));
+    }
+    if held_out > 0 {
+        listing.update(b"held out\0");
+        listing.update(held_out.to_le_bytes());
+    }
+    Ok(listing.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Going on would train on something else than was asked for, and a resume could not repeat it.

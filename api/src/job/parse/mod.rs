@@ -8,6 +8,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::{Auto, CheckpointInterval, CheckpointPolicy, DataSpec, JobKind, JobSpec, Priority, RestartScope, WORLD_SIZE_MAX};
+use crate::data::{SHARDS_MAX, ShardSource};
 use crate::ids::JobId;
 use crate::store::Place;
 use crate::time::Millis;
@@ -22,7 +23,7 @@ mod values;
 mod worker;
 
 use reader::Reader;
-use values::{choice, duration, integer, path};
+use values::{boolean, choice, duration, integer, path};
 
 /// Faults named at most; a body with more of them is told so.
 const FAULTS_MAX: usize = 100;
@@ -36,7 +37,6 @@ const LABELS_MAX: usize = 64;
 const LABEL_KEY_CHARS_MAX: usize = 63;
 const LABEL_VALUE_CHARS_MAX: usize = 256;
 const TOLERATIONS_MAX: usize = 64;
-const SHARDS_MAX: usize = 65_536;
 const STEPS_MAX: u64 = 1_000_000_000_000;
 /// Copies of a checkpoint at most: each is on a node of its own.
 const COPIES_MAX: u64 = 4;
@@ -107,7 +107,7 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
     let min_world_size = elastic(&mut top, world_size, in_place && restart.scope != RestartScope::Gang);
     let heartbeat = top.object("heartbeat", policies::heartbeat);
     let checkpoint = top.object("checkpoint", checkpoint);
-    let data = top.object("data", |data| DataSpec { shards: data.list("shards", SHARDS_MAX, path).unwrap_or_default() });
+    let data = top.object("data", |fields| data(fields, command.is_none()));
     let stop_grace = top.read_or("stop_grace", super::default_stop_grace(), |v| duration(v, Millis(0), DAY));
     let time_limit = top.read("time_limit", |v| duration(v, Millis::secs(1), CENTURY));
     top.not_built("image", |_| false, "containers are not built: give a command that is installed on the nodes");
@@ -193,6 +193,35 @@ fn resume_from(value: &Value) -> Result<String, String> {
         return text.parse::<Place>().map(|place| place.to_string());
     }
     path(value).map_err(|_| "must be a job id (26 lower-case characters), an absolute path without `..`, or a place in a store".into())
+}
+
+/// `ours`: the built-in program reads it.
+fn data(fields: &mut Reader<'_, '_>, ours: bool) -> DataSpec {
+    let shards = fields.list("shards", SHARDS_MAX, shard).unwrap_or_default();
+    let is_stored = shards.first().is_some_and(|shard| Place::is_url(shard));
+    if shards.iter().any(|shard| Place::is_url(shard) != is_stored) {
+        fields.fault("shards", "must be all files of the nodes, or all in stores (file:///folder/ reads a shared folder as one)".into());
+    }
+    let stream = fields.read("stream", boolean);
+    if !is_stored && stream == Some(true) {
+        fields.fault("stream", "is for shards in a store: files of the nodes are there already".into());
+    }
+    if is_stored && ours && stream == Some(false) {
+        fields.fault("stream", "the built-in program always asks for shards as it goes: leave it out".into());
+    }
+    let fallback = fields.read("fallback", path);
+    if !is_stored && fallback.is_some() {
+        fields.fault("fallback", "is for shards in a store: leave it out, or give data.shards like \"s3://bucket/text/\"".into());
+    }
+    DataSpec { shards, stream: is_stored && stream.unwrap_or(ours), fallback }
+}
+
+fn shard(value: &Value) -> Result<String, String> {
+    let text = values::text(value, PATH_BYTES_MAX)?;
+    if Place::is_url(text) {
+        return text.parse::<ShardSource>().map(|source| source.to_string());
+    }
+    path(value).map_err(|why| format!("{why}, or be in a store, like \"s3://bucket/text/\" or \"s3://bucket/text/*.txt\""))
 }
 
 fn checkpoint(fields: &mut Reader<'_, '_>) -> CheckpointPolicy {

@@ -40,7 +40,7 @@ pub(super) const SECTIONS: [(&str, &[&str]); 6] = [
     ("restart", &["max_restarts", "max_start_failures", "backoff", "heal_after", "no_retry_exit_codes"]),
     ("heartbeat", &["startup_timeout", "idle_timeout", "progress_timeout"]),
     ("checkpoint", &["every_steps", "every", "keep", "copies"]),
-    ("data", &["shards"]),
+    ("data", &["shards", "stream", "fallback"]),
 ];
 
 /// One object under way.

@@ -175,9 +175,10 @@ impl Scene {
             let spec = row.spec.map(|s| serde_json::to_string(&*s).unwrap());
             let before = self.rows.remove(&row.id);
             let series = row.series.or(before.as_ref().and_then(|b| b.series.clone()));
+            let listing = row.listing.or(before.as_ref().and_then(|b| b.listing.clone()));
             let spec = spec.or(before.map(|b| b.spec)).expect("the first row has the spec");
             if row.finished_at.is_none() {
-                self.rows.insert(row.id, StoredJob { id: row.id, spec, body: row.body, ranks: row.ranks, series });
+                self.rows.insert(row.id, StoredJob { id: row.id, spec, body: row.body, ranks: row.ranks, series, listing });
             }
         }
         for (node, blames) in step.record.blames {

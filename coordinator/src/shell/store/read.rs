@@ -37,7 +37,7 @@ pub struct StoredEvent {
 
 fn stored_job(row: &SqliteRow) -> Result<StoredJob, sqlx::Error> {
     let id: String = row.try_get(0)?;
-    Ok(StoredJob { id: job_id(&id)?, spec: row.try_get(1)?, body: row.try_get(2)?, ranks: row.try_get(3)?, series: row.try_get(4)? })
+    Ok(StoredJob { id: job_id(&id)?, spec: row.try_get(1)?, body: row.try_get(2)?, ranks: row.try_get(3)?, series: row.try_get(4)?, listing: row.try_get(5)? })
 }
 
 fn stored_event(row: &SqliteRow) -> Result<StoredEvent, sqlx::Error> {
@@ -57,7 +57,7 @@ fn stored_event(row: &SqliteRow) -> Result<StoredEvent, sqlx::Error> {
 impl Store {
     /// Every job that is not final, oldest first.
     pub async fn active_jobs(&self) -> Result<Vec<StoredJob>, StoreError> {
-        let rows = sqlx::query("SELECT job_id, spec, body, ranks, series FROM jobs WHERE finished_at IS NULL ORDER BY job_id")
+        let rows = sqlx::query("SELECT job_id, spec, body, ranks, series, listing FROM jobs WHERE finished_at IS NULL ORDER BY job_id")
             .fetch_all(&self.readers)
             .await?;
         Ok(rows.iter().map(stored_job).collect::<Result<_, _>>()?)
@@ -72,7 +72,7 @@ impl Store {
 
     /// One job.
     pub async fn job(&self, id: JobId) -> Result<Option<StoredJob>, StoreError> {
-        let row = sqlx::query("SELECT job_id, spec, body, ranks, NULL FROM jobs WHERE job_id = ?");
+        let row = sqlx::query("SELECT job_id, spec, body, ranks, NULL, NULL FROM jobs WHERE job_id = ?");
         let row = row.bind(id.to_string()).fetch_optional(&self.readers).await?;
         Ok(row.as_ref().map(stored_job).transpose()?)
     }
@@ -86,7 +86,7 @@ impl Store {
 
     /// A page of jobs, newest first.
     pub async fn jobs(&self, filter: &JobFilter, limit: u32) -> Result<Vec<StoredJob>, StoreError> {
-        let mut query = QueryBuilder::<Sqlite>::new("SELECT job_id, spec, body, ranks, NULL FROM jobs WHERE TRUE");
+        let mut query = QueryBuilder::<Sqlite>::new("SELECT job_id, spec, body, ranks, NULL, NULL FROM jobs WHERE TRUE");
         if let Some(before) = filter.before {
             query.push(" AND job_id < ").push_bind(before.to_string());
         }

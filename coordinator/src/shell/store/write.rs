@@ -82,6 +82,7 @@ impl Batch {
                 row.spec = row.spec.or(before.spec);
                 row.series = row.series.or(before.series);
                 row.user = row.user.or(before.user);
+                row.listing = row.listing.or(before.listing);
             }
             self.jobs.insert(row.id, row);
         }
@@ -144,8 +145,8 @@ async fn write_jobs(tx: &mut SqliteConnection, batch: &Batch) -> Result<(), Stor
     if !fresh.is_empty() {
         let rows: Vec<_> = fresh.iter().map(|row| job_json(row)).collect();
         sqlx::query(
-            "INSERT INTO jobs (job_id, state, finished_at, body, ranks, series, spec, name, user)
-             SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5, value->>6, value->>7, value->>8 FROM json_each(?)",
+            "INSERT INTO jobs (job_id, state, finished_at, body, ranks, series, spec, name, user, listing)
+             SELECT value->>0, value->>1, value->>2, value->>3, value->>4, value->>5, value->>6, value->>7, value->>8, value->>9 FROM json_each(?)",
         )
         .bind(text(&rows)?)
         .execute(&mut *tx)
@@ -155,7 +156,7 @@ async fn write_jobs(tx: &mut SqliteConnection, batch: &Batch) -> Result<(), Stor
         let rows: Vec<_> = known.iter().map(|row| job_json(row)).collect();
         sqlx::query(
             "UPDATE jobs SET state = v.value->>1, finished_at = v.value->>2, body = v.value->>3, ranks = v.value->>4,
-             series = coalesce(v.value->>5, series)
+             series = coalesce(v.value->>5, series), listing = coalesce(v.value->>9, listing)
              FROM json_each(?) AS v WHERE jobs.job_id = v.value->>0",
         )
         .bind(text(&rows)?)
@@ -243,7 +244,7 @@ async fn write_rest(tx: &mut SqliteConnection, batch: &Batch) -> Result<(), Stor
 fn job_json(row: &JobRow) -> serde_json::Value {
     let spec = row.spec.as_ref().and_then(|spec| serde_json::to_string(&**spec).ok());
     let name = row.spec.as_ref().and_then(|spec| spec.name.clone());
-    json!([row.id, row.state.as_str(), row.finished_at.map(|t| t.0), row.body, row.ranks, row.series, spec, name, row.user])
+    json!([row.id, row.state.as_str(), row.finished_at.map(|t| t.0), row.body, row.ranks, row.series, spec, name, row.user, row.listing])
 }
 
 pub(super) fn text<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {
@@ -263,7 +264,18 @@ mod tests {
         let (id, state) = (JobId::from_u128(1), JobState::Running);
         let spec = fresh.then(|| Arc::new(JobSpec::default_for(1)));
         let series = series.map(Into::into);
-        let row = JobRow { id, state, finished_at: None, spec, user: None, body: "{}".into(), ranks: None, series, delete: false };
+        let row = JobRow {
+            id,
+            state,
+            finished_at: None,
+            spec,
+            user: None,
+            body: "{}".into(),
+            listing: series.clone(),
+            ranks: None,
+            series,
+            delete: false,
+        };
         Record { jobs: vec![row], ..Record::default() }
     }
 
@@ -308,7 +320,8 @@ mod tests {
             let mut batch = Batch::default();
             rows.into_iter().for_each(|record| batch.add(Timestamp(7), record, || 0));
             store.commit(&batch).await.unwrap();
-            assert_eq!(store.active_jobs().await.unwrap()[0].series.as_deref(), kept);
+            let job = &store.active_jobs().await.unwrap()[0];
+            assert_eq!((job.series.as_deref(), job.listing.as_deref()), (kept, kept));
         }
         let mut older = Batch::default();
         older.add(Timestamp(5), row(false, None), || 0);

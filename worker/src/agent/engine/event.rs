@@ -135,6 +135,15 @@ pub enum Event {
         /// What is wrong with it.
         reason: String,
     },
+    /// Ranks of a gang stand still for data that a store does not give, or do not any more.
+    DataAwaited {
+        /// Which job.
+        job: JobId,
+        /// Which attempt.
+        attempt: u32,
+        /// Whether they do.
+        waiting: bool,
+    },
     /// A GPU of this node had an error.
     GpuFailed(GpuError),
     /// A job's files are gone.

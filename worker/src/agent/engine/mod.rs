@@ -46,6 +46,8 @@ struct Gang {
     membership: Option<Box<GangSpec>>,
     /// When it was found with ranks that the agent before this one did not come to start. The order has their environment, so it must come again.
     found_at: Option<u64>,
+    /// Its ranks stand still for data: that is held against none of them.
+    awaits_data: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -62,7 +64,7 @@ impl Gang {
 
     fn new(spec: GangSpec, stage: Stage, ranks: impl IntoIterator<Item = u32>) -> Self {
         let ranks = ranks.into_iter().map(|rank| (rank, Rank::default())).collect();
-        Self { spec, stage, resumed: None, kill_at: None, ranks, snapshot_freed: false, membership: None, found_at: None }
+        Self { spec, stage, resumed: None, kill_at: None, ranks, snapshot_freed: false, membership: None, found_at: None, awaits_data: false }
     }
 }
 
@@ -239,6 +241,7 @@ impl Engine {
                 }
             }
             Event::Probed { took_ms } => self.on_probed(now, took_ms),
+            Event::DataAwaited { job, attempt, waiting } => self.on_data_awaited(now, job, attempt, waiting),
             Event::CheckpointSeen(news) => self.on_checkpoint_seen(*news, &mut out),
             Event::CheckpointsGone(job) => drop(self.checkpoints.remove(&job)),
             Event::CheckpointQuarantined { job, step, reason } => self.on_checkpoint_quarantined(job, step, reason, &mut out),

@@ -4,7 +4,7 @@
 //! deadline forward says so with [`Engine::look_soon`]. One pass over everything finds the next time, so that beats cost no pass.
 
 use everlit_api::agent::{FromAgent, Program};
-use everlit_api::ids::Incarnation;
+use everlit_api::ids::{Incarnation, JobId};
 use everlit_api::rank::Verdict;
 use everlit_api::time::Millis;
 
@@ -141,6 +141,16 @@ impl Engine {
         self.look_at_ranks(now, out);
     }
 
+    /// Time in which ranks stood still for data counts for none of them.
+    pub(super) fn on_data_awaited(&mut self, now: u64, job: JobId, attempt: u32, waiting: bool) {
+        let Some(gang) = self.gangs.get_mut(&(job, attempt)) else { return };
+        gang.awaits_data = waiting;
+        if !waiting {
+            gang.ranks.values_mut().for_each(|rank| rank.absolve(now));
+        }
+        self.wake(now);
+    }
+
     /// The disk answered: what it kept from being seen is held against nobody.
     pub(super) fn on_probed(&mut self, now: u64, took_ms: Option<u64>) {
         let is_well = took_ms.is_some_and(|took| took < PROBE_SLOW_MS);
@@ -164,6 +174,7 @@ impl Engine {
         let unknown = Pace::default();
         for gang in self.gangs.values_mut() {
             let (job, attempt) = (gang.spec.job, gang.spec.attempt);
+            let awaits_data = gang.awaits_data;
             let (stuck, next_stuck) = decide_stuck(now, gang, self.paces.get(&job).unwrap_or(&unknown));
             next_stuck.into_iter().for_each(&mut at_latest);
             let (early, next_early) = decide_stuck_early(now, gang, self.paces.get(&job).unwrap_or(&unknown));
@@ -197,6 +208,7 @@ impl Engine {
                         doubted = doubted.or(well_ms.is_none().then_some(incarnation));
                         at_latest(now + WELL_BEFORE_SILENT_MS - well_ms.unwrap_or(0));
                     }
+                    Look::Judged(Verdict::Idle, _) if awaits_data => at_latest(now + WAKE_MAX_MS),
                     Look::Judged(verdict, age_ms) => {
                         own.judged = Some(verdict);
                         out.push(Action::Say(FromAgent::Judged { incarnation, verdict, age_ms, stacks: Vec::new() }));
@@ -253,6 +265,9 @@ fn is_ours(gang: &Gang) -> bool {
 /// The rank to blame when one is past its deadline, and else when the next one will be. Ranks that stopped together are looked at together:
 /// one of them stopped the others. One verdict ends the gang.
 fn decide_stuck(now: u64, gang: &Gang, pace: &Pace) -> (Option<u32>, Option<u64>) {
+    if gang.awaits_data {
+        return (None, None);
+    }
     let ours = is_ours(gang);
     // A spare waits; that is all it does.
     let members = || gang.ranks.iter().filter(|(seat, _)| gang.spec.rank_of(**seat).is_some());
@@ -285,6 +300,9 @@ fn decide_stuck(now: u64, gang: &Gang, pace: &Pace) -> (Option<u32>, Option<u64>
 /// for a gang that lives and stands still, since here it is known who holds it up. All quiet at once is the machine's fault, not a rank's.
 fn decide_stuck_early(now: u64, gang: &Gang, pace: &Pace) -> (Option<u32>, Option<u64>) {
     let Some(deadline) = pace.early_deadline_ms(&gang.spec.heartbeat).filter(|_| is_ours(gang)) else { return (None, None) };
+    if gang.awaits_data {
+        return (None, None);
+    }
     let members = gang.ranks.iter().filter(|(seat, _)| gang.spec.rank_of(**seat).is_some());
     let mut quiets = Vec::new();
     for (seat, own) in members {

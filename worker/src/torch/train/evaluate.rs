@@ -4,7 +4,7 @@ use everlit_api::job::WorkerSpec;
 use everlit_api::manifest::Phase;
 use tch::Tensor;
 
-use super::super::data::{self, Corpus};
+use super::super::data::{self, Corpus, Source};
 use super::super::environment::Environment;
 use super::super::heartbeat::Pulse;
 use super::super::model::{Model, Pass};
@@ -33,10 +33,10 @@ pub struct Evaluation {
 
 impl Evaluation {
     /// The job's own evaluation text, or the held-out end of `training`.
-    pub fn open(worker: &WorkerSpec, window: u64, training: &[std::path::PathBuf], micro: u64) -> Result<Self, TrainError> {
+    pub fn open(worker: &WorkerSpec, window: u64, training: &Source, micro: u64) -> Result<Self, TrainError> {
         let corpus = match &worker.evaluation.data {
             Some(path) => Corpus::open(&data::locate(&[], Some(path))?, window, worker.seed, 0)?,
-            None => Corpus::open(training, window, worker.seed, samples(worker))?,
+            None => training.open(window, worker.seed, samples(worker))?,
         };
         let all = corpus.held_out();
         let windows = all.start..all.end.min(all.start + samples(worker));

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 use super::super::c10d::{self, Backend, Group, Reducer, Transfer};
-use super::super::data::{self, Corpus};
+use super::super::data::Source;
 use super::super::environment::Environment;
 use super::super::loader::Loader;
 use super::super::rendezvous::{Meeting, Rendezvous};
@@ -307,8 +307,8 @@ impl Trainer<'_> {
     /// Samples and saves of this rank's place, which is a new one.
     fn deal(&mut self) -> Result<(), TrainError> {
         let worker = &self.config.worker;
-        let paths = data::locate(&self.config.shards, worker.data.as_deref())?;
-        let corpus = Corpus::open(&paths, self.state.model.window(), worker.seed, evaluate::held_out(worker, false))?;
+        let source = Source::of(self.config)?;
+        let corpus = source.open(self.state.model.window(), worker.seed, evaluate::held_out(worker, false))?;
         if corpus.listing_sha256() != self.data.listing_sha256 {
             return Err(TrainError::Config("the data's files are not those that this run began with".into()));
         }

@@ -11,7 +11,7 @@ use everlit_api::manifest::{Manifest, ModelDescription, Phase};
 use tch::{Device, Tensor};
 
 use super::c10d::{self, Backend, Group};
-use super::data::{self, Corpus};
+use super::data::{Corpus, Source};
 use super::environment::Environment;
 use super::heartbeat::Pulse;
 use super::loader::{Loader, Plan};
@@ -108,8 +108,8 @@ fn run_evaluation(config: &TrainConfig, environment: &Environment) -> Result<(),
     fits(&path, &manifest, &state.model, None)?;
     load::load(&path, &manifest, &state)?;
     let micro = worker.micro_batch_size.unwrap_or(EVALUATION_MICRO);
-    let paths = data::locate(&config.shards, worker.data.as_deref())?;
-    let mut evaluation = Evaluation::open(worker, state.model.window(), &paths, micro)?;
+    let source = Source::of(config)?;
+    let mut evaluation = Evaluation::open(worker, state.model.window(), &source, micro)?;
     let group =
         rendezvous.map(|rendezvous| meet(rendezvous, environment, state.model.device(), &format!("step {}", manifest.step))).transpose()?;
     let ranks = Ranks { group };
@@ -174,8 +174,8 @@ fn prepare<'a>(
     let worker = &config.worker;
     let pulse = Pulse::start(&environment, worker.steps);
     let Start { rendezvous, model, room } = start(worker, &environment, &pulse)?;
-    let paths = data::locate(&config.shards, worker.data.as_deref())?;
-    let corpus = Corpus::open(&paths, model.window(), worker.seed, evaluate::held_out(worker, false))?;
+    let source = Source::of(config)?;
+    let corpus = source.open(model.window(), worker.seed, evaluate::held_out(worker, false))?;
     let attempt = own_attempt(&environment)?;
     let state = State::new(model, worker.weight_decay)?;
     let data = Data::of(&corpus);
@@ -202,7 +202,7 @@ fn prepare<'a>(
     let micro = worker.micro_batch_size.unwrap_or(batch).min(batch);
     let evaluation = match worker.evaluation.every_steps {
         0 => None,
-        _ => Some(Evaluation::open(worker, state.model.window(), &paths, micro.min(EVALUATION_MICRO))?),
+        _ => Some(Evaluation::open(worker, state.model.window(), &source, micro.min(EVALUATION_MICRO))?),
     };
     let loader = Loader::start(corpus, plan(worker, &environment, position, batch))?;
     let saver = start_saver(config, &environment, attempt, &state)?;

@@ -40,6 +40,8 @@ fn json_value() -> impl Strategy<Value = Value> {
             "checkpoint",
             "data",
             "shards",
+            "stream",
+            "fallback",
             "resources",
             "memory",
             "gpus",
@@ -134,7 +136,7 @@ prop_compose! {
         let policy = |name: &String| LogPolicy { name: Some(name.clone()), pattern: name.clone(), action: LogAction::ExcludeNode };
         let log_policies = metric.iter().map(policy).collect();
         let log_metrics = metric.map(|name| LogMetric { pattern: format!("{name}=(\\d+)"), field: name }).into_iter().collect();
-        JobSpec { name, labels, env, secrets, workdir, resume_from, log_metrics, log_policies, data: DataSpec { shards }, priority, ..JobSpec::default_for(1) }
+        JobSpec { name, labels, env, secrets, workdir, resume_from, log_metrics, log_policies, data: DataSpec { shards, ..DataSpec::default() }, priority, ..JobSpec::default_for(1) }
     }
 }
 
