@@ -43,6 +43,13 @@ def got(proxy):
     return [path for method, path, _ in proxy.seen if method == "GET" and "/text/" in path and "list-type" not in path]
 
 
+def beyond(everlit, job, steps=50):
+    """The attempt that runs now has gone on."""
+    attempt = everlit.summary(job)["attempt"]
+    until("a step", lambda: (s := everlit.summary(job))["step"] is not None and s["attempt"] >= attempt, 60)
+    everlit.at_step(job, everlit.summary(job)["step"] + steps)
+
+
 LOCAL = []
 
 
@@ -103,7 +110,7 @@ def a_changed_bucket_changes_no_running_job():
         # What is here is what was listed: a restart goes on with it.
         stop_ranks(everlit, job)
         until("the next attempt", lambda: everlit.summary(job)["attempt"] == 2 and everlit.summary(job)["state"] == "running", 60)
-        everlit.at_step(job, everlit.summary(job)["step"] + 50)
+        beyond(everlit, job)
         assert len(named(everlit, job, "data_listed")) == 1
         # Nothing is here any more, and the bucket has something else: that is not trained on.
         for path in cache(everlit):
@@ -158,7 +165,7 @@ def a_local_copy_stands_in_and_is_left_again():
         proxy.rule = lambda method, path: None
         def again():
             stop_ranks(everlit, other)
-            everlit.running(other)
+            beyond(everlit, other)
             return named(everlit, other, "data_from_store")
         until("it reads the store again", again, 60, 0.5)
         print(f"     {named(everlit, other, 'data_from_store')[0]['reason'][:160]}")

@@ -6,7 +6,7 @@ package imports neither torch nor numpy and starts nothing.
 
 from __future__ import annotations
 
-from .distributed import DistributedContext, data_shards, distributed_context, reduce_metrics
+from .distributed import DistributedContext, data_shards, distributed_context, reduce_metrics, stream_shards
 from .errors import Busy, CheckpointError, Damage, Fenced, Failed, Refused
 from .manager import CheckpointManager
 from .manifest import Manifest
@@ -40,5 +40,6 @@ __all__ = [
     "reduce_metrics",
     "save_requested",
     "stop_requested",
+    "stream_shards",
     "verify",
 ]

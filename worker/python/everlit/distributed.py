@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
@@ -98,6 +99,39 @@ def data_shards() -> list[str]:
         return []
     with open(path, encoding="utf-8") as file:
         return [line for line in file.read().split("\n") if line]
+
+
+def stream_shards(ahead: int = 2) -> Iterator[str]:
+    """This rank's shards, in order, each once it is on this node; so many more are asked for ahead. Open a path before the next is taken."""
+    feed, shards = Environment.read().shard_feed, data_shards()
+    for index, path in enumerate(shards):
+        if feed is not None:
+            for later in shards[index + 1 : index + 1 + ahead]:
+                _ask(feed, os.path.basename(later))
+            _wait_for(feed, path)
+        yield path
+
+
+def _ask(feed: str, line: str) -> None:
+    # Without an agent nobody has the other end, and opening must not wait for one; what is needed is asked for again.
+    with contextlib.suppress(OSError):
+        pipe = os.open(os.path.join(feed, "want"), os.O_WRONLY | os.O_NONBLOCK)
+        try:
+            os.write(pipe, f"{line}\n".encode())
+        finally:
+            os.close(pipe)
+
+
+def _wait_for(feed: str, path: str) -> None:
+    asked = float("-inf")
+    while not os.path.exists(path):
+        with contextlib.suppress(FileNotFoundError):
+            with open(f"{path}.error", encoding="utf-8") as why:
+                raise RuntimeError(why.read())
+        if time.monotonic() - asked >= 1.0:
+            _ask(feed, f"!{os.path.basename(path)}")
+            asked = time.monotonic()
+        time.sleep(0.01)
 
 
 def reduce_metrics(metrics: Mapping[str, Any], op: str = "mean") -> dict[str, float]:

@@ -26,6 +26,8 @@ class Environment:
     resume_from: Optional[str]
     #: The file that lists this rank's shards.
     data_shards: Optional[str]
+    #: The folder where shards of a store are asked for.
+    shard_feed: Optional[str]
 
     @staticmethod
     def read() -> "Environment":
@@ -46,6 +48,7 @@ class Environment:
             checkpoint_dir=os.environ.get("EVERLIT_CHECKPOINT_DIR") or None,
             resume_from=os.environ.get("EVERLIT_RESUME_FROM"),
             data_shards=os.environ.get("EVERLIT_DATA_SHARDS") or None,
+            shard_feed=os.environ.get("EVERLIT_SHARD_FEED") or None,
         )
 
 

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unittest
 from unittest import mock
@@ -424,6 +425,42 @@ class ProgramTest(Case):
         pathlib.Path(self.path("shards")).write_text("a b.txt\nc\n")
         os.environ["EVERLIT_DATA_SHARDS"] = self.path("shards")
         self.assertEqual(everlit.data_shards(), ["a b.txt", "c"])
+        self.assertEqual(list(everlit.stream_shards()), ["a b.txt", "c"], "files of the node are there")
+
+    def test_shards_of_a_store_are_asked_for_ahead_and_awaited(self):
+        feed = pathlib.Path(self.path("feed"))
+        (feed / "have").mkdir(parents=True)
+        os.mkfifo(feed / "want")
+        paths = [str(feed / "have" / f"00000{index}-s") for index in range(4)]
+        pathlib.Path(self.path("shards")).write_text("".join(f"{path}\n" for path in paths))
+        os.environ["EVERLIT_DATA_SHARDS"], os.environ["EVERLIT_SHARD_FEED"] = self.path("shards"), str(feed)
+        asked = []
+
+        def agent():
+            with open(feed / "want") as want:
+                for line in iter(want.readline, ""):
+                    asked.append(line.strip())
+                    name = line.strip().lstrip("!")
+                    if name == "000003-s":
+                        (feed / "have" / f"{name}.error").write_text("it changed")
+                        if "!" in line:
+                            return
+                    elif "!" in line:
+                        (feed / "have" / name).write_text(name)
+
+        thread = threading.Thread(target=agent)
+        thread.start()
+        seen = []
+        # The pipe stays open between two questions.
+        holder = os.open(feed / "want", os.O_RDWR)
+        with self.assertRaisesRegex(RuntimeError, "it changed"):
+            for path in everlit.stream_shards(ahead=1):
+                seen.append(pathlib.Path(path).read_text())
+        os.write(holder, b"!000003-s\n")
+        thread.join()
+        os.close(holder)
+        self.assertEqual(seen, ["000000-s", "000001-s", "000002-s"])
+        self.assertEqual(asked[:3], ["000001-s", "!000000-s", "000002-s"])
         self.assertEqual(everlit.reduce_metrics({"a": 1, "b": 2.5}), {"a": 1.0, "b": 2.5})
         with self.assertRaises(ValueError):
             everlit.reduce_metrics({}, op="median")

@@ -4,6 +4,7 @@
 mod checkpoints;
 mod clocks;
 mod copies;
+mod data;
 mod elastic;
 mod faults;
 mod gpus;
