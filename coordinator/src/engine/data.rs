@@ -43,7 +43,11 @@ impl Engine {
         if !self.jobs.contains_key(&news.job) {
             return;
         }
-        let (event, what) = if news.local { ("data_from_copy", "reads its shards from the local copy") } else { ("data_from_store", "reads its shards from the store again") };
+        let (event, what) = if news.local {
+            ("data_from_copy", "reads its shards from the local copy")
+        } else {
+            ("data_from_store", "reads its shards from the store again")
+        };
         let facts = Facts::from([("node", node.0.clone().into())]);
         turn.event(Some(news.job), event, format!("{node} {what}: {}", news.reason), facts);
     }
@@ -52,7 +56,8 @@ impl Engine {
     pub(super) fn feeds_again(&self, turn: &mut Turn, node: &NodeId) {
         let fed = self.jobs.values().filter(|job| job.spec.data.is_stored() && job.retry_at.is_none());
         for job in fed {
-            let is_here = job.gang.as_ref().is_some_and(|gang| gang.ending.is_none() && gang.placement.iter().any(|share| share.node == *node));
+            let is_here =
+                job.gang.as_ref().is_some_and(|gang| gang.ending.is_none() && gang.placement.iter().any(|share| share.node == *node));
             let is_told = turn.step.commands.iter().any(|command| is_order(command, node, job));
             if is_here && !is_told {
                 self.tell_gang(turn, job.id, Some(node));

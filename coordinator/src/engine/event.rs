@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use everlit_api::agent::stored::{StoreFault, Uploaded};
-use everlit_api::data::{DataTurn, Listed};
 use everlit_api::agent::{Beat, CheckpointNews, Exited, FromAgent, GpuHolder, Hello, Resumed, Started};
+use everlit_api::data::{DataTurn, Listed};
 use everlit_api::gpu::GpuError;
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::job::JobSpec;

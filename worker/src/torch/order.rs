@@ -185,7 +185,8 @@ mod tests {
     #[test]
     fn a_block_reads_its_own_shards_and_the_next_is_asked_for_before_it_begins() {
         let mut order = order(60, 0);
-        let shard_of = |window: u64| [(0, 3), (3, 8), (8, 8), (8, 10), (10, 11), (11, 15)].iter().position(|(a, b)| (*a..*b).contains(&window));
+        let shard_of =
+            |window: u64| [(0, 3), (3, 8), (8, 8), (8, 10), (10, 11), (11, 15)].iter().position(|(a, b)| (*a..*b).contains(&window));
         let (mut asked, mut turns) = (Vec::new(), 0);
         for number in 0..60 {
             let window = order.window(number);

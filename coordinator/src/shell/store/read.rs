@@ -37,7 +37,14 @@ pub struct StoredEvent {
 
 fn stored_job(row: &SqliteRow) -> Result<StoredJob, sqlx::Error> {
     let id: String = row.try_get(0)?;
-    Ok(StoredJob { id: job_id(&id)?, spec: row.try_get(1)?, body: row.try_get(2)?, ranks: row.try_get(3)?, series: row.try_get(4)?, listing: row.try_get(5)? })
+    Ok(StoredJob {
+        id: job_id(&id)?,
+        spec: row.try_get(1)?,
+        body: row.try_get(2)?,
+        ranks: row.try_get(3)?,
+        series: row.try_get(4)?,
+        listing: row.try_get(5)?,
+    })
 }
 
 fn stored_event(row: &SqliteRow) -> Result<StoredEvent, sqlx::Error> {

@@ -139,7 +139,8 @@ impl Cache {
                 self.bytes_max
             )));
         }
-        let mut state = self.read().map_err(|error| NoRoom::Now(format!("the cache {} can not be used: {error}", self.folder.display())))?;
+        let mut state =
+            self.read().map_err(|error| NoRoom::Now(format!("the cache {} can not be used: {error}", self.folder.display())))?;
         let fits = |state: &State| {
             let on_disk = disk_free(&self.folder).is_none_or(|free| free >= bytes.saturating_add(COPY_SPARE_BYTES));
             (state.bytes + bytes <= self.bytes_max, on_disk)

@@ -51,6 +51,16 @@ struct Feed {
     attempt: u32,
     orders: watch::Sender<Order>,
     ready: watch::Receiver<Ready>,
+    health: Arc<Health>,
+}
+
+/// How a job's store was found, over all of its attempts here.
+#[derive(Default)]
+struct Health {
+    /// Shards are read from the local copy.
+    local: AtomicBool,
+    /// Until then the store is not asked where there is a local copy, and how long that is the next time.
+    failed: Mutex<Option<(Instant, Duration)>>,
 }
 
 /// What a gang was told.
@@ -111,18 +121,20 @@ impl Feeds {
         let Some(runtime) = &self.runtime else { return };
         let (orders, told) = watch::channel(order);
         let (ready_to, ready) = watch::channel(Ready::Waits);
+        let health = self.jobs.get(&spec.job).map(|own| own.health.clone()).unwrap_or_default();
         let task = Task {
             job: spec.job,
             attempt: spec.attempt,
             folder: self.folders.data(spec.job),
             orders: told,
             ready: ready_to,
+            health: health.clone(),
             cache: self.cache.clone(),
             under_way: self.under_way.clone(),
             done: self.done.clone(),
         };
         runtime.spawn(task.run());
-        self.jobs.insert(spec.job, Feed { attempt: spec.attempt, orders, ready });
+        self.jobs.insert(spec.job, Feed { attempt: spec.attempt, orders, ready, health });
     }
 
     /// Waits until a gang's data is ready; answers what it is. `None`: it has none in a store.
@@ -170,6 +182,7 @@ struct Task {
     folder: PathBuf,
     orders: watch::Receiver<Order>,
     ready: watch::Sender<Ready>,
+    health: Arc<Health>,
     cache: Arc<Cache>,
     under_way: Arc<Keys>,
     done: mpsc::Sender<Done>,
@@ -184,7 +197,8 @@ impl Task {
         };
         let order = self.orders.borrow().clone();
         if !order.data.stream {
-            let own = (0..shards.len()).filter(|index| order.ranks.contains(&((*index as u64 % u64::from(order.world_size.max(1))) as u32)));
+            let own =
+                (0..shards.len()).filter(|index| order.ranks.contains(&((*index as u64 % u64::from(order.world_size.max(1))) as u32)));
             if let Err(why) = self.bring_all(&bringer, own.collect()).await {
                 return drop(self.ready.send_replace(Ready::No(why)));
             }
@@ -253,8 +267,7 @@ impl Task {
             cache: self.cache.clone(),
             under_way: self.under_way.clone(),
             done: self.done.clone(),
-            local: AtomicBool::new(false),
-            failed: Mutex::new(None),
+            health: self.health.clone(),
         };
         Ok((pipe, Arc::new(bringer)))
     }
@@ -398,10 +411,7 @@ struct Bringer {
     cache: Arc<Cache>,
     under_way: Arc<Keys>,
     done: mpsc::Sender<Done>,
-    /// Shards are read from the local copy.
-    local: AtomicBool,
-    /// Until then the store is not asked where there is a local copy, and how long that is the next time.
-    failed: Mutex<Option<(Instant, Duration)>>,
+    health: Arc<Health>,
 }
 
 impl Bringer {
@@ -425,7 +435,7 @@ impl Bringer {
                 return Err("the job is gone".into());
             }
             let copy = order.data.fallback.as_ref().map(|folder| Path::new(folder).join(&shard.name)).filter(|path| is_whole(path, shard));
-            let skip = copy.is_some() && self.failed.lock().await.is_some_and(|(until, _)| Instant::now() < until);
+            let skip = copy.is_some() && self.health.failed.lock().await.is_some_and(|(until, _)| Instant::now() < until);
             let fetched = if skip { None } else { Some(self.fetch(&order, &base, shard, &key, &mut doubt).await) };
             drop(held);
             self.tidy(&key);
@@ -462,7 +472,8 @@ impl Bringer {
         doubt: &mut Doubt,
     ) -> Result<(), NotHere> {
         let settings = Settings::of_process().with_job(&order.env);
-        let store = Store::open(base, &settings).map_err(|fault| if fault.trouble.is_transient() { NotHere::Later(fault) } else { NotHere::Never(fault) })?;
+        let store = Store::open(base, &settings)
+            .map_err(|fault| if fault.trouble.is_transient() { NotHere::Later(fault) } else { NotHere::Never(fault) })?;
         fetch(&store, shard, &self.cache, key, doubt).await
     }
 
@@ -481,19 +492,19 @@ impl Bringer {
         let fault = StoreFault { job: self.job, step: None, trouble, reason };
         // The driver is gone only when the agent ends.
         let _ = self.done.send(Done::StoreFault(fault)).await;
-        let mut failed = self.failed.lock().await;
+        let mut failed = self.health.failed.lock().await;
         let next = failed.map_or(DATA_WAIT_MIN, |(_, wait)| (wait * 2).min(DATA_WAIT_MAX));
         *failed = Some((Instant::now() + next, next));
     }
 
     async fn store_works(&self) {
-        if self.failed.lock().await.take().is_some() {
+        if self.health.failed.lock().await.take().is_some() {
             self.turn(false, "the store gives shards again".into()).await;
         }
     }
 
     async fn turn(&self, local: bool, reason: String) {
-        if self.local.swap(local, Ordering::Relaxed) != local || !local {
+        if self.health.local.swap(local, Ordering::Relaxed) != local || !local {
             let _ = self.done.send(Done::DataTurned(DataTurn { job: self.job, local, reason })).await;
         }
     }
@@ -524,7 +535,11 @@ fn is_whole(path: &Path, shard: &ListedShard) -> bool {
 fn link(path: &Path, place: &Path, for_good: bool) -> io::Result<()> {
     let draft = place.with_extension("tmp");
     fs::remove_file(&draft).or_else(not_found_is_fine)?;
-    if for_good { fs::hard_link(path, &draft)? } else { std::os::unix::fs::symlink(path, &draft)? }
+    if for_good {
+        fs::hard_link(path, &draft)?
+    } else {
+        std::os::unix::fs::symlink(path, &draft)?
+    }
     fs::rename(&draft, place)?;
     // Two names of one file: the rename did nothing, and the draft is left.
     fs::remove_file(&draft).or_else(not_found_is_fine)

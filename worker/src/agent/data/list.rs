@@ -18,7 +18,8 @@ pub(super) async fn list(sources: &[ShardSource], settings: &Settings) -> Result
             text += about.name.len() + about.etag.as_ref().map_or(0, String::len);
             shards.push(ListedShard { source: number as u32, name: about.name, bytes: about.bytes, etag: about.etag });
             if shards.len() > SHARDS_MAX || text > LISTING_BYTES_MAX {
-                let why = format!("a job has at most {SHARDS_MAX} shards, with {LISTING_BYTES_MAX} bytes of names: make fewer and larger ones");
+                let why =
+                    format!("a job has at most {SHARDS_MAX} shards, with {LISTING_BYTES_MAX} bytes of names: make fewer and larger ones");
                 return Err(fault(Trouble::Settings, source, &why));
             }
         }

@@ -64,7 +64,17 @@ impl Gang {
 
     fn new(spec: GangSpec, stage: Stage, ranks: impl IntoIterator<Item = u32>) -> Self {
         let ranks = ranks.into_iter().map(|rank| (rank, Rank::default())).collect();
-        Self { spec, stage, resumed: None, kill_at: None, ranks, snapshot_freed: false, membership: None, found_at: None, awaits_data: false }
+        Self {
+            spec,
+            stage,
+            resumed: None,
+            kill_at: None,
+            ranks,
+            snapshot_freed: false,
+            membership: None,
+            found_at: None,
+            awaits_data: false,
+        }
     }
 }
 
