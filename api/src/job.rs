@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::ids::JobId;
 pub use crate::model::MODEL_PRESETS;
 use crate::rank::Cause;
 use crate::store::Place;
@@ -98,6 +99,9 @@ pub struct JobSpec {
     /// When state is saved and how much is kept.
     #[serde(default)]
     pub checkpoint: CheckpointPolicy,
+    /// Where logs and post-mortems go when an attempt ends.
+    #[serde(default)]
+    pub logs: LogArchive,
     /// Data shards, assigned round-robin to the ranks.
     #[serde(default)]
     pub data: DataSpec,
@@ -317,6 +321,16 @@ impl Default for CheckpointPolicy {
     }
 }
 
+/// Where logs and post-mortems go when an attempt ends.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct LogArchive {
+    /// A store that gets them, in a folder of the job; `checkpoint.to` where this is not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub to: Option<Place>,
+}
+
 /// Time between checkpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged)]
@@ -367,6 +381,18 @@ impl Default for JobSpec {
 }
 
 impl JobSpec {
+    /// The folder of this job in the store that has its logs and post-mortems, if it has one.
+    pub fn archive(&self, id: JobId) -> Option<Place> {
+        Some(self.logs.to.as_ref().or(self.checkpoint.to.as_ref())?.join(&id.to_string()))
+    }
+
+    /// What its processes are given, secrets too: what reaches and opens its stores is among them.
+    pub fn environment(&self) -> BTreeMap<String, String> {
+        let mut all = self.env.clone();
+        all.extend(self.secrets.clone());
+        all
+    }
+
     /// `{"world_size": N}` and nothing else.
     pub fn default_for(world_size: u32) -> Self {
         Self {
@@ -391,6 +417,7 @@ impl JobSpec {
             restart: RestartPolicy::default(),
             heartbeat: HeartbeatPolicy::default(),
             checkpoint: CheckpointPolicy::default(),
+            logs: LogArchive::default(),
             data: DataSpec::default(),
             stop_grace: default_stop_grace(),
             time_limit: None,

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 
-from lib import BIN, Everlit, is_alive, run, until
+from lib import BIN, Everlit, is_alive, run, sse, until
 from stores import KEY, READER, READER_SECRET, SECRET, Proxy, Weed
 
 # Bits are compared: everything is a function of seed, step and rank.
@@ -342,7 +342,51 @@ def a_shared_folder_works_the_same():
                 assert resumed(everlit, again)[0] == f"attempt 1 resumes from the checkpoint of step {step}, fetched from {shared}/{job}", resumed(everlit, again)
 
 
+LINES = 3_000
+# Two attempts of numbered lines; the first one fails.
+NUMBERED = ["sh", "-c", f'i=0; while [ $i -lt {LINES} ]; do echo "attempt $EVERLIT_ATTEMPT line $i of an archive"; i=$((i+1)); done; [ $EVERLIT_ATTEMPT = 2 ] || exit 7']
+
+
+def logs_and_why_it_failed_are_there_when_the_node_is_gone():
+    expected = [f"attempt {attempt} line {line} of an archive" for attempt in (1, 2) for line in range(LINES)]
+    with Weed() as weed, Everlit() as everlit:
+        job = everlit.submit(world_size=1, command=NUMBERED, restart={"backoff": FAST}, logs={"to": "s3://runs/logs"}, **opened(weed.url()))
+        assert everlit.final(job)["state"] == "succeeded"
+        read = lambda: everlit.request("GET", f"/jobs/{job}/logs", raw=True).decode().splitlines()
+        assert read() == expected
+        stream = lambda **more: [(id, data) for id, event, data in sse(everlit.request("GET", f"/jobs/{job}/logs/stream", raw=True, **more).splitlines(True)) if event == "log"]
+        told = stream()
+        until("both attempts are in the bucket", lambda: len(named(everlit, job, "logs_archived")) == 2)
+        until("why the first failed, too", lambda: named(everlit, job, "postmortem_stored"))
+        kept = json.loads(weed.get(f"runs/logs/{job}/postmortems/attempt-0000000001.json"))
+        last = kept["ranks"][0]["lines"]
+        assert kept["failures"][0]["exit"]["code"] == 7 and last == expected[LINES - 200 : LINES], kept
+        assert kept == everlit.get(f"/jobs/{job}/attempts/1/postmortem")
+        for again, flags in [("nobody is linked", ["--no-local-agent"]), ("a node of that name has nothing", [])]:
+            agent = everlit.agent_pid()
+            everlit.kill()
+            if agent:
+                os.kill(agent, signal.SIGKILL)
+                until("the agent is gone", lambda: not is_alive(agent))
+            remove(everlit.data / "agent")
+            everlit.flags = flags
+            everlit.up(wait=False)
+            until("ready", everlit.is_ready)
+            if not flags:
+                until("its node", lambda: everlit.get("/status")["nodes"]["ready"])
+            assert read() == expected, again
+            middle = told[len(told) // 2]
+            rest = stream(headers={"Last-Event-ID": middle[0]})
+            assert rest == told[len(told) // 2 + 1 :], (again, rest[:1], middle)
+            tail = everlit.request("GET", f"/jobs/{job}/logs?tail=3&attempt=1", raw=True).decode().splitlines()
+            assert tail == expected[LINES - 3 : LINES], tail
+            found = everlit.get(f"/jobs/{job}/attempts/1/postmortem")
+            assert found["ranks"] == kept["ranks"] and not found.get("lines_missing"), found
+            print(f"     {again}: {len(expected)} lines, each once and in order; {len(rest)} after {middle[0]}")
+
+
 CHECKS = [
+    logs_and_why_it_failed_are_there_when_the_node_is_gone,
     trains_to_a_bucket_loses_all_else_and_goes_on_elsewhere,
     an_agent_that_lost_its_folder_fetches_what_is_in_the_bucket,
     what_can_not_be_opened_says_so,

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use self::copies::{CopyDoor, CopyOrder};
-use self::stored::{StoreFault, UploadOrder, Uploaded};
+use self::stored::{ArchiveOrder, Archived, StoreFault, UploadOrder, Uploaded};
 use crate::data::{DataTurn, Listed};
 use crate::gpu::GpuError;
 use crate::ids::{Incarnation, JobId, NodeId};
@@ -90,6 +90,8 @@ pub enum FromAgent {
     },
     /// A checkpoint is in its store.
     Uploaded(Uploaded),
+    /// A log is in its store.
+    LogsArchived(Archived),
     /// A store did not do what it was asked for.
     StoreFault(StoreFault),
     /// A job's data shards in a store were listed, for the first time.
@@ -375,6 +377,8 @@ pub enum ToAgent {
     CopyCheckpoint(CopyOrder),
     /// Put a checkpoint in a store.
     Upload(UploadOrder),
+    /// Put a log in a store.
+    ArchiveLogs(ArchiveOrder),
     /// Put aside what attempts up to this one have committed beyond a step: it was committed when a later attempt had begun elsewhere.
     PutAside {
         /// Whose.

@@ -36,10 +36,12 @@ mod tokens;
 
 pub use guard::Policy;
 pub use peer::Peer;
+pub use postmortem::postmortem;
 pub use rate::Limit;
 
 /// Whoever is in control, as every door has it.
-type Shared = Arc<dyn Control>;
+/// Who answers.
+pub type Shared = Arc<dyn Control>;
 
 /// The doors.
 pub fn router(control: Arc<dyn Control>, policy: Policy) -> Router {

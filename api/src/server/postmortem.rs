@@ -1,7 +1,7 @@
 //! Why an attempt ended as it did: put together from its history, the events, and what its ranks wrote last.
 //!
-//! Nothing is kept for it twice: events are durable and hold the evidence (exits, stacks, what the nodes were doing), logs are on the nodes.
-//! Lines are there as long as the job's log is, and the rank's node is linked; else the answer says so and has the rest. Which node that was nobody
+//! Nothing is kept for it twice: events are durable and hold the evidence (exits, stacks, what the nodes were doing), logs are on the nodes, or in
+//! the job's store. Lines are there as long as one of these can be read; else the answer says so and has the rest. Which node that was nobody
 //! needs to know: only that one has lines of this rank and attempt.
 
 use std::collections::BTreeMap;
@@ -18,7 +18,7 @@ use super::extract::{Attempt, Params};
 use crate::agent::log::FLAG_DROPPED;
 use crate::control::{EventQuery, LogItem, LogQuery};
 use crate::ids::JobId;
-use crate::problem::Code;
+use crate::problem::{Code, Problem};
 use crate::rank::Cause;
 use crate::status::{EventView, FailureView, Postmortem, RankWords};
 
@@ -47,19 +47,24 @@ const RANKS_AT_ONCE: usize = 8;
     ), responses((status = 200, description = "The post-mortem", body = Postmortem)))]
 pub(super) async fn one(State(control): State<Shared>, Attempt(id, n): Attempt, params: Params) -> Result<Json<Postmortem>, Refusal> {
     params.finish()?;
+    Ok(Json(postmortem(&control, id, n).await?))
+}
+
+/// The same for who puts it elsewhere.
+pub async fn postmortem(control: &Shared, id: JobId, n: u32) -> Result<Postmortem, Problem> {
     let attempts = control.attempts(id).await?;
     let Some(view) = attempts.into_iter().find(|view| view.attempt == n) else {
-        return Err(Refusal::new(Code::NotFound, format!("job {id} has no attempt {n}")));
+        return Err(Problem::new(Code::NotFound, format!("job {id} has no attempt {n}")));
     };
     let summary = control.summary(id).await?;
-    let (failures, decision) = story(all_events(&control, id).await?, n);
+    let (failures, decision) = story(all_events(control, id).await?, n);
     let mut order: Vec<u32> = failures.iter().filter_map(|failure| failure.rank).chain(view.first_failed_rank).collect();
     order.extend(0..summary.world_size.min(RANKS_MAX as u32));
     let mut seen = std::collections::BTreeSet::new();
     order.retain(|rank| seen.insert(*rank));
     order.truncate(RANKS_MAX);
-    let (ranks, missing) = words(&control, id, n, order).await;
-    Ok(Json(Postmortem {
+    let (ranks, missing) = words(control, id, n, order).await;
+    Ok(Postmortem {
         job_id: id,
         attempt: n,
         started_at: view.started_at,
@@ -73,10 +78,10 @@ pub(super) async fn one(State(control): State<Shared>, Attempt(id, n): Attempt, 
         failures,
         ranks,
         lines_missing: missing,
-    }))
+    })
 }
 
-async fn all_events(control: &Shared, id: JobId) -> Result<Vec<EventView>, Refusal> {
+async fn all_events(control: &Shared, id: JobId) -> Result<Vec<EventView>, Problem> {
     let mut all = Vec::new();
     let mut after = None;
     for _ in 0..PAGES_MAX {

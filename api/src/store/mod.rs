@@ -1,12 +1,15 @@
 //! Where things are kept beyond a node: buckets (`s3://`, `gs://`, `az://`) and folders that several machines share (`file://`, a path).
 //!
 //! A [`Place`] is the words; behind feature `store` stand the one door to it ([`Store`]), the credentials that open it ([`Settings`]), and
-//! the rules by which checkpoints are kept there ([`Shelf`]). Nothing here knows a job's state or decides when something is kept.
+//! the rules by which checkpoints ([`Shelf`]) and logs ([`Archive`]) are kept there. Nothing here knows a job's state or decides when something
+//! is kept.
 
 mod lineage;
 mod place;
 mod trouble;
 
+#[cfg(feature = "store")]
+mod archive;
 #[cfg(feature = "store")]
 mod door;
 #[cfg(feature = "store")]
@@ -24,6 +27,8 @@ pub use lineage::Lineage;
 pub use place::{Place, Scheme};
 pub use trouble::Trouble;
 
+#[cfg(feature = "store")]
+pub use archive::{Archive, Listed, PIECE_BYTES, Piece};
 #[cfg(feature = "store")]
 pub use door::{About, Store};
 #[cfg(feature = "store")]

@@ -96,6 +96,13 @@ pub enum Command {
         /// What.
         frame: ToAgent,
     },
+    /// Put the post-mortem of an attempt in its job's store.
+    KeepPostmortem {
+        /// Whose.
+        job: JobId,
+        /// Which attempt.
+        attempt: u32,
+    },
     /// The job is final and no longer in the engine: readers find it in the store.
     Final {
         /// Which.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use everlit_api::agent::stored::{StoreFault, Uploaded};
+use everlit_api::agent::stored::{Archived, StoreFault, Uploaded};
 use everlit_api::agent::{Beat, CheckpointNews, Exited, FromAgent, GpuHolder, Hello, Resumed, Started};
 use everlit_api::data::{DataTurn, Listed};
 use everlit_api::gpu::GpuError;
@@ -11,6 +11,7 @@ use everlit_api::job::JobSpec;
 use everlit_api::manifest::SaveError;
 use everlit_api::rank::{Stacks, Verdict};
 use everlit_api::status::{CheckpointView, NodeLoad};
+use everlit_api::store::Trouble;
 use everlit_api::time::Millis;
 
 /// One fact or wish.
@@ -148,6 +149,22 @@ pub enum Event {
         /// What.
         done: Uploaded,
     },
+    /// A node has put its log of a job in the job's store.
+    LogsArchived {
+        /// Which node.
+        node: NodeId,
+        /// What.
+        done: Archived,
+    },
+    /// A post-mortem is in its job's store, or is not.
+    PostmortemKept {
+        /// Whose.
+        job: JobId,
+        /// Which attempt.
+        attempt: u32,
+        /// Where it is, or what the store's fault was.
+        outcome: Result<String, (Trouble, String)>,
+    },
     /// A store did not do what a node asked of it.
     StoreFault {
         /// Which node.
@@ -231,6 +248,7 @@ impl Event {
             FromAgent::Quarantined { job, step, reason } => Self::CheckpointQuarantined { node: node.clone(), job, step, reason },
             FromAgent::CopyFailed { job, step, reason } => Self::CopyFailed { node: node.clone(), job, step, reason },
             FromAgent::Uploaded(done) => Self::Uploaded { node: node.clone(), done },
+            FromAgent::LogsArchived(done) => Self::LogsArchived { node: node.clone(), done },
             FromAgent::StoreFault(fault) => Self::StoreFault { node: node.clone(), fault },
             FromAgent::DataListed(listed) => Self::DataListed { node: node.clone(), listed },
             FromAgent::DataTurned(news) => Self::DataTurned { node: node.clone(), news },

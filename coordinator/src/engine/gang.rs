@@ -219,6 +219,7 @@ impl Engine {
     /// Every rank has ended: say so, let the agents forget, and decide what follows.
     fn end_attempt(&mut self, turn: &mut Turn, id: JobId) {
         self.timers.clear(&Timer::Straggler(id));
+        self.archive_logs(turn, id);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let Some(gang) = job.gang.as_mut() else { return };
         for share in &gang.placement {

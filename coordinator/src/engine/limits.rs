@@ -74,6 +74,8 @@ pub const FETCHES_MAX: u32 = 3;
 pub const STORE_FAULT_EVERY_MS: u64 = 10 * 60 * 1000;
 /// Jobs that are over and whose last upload is waited for, for the event.
 pub const LAST_UPLOADS_MAX: usize = 1_000;
+/// Jobs that are over and whose logs are not all in their stores.
+pub const LAST_ARCHIVES_MAX: usize = 1_000;
 /// Told steps of a rank whose median is compared with the others'; odd, so that there is one in the middle.
 pub const SLOW_WINDOW: usize = 9;
 /// A rank whose own part of a step takes more than this many times as long as the others' is slow: ranks that do the same on machines of one

@@ -11,6 +11,7 @@ use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::store::Trouble;
 use everlit_api::time::Timestamp;
 
+mod archives;
 mod beats;
 mod blame;
 mod checkpoint;
@@ -100,6 +101,10 @@ pub struct Engine {
     /// What nodes said of ranks and files that are not theirs.
     foreign: u64,
     last_uploads: uploads::LastUploads,
+    last_archives: archives::LastArchives,
+    /// Logs that were put in stores since the start, and their bytes.
+    archives: u64,
+    archive_bytes: u64,
     /// Checkpoints that were put in stores since the start, their bytes, and faults by kind.
     uploads: u64,
     upload_bytes: u64,
@@ -144,6 +149,9 @@ impl Engine {
             stale: 0,
             foreign: 0,
             last_uploads: BTreeMap::new(),
+            last_archives: BTreeMap::new(),
+            archives: 0,
+            archive_bytes: 0,
             uploads: 0,
             upload_bytes: 0,
             store_faults: BTreeMap::new(),
@@ -179,6 +187,8 @@ impl Engine {
             Event::CheckpointQuarantined { node, job, step, reason } => self.on_checkpoint_quarantined(turn, &node, job, step, &reason),
             Event::CopyFailed { node, job, step, reason } => self.on_copy_failed(turn, &node, job, step, &reason),
             Event::Uploaded { node, done } => self.on_uploaded(turn, &node, &done),
+            Event::LogsArchived { node, done } => self.on_logs_archived(turn, &node, &done),
+            Event::PostmortemKept { job, attempt, outcome } => self.on_postmortem_kept(turn, job, attempt, outcome),
             Event::StoreFault { node, fault } => self.on_store_fault(turn, &node, &fault),
             Event::DataListed { node, listed } => self.on_data_listed(turn, &node, listed),
             Event::DataTurned { node, news } => self.on_data_turned(turn, &node, &news),
@@ -225,7 +235,9 @@ impl Engine {
                 let (state, delete, nodes) = (job.state, job.delete_when_final, job.keepers());
                 turn.step.commands.push(Command::Final { job: id, state, nodes, delete });
                 self.timers.clear_job(id);
-                self.jobs.remove(&id);
+                if let Some(job) = self.jobs.remove(&id) {
+                    self.await_last_archives(&job);
+                }
             }
         }
         turn.step

@@ -46,6 +46,7 @@ impl Engine {
         self.look_at_copies(turn.now);
         self.look_at_uploads(turn, &id);
         self.feeds_again(turn, &id);
+        self.look_at_archives(turn, &id);
         self.queue.unpark();
         self.schedule(turn);
     }

@@ -6,7 +6,7 @@
 //! The trap: spares, and processes whose seat was given away, have no rank; only gangs on one node have spares, and of the others any node of the
 //! gang may tell, for nothing follows from it.
 
-use everlit_api::agent::stored::{StoreFault, Uploaded};
+use everlit_api::agent::stored::{Archived, StoreFault, Uploaded};
 use everlit_api::data::Listed;
 use everlit_api::ids::{Incarnation, JobId, NodeId};
 
@@ -44,9 +44,9 @@ impl Engine {
             Event::StartFailed { job, attempt, .. } | Event::GpuHeld { job, attempt, .. } => self.takes_part(node, *job, *attempt),
             Event::CheckpointSeen { news, .. } => self.keeps_files(node, news.job) && self.is_known(news.job, news.attempt),
             Event::CheckpointQuarantined { job, .. } | Event::CopyFailed { job, .. } => self.keeps_files(node, *job),
-            Event::Uploaded { done: Uploaded { job, .. }, .. } | Event::StoreFault { fault: StoreFault { job, .. }, .. } => {
-                self.keeps_files(node, *job)
-            }
+            Event::Uploaded { done: Uploaded { job, .. }, .. }
+            | Event::LogsArchived { done: Archived { job, .. }, .. }
+            | Event::StoreFault { fault: StoreFault { job, .. }, .. } => self.keeps_files(node, *job),
             // Of itself alone, by the name that its certificate has.
             Event::NodeLinked { .. }
             | Event::NodeUnlinked { .. }
@@ -60,6 +60,7 @@ impl Engine {
             | Event::SaveRequested { .. }
             | Event::CordonRequested { .. }
             | Event::NodeExpelled { .. }
+            | Event::PostmortemKept { .. }
             | Event::Said { .. }
             | Event::Woke => false,
         };

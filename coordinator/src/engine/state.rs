@@ -109,6 +109,9 @@ pub struct Job {
     /// Which node puts which step in its store.
     #[serde(skip)]
     pub uploading: Uploading,
+    /// Nodes whose log is not in its store yet, as far as they have said, with the attempt up to whose end it is wanted.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub archiving: BTreeMap<NodeId, u32>,
     /// Where the ranks of the attempt before this one ran, or of the last.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ran_on: Vec<PlacedRanks>,

@@ -114,7 +114,8 @@ impl Engine {
     pub(super) fn on_store_fault(&mut self, turn: &mut Turn, node: &NodeId, fault: &StoreFault) {
         *self.store_faults.entry(fault.trouble).or_default() += 1;
         let active = self.jobs.get_mut(&fault.job).map(|job| &mut job.uploading.told);
-        let Some(told) = active.or_else(|| self.last_uploads.get_mut(&fault.job)) else { return };
+        let last = active.or_else(|| self.last_uploads.get_mut(&fault.job));
+        let Some(told) = last.or_else(|| self.last_archives.get_mut(&fault.job).map(|last| &mut last.told)) else { return };
         if told.is_some_and(|(trouble, at)| trouble == fault.trouble && turn.now.since_ms(at) < STORE_FAULT_EVERY_MS) {
             return;
         }

@@ -26,7 +26,7 @@ use super::agents::Agents;
 use super::cannot_save::cannot_save;
 use super::clock::Clock;
 use super::driver::{Handle, Input};
-use super::logs::{ITEMS_MAX, Reader};
+use super::logs::{ITEMS_MAX, Reader, Whereabouts};
 use super::members::{Joining, Members};
 use super::metrics::{Metrics, engine_now, gpu_counts};
 use super::packages::Packages;
@@ -348,16 +348,16 @@ impl Control for Coordinator {
     fn logs(&self, id: JobId, query: LogQuery) -> Answer<'_, mpsc::Receiver<LogItem>> {
         Box::pin(async move {
             let news = self.handle.news.subscribe();
-            let (nodes, state) = self.of_job(id, |job, _, _| (job.nodes.clone(), job.state)).await?;
+            let at = self.of_job(id, |job, _, _| Whereabouts::of(job)).await?;
             let (items, receiver) = mpsc::channel(ITEMS_MAX);
             let own = self.clone();
             let look = move || {
                 let own = own.clone();
-                let found = async move { own.of_job(id, |job, _, _| (job.nodes.clone(), job.state)).await.ok() };
+                let found = async move { own.of_job(id, |job, _, _| Whereabouts::of(job)).await.ok() };
                 Box::pin(found) as futures_util::future::BoxFuture<'static, _>
             };
-            let ended = state.is_final().then_some(state);
-            let reader = Reader { agents: self.agents.clone(), job: id, nodes, query, ended, news, look: Box::new(look), items };
+            let ended = at.state.is_final().then_some(at.state);
+            let reader = Reader { agents: self.agents.clone(), job: id, at, query, ended, news, look: Box::new(look), items };
             tokio::spawn(reader.run());
             Ok(receiver)
         })

@@ -24,7 +24,7 @@ use super::agents::Agents;
 use super::clock::Clock;
 use super::metrics::Metrics;
 use super::store::{Batch, Idempotency, JoinTokenRow, MemberRow, Store, StoreError, StoredEvent, TokenRow};
-use crate::engine::limits::QUEUED_JOBS_MAX;
+use crate::engine::limits::{LAST_ARCHIVES_MAX, QUEUED_JOBS_MAX};
 use crate::engine::{Command, Engine, Event, EventRow, Step};
 
 /// Inputs that may wait.
@@ -41,6 +41,8 @@ const KEY_MEMORY_MS: u64 = 30_000;
 const WARN_EVERY_MS: u64 = 60_000;
 /// Events that a slow follower may lag behind before it reads the store again.
 const FOLLOW_EVENTS: usize = 1_024;
+/// Jobs that ended so long ago are asked after their logs no more at a start.
+const ARCHIVED_WITHIN_MS: u64 = 7 * 24 * 3_600_000;
 
 /// What runs once everything before it is durable: an answer to a caller.
 pub type After = Box<dyn FnOnce() + Send>;
@@ -155,6 +157,8 @@ pub struct Driver {
     removals_asked: BTreeMap<NodeId, usize>,
     /// When it was last warned of a node that speaks of what is not its own.
     warned: BTreeMap<NodeId, Timestamp>,
+    /// Post-mortems that are to be kept.
+    postmortems: Option<mpsc::Sender<(JobId, u32)>>,
 }
 
 impl Driver {
@@ -168,7 +172,14 @@ impl Driver {
     ) -> Result<(Self, Clock, broadcast::Sender<News>), StoreError> {
         let (event_seq, last_time, last_job) = store.last().await?;
         let clock = Clock::after(last_time);
-        let engine = Engine::load(config, clock.now(), &store.active_jobs().await?, &store.nodes().await?).map_err(StoreError::Refused)?;
+        let mut engine =
+            Engine::load(config, clock.now(), &store.active_jobs().await?, &store.nodes().await?).map_err(StoreError::Refused)?;
+        for row in store.jobs_to_archive(Timestamp(clock.now().0.saturating_sub(ARCHIVED_WITHIN_MS)), LAST_ARCHIVES_MAX as u32).await? {
+            // What can not be read keeps no coordinator from its start: it is over.
+            if let Ok(job) = crate::engine::read_job(&row) {
+                engine.await_archives(&job);
+            }
+        }
         let mut removals: BTreeMap<NodeId, BTreeSet<JobId>> = BTreeMap::new();
         for (job, node) in store.removals().await? {
             removals.entry(node).or_default().insert(job);
@@ -199,8 +210,14 @@ impl Driver {
             removals,
             removals_asked: BTreeMap::new(),
             warned: BTreeMap::new(),
+            postmortems: None,
         };
         Ok((driver, clock, news))
+    }
+
+    /// Who puts post-mortems in stores.
+    pub fn keeps_postmortems(&mut self, queue: mpsc::Sender<(JobId, u32)>) {
+        self.postmortems = Some(queue);
     }
 
     /// Runs until every sender of inputs is gone.
@@ -446,6 +463,7 @@ impl Driver {
         let row = EventRow { job: None, time: self.clock.now(), event: "job_deleted", reason: format!("job {job} was removed"), data };
         self.pending.batch.events.push((self.event_seq, row));
         self.pending.batch.remove(job, nodes.clone());
+        self.engine.forget_archives(job);
         self.pending.steps += 1;
         for node in nodes {
             self.removals.entry(node.clone()).or_default().insert(job);
@@ -509,6 +527,12 @@ impl Driver {
                 Command::Tell { node, mut frame } => {
                     self.add_secrets(&mut frame);
                     self.agents.tell(&node, &frame);
+                }
+                Command::KeepPostmortem { job, attempt } => {
+                    // Full, so many failed at once that nobody reads all of it; who asks later is told as ever.
+                    if self.postmortems.as_ref().is_some_and(|queue| queue.try_send((job, attempt)).is_err()) {
+                        tracing::warn!(%job, attempt, "a post-mortem is not put in its store: too many wait");
+                    }
                 }
                 Command::Final { job, state, .. } => drop(self.news.send(News::Final(job, state))),
             }

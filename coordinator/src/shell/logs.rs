@@ -3,6 +3,7 @@
 //! Promised: the order of a node's lines is the order in its segments, for ever; over any reconnect no line is lost or repeated, for an id is the
 //! vector of the places on all nodes. Between nodes history is merged by time as long as every node answers; one that is silent for 2 s (10 s
 //! while it looks for where a tail begins) is not waited for, and its lines come when they come. What is new comes in the order of arrival.
+//! A node that is gone: what its job's store has of its log comes from there ([`archive`]), at the same positions; what is not there is told.
 //! Not promised: that two readers see lines of different nodes in the same order; a tail has no lines of nodes that did not answer in time.
 //! A job's end: once it is final the log is read once more without following, so nothing written before the end is missed.
 
@@ -23,9 +24,11 @@ use tokio::time::{Instant, sleep_until};
 
 use super::agents::Agents;
 use super::driver::News;
+pub use archive::Whereabouts;
 use sources::Sources;
 use tail::Tail;
 
+pub(super) mod archive;
 mod merge;
 mod sources;
 mod tail;
@@ -48,6 +51,13 @@ pub enum LogMessage {
     Closed(Option<String>),
     /// The link is gone.
     Gone,
+    /// What an archive has was given.
+    Archived {
+        /// What it has not, for people.
+        lacks: Option<String>,
+        /// That is because it could not be read.
+        failed: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -121,7 +131,7 @@ impl Streams {
 }
 
 /// Where a job's log is and how far the job is; `None` when it is gone.
-pub type Look = Box<dyn Fn() -> futures_util::future::BoxFuture<'static, Option<(Vec<NodeId>, JobState)>> + Send + Sync>;
+pub type Look = Box<dyn Fn() -> futures_util::future::BoxFuture<'static, Option<Whereabouts>> + Send + Sync>;
 
 /// One reader of one job's log.
 pub struct Reader {
@@ -129,8 +139,8 @@ pub struct Reader {
     pub agents: Arc<Agents>,
     /// Which job.
     pub job: JobId,
-    /// Where its log is, in the order in which they came to the job; empty when it never had a place.
-    pub nodes: Vec<NodeId>,
+    /// Where its log is; on no node when it never had a place.
+    pub at: Whereabouts,
     /// What is wanted.
     pub query: LogQuery,
     /// How it ended, when it has.
@@ -157,8 +167,9 @@ impl Reader {
                 sources.on_message(stream, message, now);
             }
             let follow = self.query.follow && self.ended.is_none();
-            sources.open(follow, now);
+            sources.open(follow, &self.at, now);
             sources.judge(now);
+            sources.settle(follow, now);
             if !self.give_out(&mut sources, &mut tail, follow).await {
                 return;
             }
@@ -183,7 +194,7 @@ impl Reader {
     /// Nodes that came to the job, now or since.
     fn add_new(&self, sources: &mut Sources, tail: bool, now: Instant) {
         let live = sources.len() > 0 && !tail;
-        for index in sources.len()..self.nodes.len() {
+        for index in sources.len()..self.at.nodes.len() {
             let start = match (&self.query.after, self.query.tail) {
                 (Some(place), _) => {
                     let at = place.of(index);
@@ -194,7 +205,7 @@ impl Reader {
                 }
                 _ => LogStart::Beginning,
             };
-            sources.add(self.nodes[index].clone(), start, live, now);
+            sources.add(self.at.nodes[index].clone(), start, live, now);
         }
     }
 
@@ -250,13 +261,13 @@ impl Reader {
 
     /// False when the job is gone.
     async fn look_again(&mut self) -> bool {
-        let Some((nodes, state)) = (self.look)().await else {
+        let Some(at) = (self.look)().await else {
             let gone = Problem::new(Code::NotFound, format!("job {} was removed", self.job));
             let _ = self.items.send(LogItem::Failed(gone)).await;
             return false;
         };
-        self.nodes = nodes;
-        self.ended = state.is_final().then_some(state);
+        self.ended = at.state.is_final().then_some(at.state);
+        self.at = at;
         true
     }
 }

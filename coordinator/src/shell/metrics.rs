@@ -32,6 +32,8 @@ pub struct Metrics {
     stale: Gauge,
     foreign: Gauge,
     uploads: Gauge,
+    archives: Gauge,
+    archive_bytes: Gauge,
     upload_bytes: Gauge,
     store_faults: Family<Label, Gauge>,
     commits: Histogram,
@@ -55,6 +57,8 @@ impl Default for Metrics {
             stale: Gauge::default(),
             foreign: Gauge::default(),
             uploads: Gauge::default(),
+            archives: Gauge::default(),
+            archive_bytes: Gauge::default(),
             upload_bytes: Gauge::default(),
             store_faults: Family::default(),
             commits: Histogram::new(exponential_buckets(0.000_25, 2.0, 14)),
@@ -77,6 +81,8 @@ impl Default for Metrics {
         );
         registry.register("checkpoint_uploads", "Checkpoints put in jobs' stores since the start", own.uploads.clone());
         registry.register("checkpoint_upload_bytes", "Bytes of them that were sent", own.upload_bytes.clone());
+        registry.register("log_archives", "Logs put in jobs' stores since the start", own.archives.clone());
+        registry.register("log_archive_bytes", "Bytes of logs put in jobs' stores since the start", own.archive_bytes.clone());
         registry.register("checkpoint_store_faults", "Faults of jobs' stores since the start, by kind", own.store_faults.clone());
         registry.register_with_unit("store_commit", "Time of a transaction until it is durable", Unit::Seconds, own.commits.clone());
         registry.register("store_commit_steps", "Engine steps per transaction", own.batch.clone());
@@ -105,6 +111,8 @@ pub struct Now {
     pub foreign: u64,
     /// Checkpoints that were put in stores, and their bytes.
     pub uploads: (u64, u64),
+    /// Logs that were put in stores, and their bytes.
+    pub archives: (u64, u64),
     /// Faults of stores.
     pub store_faults: BTreeMap<Trouble, u64>,
     /// Since the start.
@@ -171,6 +179,8 @@ impl Metrics {
         self.stale.set(now.stale as i64);
         self.foreign.set(now.foreign as i64);
         self.uploads.set(now.uploads.0 as i64);
+        self.archives.set(now.archives.0 as i64);
+        self.archive_bytes.set(now.archives.1 as i64);
         self.upload_bytes.set(now.uploads.1 as i64);
         for (trouble, count) in &now.store_faults {
             self.store_faults.get_or_create(&vec![("trouble", trouble.name().to_string())]).set(*count as i64);
@@ -197,6 +207,7 @@ pub(super) fn engine_now(engine: &Engine) -> Now {
         stale: engine.stale_news(),
         foreign: engine.foreign_news(),
         uploads: (uploads, upload_bytes),
+        archives: engine.archived(),
         store_faults: store_faults.clone(),
         uptime: Duration::ZERO,
     }

@@ -16,6 +16,7 @@ pub mod logs;
 pub mod members;
 pub mod metrics;
 pub mod packages;
+pub mod postmortems;
 pub mod serve;
 pub mod store;
 pub mod tls;

@@ -30,6 +30,7 @@ use super::local::{LocalAgent, beside, reached_at, try_lock};
 use super::members::{Joining, Members};
 use super::metrics::Metrics;
 use super::packages::Packages;
+use super::postmortems;
 use super::serve::serve;
 use super::store::{Store, TOKEN_KEPT_MS};
 use super::tls::{Acceptor, Certificates, PlainListener, Source, TlsListener, own_names};
@@ -104,7 +105,7 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
     let agents = Arc::new(Agents::new(settings.report_interval, silence_max));
     let config = engine::Config { node_timeout_ms: settings.node_timeout.0, ports: settings.rendezvous_ports, ..engine::Config::default() };
     let token: Arc<str> = agent_token(&dir)?.into();
-    let (driver, clock, news) = Driver::load(config, store.clone(), agents.clone(), metrics.clone(), token.clone()).await?;
+    let (mut driver, clock, news) = Driver::load(config, store.clone(), agents.clone(), metrics.clone(), token.clone()).await?;
 
     let tls = settings.tls.clone().map(|tls| Doors::open(tls, &dir, &settings)).transpose()?;
     let listener = TcpListener::bind(settings.listen).await.with_context(|| {
@@ -118,6 +119,8 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
 
     let (inputs, input_queue) = mpsc::channel(INPUTS_MAX);
     let handle = Handle { inputs: inputs.clone(), news };
+    let (postmortems, to_keep) = mpsc::channel(postmortems::WAITING_MAX);
+    driver.keeps_postmortems(postmortems);
     let mut driving = tokio::spawn(driver.run(input_queue));
     let ready = Arc::new(AtomicBool::new(true));
     let coordinator = Coordinator {
@@ -135,6 +138,7 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
         packages: Arc::new(Packages::open(&dir).with_context(|| format!("the folder of packages in {}", dir.display()))?),
         ready: ready.clone(),
     };
+    let keeping = tokio::spawn(postmortems::run(coordinator.clone(), to_keep));
     if let Err(error) = first_token(&coordinator, &dir).await {
         // Behind locks nobody could come in. Elsewhere nobody needs it, and a full disk keeps no coordinator from its start.
         if is_open(&settings) {
@@ -186,6 +190,7 @@ pub async fn up(settings: Settings) -> anyhow::Result<()> {
         End::Leave => false,
     };
     housekeeper.abort();
+    keeping.abort();
     renewing.iter().flatten().for_each(tokio::task::JoinHandle::abort);
     if let Some(keeper) = keeper {
         keeper.abort();

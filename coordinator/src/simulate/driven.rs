@@ -138,7 +138,7 @@ impl Driven {
                     orders.push(Order::Start(gang.attempt));
                 }
                 Command::Tell { frame: ToAgent::StopGang { grace, .. }, .. } => orders.push(Order::Stop { kill: grace.0 == 0 }),
-                Command::Tell { .. } => {}
+                Command::Tell { .. } | Command::KeepPostmortem { .. } => {}
                 Command::Final { .. } => {
                     let why = step.record.events.iter().find(|event| event.event == "job_final");
                     orders.push(Order::GivenUp(why.map(|event| event.reason.clone()).unwrap_or_default()));

@@ -205,6 +205,8 @@ impl World {
                     self.saw(&Seen::Told { node: &node, frame: &frame });
                     self.send_to_agent(&node, frame);
                 }
+                // No world has a store.
+                Command::KeepPostmortem { .. } => {}
                 Command::Final { job, state, delete, .. } => {
                     self.note(4, job.as_u128() as u64, state as u64);
                     self.saw(&Seen::Final { job, state });

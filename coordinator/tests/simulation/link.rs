@@ -169,6 +169,7 @@ impl World {
             | ToAgent::Refused { .. }
             // No world has a store.
             | ToAgent::Upload(_)
+            | ToAgent::ArchiveLogs(_)
             | ToAgent::OpenLog { .. }
             | ToAgent::LogCredit { .. }
             | ToAgent::CloseLog { .. } => return,

@@ -208,7 +208,7 @@ impl Driver {
                 leaving.get_or_insert((reason, Instant::now()));
             }
             if let Some((reason, since)) = leaving
-                && (leaves || self.expelled || !self.engine.has_checkpoints() || !self.effects.must_stay(since.elapsed()))
+                && (leaves || self.expelled || !self.must_stay(since.elapsed()))
             {
                 break reason;
             }
@@ -224,6 +224,11 @@ impl Driver {
         // The last frames; the coordinator learns the rest from the state files.
         let _ = tokio::time::timeout(FLUSH_MAX, link).await;
         Ok(End { reason, expelled: self.expelled })
+    }
+
+    /// Others may still need what is here.
+    fn must_stay(&self, done_since: Duration) -> bool {
+        self.effects.must_archive(done_since) || (self.engine.has_checkpoints() && self.effects.must_stay(done_since))
     }
 
     /// Its end begins, and may take as long as its ranks have to save.
@@ -317,6 +322,11 @@ impl Driver {
             }
             ToAgent::Upload(order) => {
                 self.effects.upload(order);
+                None
+            }
+            ToAgent::ArchiveLogs(order) => {
+                let is_still = !self.engine.living().any(|(incarnation, _)| incarnation.job == order.job);
+                self.effects.archive_logs(order, &self.hello.node, is_still);
                 None
             }
             ToAgent::PutAside { job, attempt, beyond } => {
@@ -471,6 +481,11 @@ impl Driver {
             Done::Uploaded(done) => {
                 tracing::info!(job = %done.job, step = done.step, bytes = done.bytes, took_ms = done.took_ms, "a checkpoint is in its store");
                 self.effects.say(&FromAgent::Uploaded(done));
+                None
+            }
+            Done::Archived(done) => {
+                tracing::info!(job = %done.job, attempt = done.attempt, bytes = done.bytes, took_ms = done.took_ms, "a log is in its store");
+                self.effects.say(&FromAgent::LogsArchived(done));
                 None
             }
             Done::StoreFault(fault) => {

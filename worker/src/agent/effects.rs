@@ -13,10 +13,10 @@ use std::time::Duration;
 
 use everlit_api::agent::copies::{CopyDoor, CopyOrder};
 use everlit_api::agent::log::LogStart;
-use everlit_api::agent::stored::{StoreFault, UploadOrder, Uploaded};
+use everlit_api::agent::stored::{ArchiveOrder, Archived, StoreFault, UploadOrder, Uploaded};
 use everlit_api::agent::{Beat, CheckpointNews, FromAgent, GangSpec, GpuHolder, Hello, Resumed};
 use everlit_api::data::{DataTurn, Listed};
-use everlit_api::ids::{Incarnation, JobId};
+use everlit_api::ids::{Incarnation, JobId, NodeId};
 use everlit_api::ports::PortRange;
 use everlit_api::rank::RankExit;
 use everlit_api::status::NodeLoad;
@@ -24,6 +24,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
+use super::archives::Archives;
 use super::checkpoints::{self, Checked, Tracker};
 use super::copies::{self, Copies};
 use super::data::{Cache, Feeds};
@@ -57,6 +58,7 @@ pub(super) enum Done {
     Copied { job: JobId, step: u64, outcome: Result<Checked, String> },
     PutAside { job: JobId, outcome: Result<Checked, CheckpointError> },
     Uploaded(Uploaded),
+    Archived(Archived),
     StoreFault(StoreFault),
     DataListed(Listed),
     DataTurned(DataTurn),
@@ -87,6 +89,7 @@ pub(super) struct Effects {
     copies: Copies,
     uploads: Uploads,
     feeds: Feeds,
+    archives: Archives,
     outputs: Outputs,
     meter: Option<LoadMeter>,
     report_every: Duration,
@@ -125,6 +128,7 @@ impl Effects {
             copies: Copies::default(),
             uploads: Uploads::new(pace),
             feeds: Feeds::new(Cache::new(folders.shards(), data_cache), folders.clone(), done),
+            archives: Archives::default(),
             outputs: Outputs::new(folders),
             meter: Some(LoadMeter::default()),
             report_every: REPORT_EVERY,
@@ -343,6 +347,16 @@ impl Effects {
         self.is_linked() && self.copies.is_open() && begins_soon && done_since < LAST_COPIES_MAX
     }
 
+    /// Whether logs are still on their way into stores.
+    pub(super) fn must_archive(&self, done_since: Duration) -> bool {
+        self.archives.is_busy() && done_since < LAST_UPLOADS_WAIT
+    }
+
+    /// Has a job's log put in its store. `is_still`: no rank of it lives here.
+    pub(super) fn archive_logs(&mut self, order: ArchiveOrder, node: &NodeId, is_still: bool) {
+        self.archives.order(order, node, is_still, &self.node.folders, &mut self.uploads, &self.done);
+    }
+
     /// Has a checkpoint fetched from another node. One at a time of a job; the newest order waits.
     pub(super) fn copy_checkpoint(&mut self, order: CopyOrder) {
         let Some((order, unwanted, room)) = self.copies.begin(order) else { return };
@@ -448,6 +462,7 @@ impl Effects {
         self.drop_job(job);
         self.copies.drop_job(job);
         self.uploads.drop_job(job);
+        self.archives.drop_job(job);
         self.trashed += 1;
         let node = self.node.clone();
         let grave = node.folders.trash().join(format!("{job}-{}-{}", std::process::id(), self.trashed));

@@ -5,6 +5,7 @@
 //! reading logs) runs on other threads. A rank's process belongs to its shim, so nothing here may assume that it started what it finds.
 
 mod adopt;
+mod archives;
 mod begin;
 mod checkpoints;
 pub mod cli;

@@ -25,7 +25,7 @@ use super::folders::{ERROR_NAME, Folders, GANG_NAME, HEARTBEAT_NAME, SHARDS_NAME
 use super::late::Late;
 use super::memory::Memory;
 use super::resume::Asked;
-use super::{packages, resume, shim};
+use super::{logs, packages, resume, shim};
 use crate::checkpoint;
 use crate::rendezvous::Server;
 use crate::shim::spec::Spec;
@@ -163,7 +163,10 @@ pub(super) fn prepare(node: &Node, spec: &GangSpec, asked: &Asked<'_>) -> Result
     let snapshots = node.memory.make(spec);
     let rendezvous = folders.rendezvous(spec.job, spec.attempt);
     DirBuilder::new().mode(0o700).recursive(true).create(&rendezvous).map_err(failed("make the folder", &rendezvous))?;
-    make_folder(&folders.logs(spec.job))?;
+    let logs = folders.logs(spec.job);
+    if make_folder(&logs)? && spec.attempt > 1 {
+        logs::begin_life(&logs, spec.attempt).map_err(failed("begin the log in", &logs))?;
+    }
     make_folder(&folders.runs(spec.job))?;
     if let Program::Worker { worker, .. } = &spec.program {
         write_settings(&attempt.join(WORKER_NAME), folders, spec, worker)?;

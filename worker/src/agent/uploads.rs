@@ -18,7 +18,7 @@ use everlit_api::agent::stored::{StoreFault, UploadOrder, Uploaded};
 use everlit_api::ids::JobId;
 use everlit_api::manifest::Manifest;
 use everlit_api::store::{CheckedFile, Fault, NotKept, Settings, Shelf, Source, Store, Trouble, digest};
-use tokio::runtime::Runtime;
+use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::effects::{Done, not_found_is_fine};
@@ -40,7 +40,7 @@ impl Pace {
     }
 
     /// When so many bytes may be sent.
-    fn turn(&self, bytes: usize) -> Instant {
+    pub(super) fn turn(&self, bytes: usize) -> Instant {
         let now = Instant::now();
         let Some(rate) = self.bytes_per_second.filter(|rate| *rate > 0) else { return now };
         let mut free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
@@ -81,20 +81,7 @@ impl Uploads {
             });
             return;
         }
-        if self.runtime.is_none() {
-            // Few threads, which yield to ranks: a step must not wait for an upload.
-            let built = tokio::runtime::Builder::new_multi_thread()
-                .worker_threads(2)
-                .thread_name("upload")
-                .on_thread_start(be_nice)
-                .enable_all()
-                .build();
-            match built {
-                Ok(runtime) => self.runtime = Some(runtime),
-                Err(error) => return tracing::warn!(%error, "no checkpoint can be uploaded"),
-            }
-        }
-        let Some(runtime) = &self.runtime else { return };
+        let Some(runtime) = self.runtime() else { return };
         let job = order.job;
         let (to, orders) = watch::channel(order);
         let task = Tended {
@@ -108,6 +95,28 @@ impl Uploads {
         };
         runtime.spawn(task.run());
         self.jobs.insert(job, to);
+    }
+
+    /// Few threads, which yield to ranks: a step must not wait for an upload.
+    pub(super) fn runtime(&mut self) -> Option<Handle> {
+        if self.runtime.is_none() {
+            let built = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .thread_name("upload")
+                .on_thread_start(be_nice)
+                .enable_all()
+                .build();
+            match built {
+                Ok(runtime) => self.runtime = Some(runtime),
+                Err(error) => tracing::warn!(%error, "nothing can be uploaded"),
+            }
+        }
+        self.runtime.as_ref().map(|runtime| runtime.handle().clone())
+    }
+
+    /// What all that is sent to stores shares: how fast, and how many at a time.
+    pub(super) fn shared(&self) -> (Arc<Pace>, Arc<Semaphore>) {
+        (self.pace.clone(), self.room.clone())
     }
 
     /// The job goes: what is under way of it is given up.

@@ -20,7 +20,7 @@ const TRIES: usize = 64;
 const SEGMENT_BYTES_MIN: u64 = 256 * 1024;
 /// Permission bits of a segment, open and sealed.
 const MODE_OPEN: u32 = 0o640;
-const MODE_SEALED: u32 = 0o440;
+pub(crate) const MODE_SEALED: u32 = 0o440;
 const WRITE_BITS: u32 = 0o222;
 
 /// The file name of a segment: twenty digits, so that names sort like numbers.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{Auto, CheckpointInterval, CheckpointPolicy, DataSpec, JobKind, JobSpec, Priority, RestartScope, WORLD_SIZE_MAX};
+use super::{Auto, CheckpointInterval, CheckpointPolicy, DataSpec, JobKind, JobSpec, LogArchive, Priority, RestartScope, WORLD_SIZE_MAX};
 use crate::data::{SHARDS_MAX, ShardSource};
 use crate::ids::JobId;
 use crate::store::Place;
@@ -107,6 +107,7 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
     let min_world_size = elastic(&mut top, world_size, in_place && restart.scope != RestartScope::Gang);
     let heartbeat = top.object("heartbeat", policies::heartbeat);
     let checkpoint = top.object("checkpoint", checkpoint);
+    let logs = top.object("logs", |fields| LogArchive { to: fields.read("to", place) });
     let data = top.object("data", |fields| data(fields, command.is_none()));
     let stop_grace = top.read_or("stop_grace", super::default_stop_grace(), |v| duration(v, Millis(0), DAY));
     let time_limit = top.read("time_limit", |v| duration(v, Millis::secs(1), CENTURY));
@@ -137,6 +138,7 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
         restart,
         heartbeat,
         checkpoint,
+        logs,
         data,
         stop_grace,
         time_limit,
@@ -224,9 +226,13 @@ fn shard(value: &Value) -> Result<String, String> {
     path(value).map_err(|why| format!("{why}, or be in a store, like \"s3://bucket/text/\" or \"s3://bucket/text/*.txt\""))
 }
 
+fn place(value: &Value) -> Result<Place, String> {
+    values::text(value, PATH_BYTES_MAX)?.parse()
+}
+
 fn checkpoint(fields: &mut Reader<'_, '_>) -> CheckpointPolicy {
     let defaults = CheckpointPolicy::default();
-    let to = fields.read("to", |v| values::text(v, PATH_BYTES_MAX)?.parse::<Place>());
+    let to = fields.read("to", place);
     // What a job shows of itself is taken again.
     if fields.get("to").is_none() && fields.get("keep_stored").is_some_and(|keep| *keep != defaults.keep_stored) {
         fields.fault("keep_stored", "is for checkpoint.to: give that too, or leave this out".into());

@@ -108,6 +108,18 @@ fn places_in_stores_are_checked() {
         x /checkpoint/keep_stored is for checkpoint.to: give that too, or leave this out
     "#]],
     );
+    check(
+        json!({"logs": {"to": "bucket", "from": 1}}),
+        expect![[r#"
+            x /logs/to must be s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file:///folder or an absolute path
+            x /logs/from is not a known field
+        "#]],
+    );
+    let archive = |body: Value| parse(&body).expect("fine").archive(JobId::from_u128(1)).map(|place| place.to_string());
+    let own = JobId::from_u128(1);
+    assert_eq!(archive(json!({"checkpoint": {"to": "s3://runs"}})), Some(format!("s3://runs/{own}")));
+    assert_eq!(archive(json!({"checkpoint": {"to": "s3://runs"}, "logs": {"to": "/mnt/logs"}})), Some(format!("/mnt/logs/{own}")));
+    assert_eq!(archive(json!({})), None);
     let job = parse(&json!({"checkpoint": {"to": "s3://bucket/runs/"}, "resume_from": "gs://bucket/runs/a/"})).expect("fine");
     assert_eq!(job.checkpoint.to.map(|to| to.to_string()).as_deref(), Some("s3://bucket/runs"));
     assert_eq!((job.checkpoint.keep_stored, job.resume_from.as_deref()), (3, Some("gs://bucket/runs/a")));

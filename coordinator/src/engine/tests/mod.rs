@@ -1,6 +1,7 @@
 //! Scenarios through one harness: at a time, an event, the whole list of what comes of it. Every table is checked after every event, and a
 //! scenario that leaves outcomes unread fails.
 
+mod archives;
 mod checkpoints;
 mod clocks;
 mod copies;
@@ -194,6 +195,7 @@ impl Scene {
                 Command::Final { job, state, delete, .. } => {
                     format!("final job {} {state}{}", job.as_u128(), if delete { ", delete" } else { "" })
                 }
+                Command::KeepPostmortem { job, attempt } => format!("keep the post-mortem of job {} attempt {attempt}", job.as_u128()),
                 Command::Tell { node, frame } => format!("{node} <- {}", frame_text(frame)),
             };
             writeln!(self.told, "{at}   {said}").unwrap();

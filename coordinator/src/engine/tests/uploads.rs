@@ -122,6 +122,7 @@ fn a_gang_elsewhere_is_told_what_the_store_has() {
         10000 job 1: job_queued: waiting for a place: n1 was lost
         10000 job 1: attempt_placed: attempt 2 is starting on n2
         10000 job 1: checkpoint_out_of_reach: the checkpoint of step 60 is on n1 and can not be fetched from there: the job goes on from step 50
+        10000   n1 <- ArchiveLogs(ArchiveOrder { job: JobId(1), attempt: 1, to: Place { scheme: S3, bucket: "runs", path: "00000000000000000000000001" }, .. })
         10000   n1 <- forget 1.1.0
         10000   n2 <- start job 1 attempt 2 ranks 0+1 port 29501 or 50 from s3://runs/00000000000000000000000001
     "#]]);
@@ -144,6 +145,7 @@ fn the_last_checkpoint_of_a_job_is_put_there_and_told_of_after_its_end() {
     scene.at(1_500, uploaded("n1", 100, &[100]));
     scene.expect(expect![[r#"
         1100 job 1: job_final: every rank exited 0
+        1100   n1 <- ArchiveLogs(ArchiveOrder { job: JobId(1), attempt: 1, to: Place { scheme: S3, bucket: "runs", path: "00000000000000000000000001" }, .. })
         1100   n1 <- forget 1.1.0
         1100   n1 <- Upload(UploadOrder { job: JobId(1), step: 100, to: Place { scheme: S3, bucket: "runs", path: "00000000000000000000000001" }, .. })
         1100   n1 <- job 1 ended

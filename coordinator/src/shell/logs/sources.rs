@@ -1,7 +1,8 @@
 //! The nodes that have a part of a job's log: a stream over the link of each, and what came over it.
 //!
 //! Frames are kept as bytes, which the credit of each stream bounds, and cut into records only as the merge takes them. The trap: a source goes on
-//! after the last frame that *came*, also when that is not given out yet, for what is here survives the stream that brought it.
+//! after the last frame that *came*, also when that is not given out yet, for what is here survives the stream that brought it. A node that is not
+//! linked is read from its job's archive, where there is one, once; and so is what a linked node has no more.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,13 +10,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use everlit_api::agent::log::{LogPosition, LogStart, Records};
-use everlit_api::agent::{LogFrame, ToAgent};
+use everlit_api::agent::{LOG_CREDIT_BYTES, LogFrame, ToAgent};
 use everlit_api::control::{LogItem, LogQuery};
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::problem::{Code, Problem};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
+use super::archive::{Giver, Whereabouts};
 use super::merge::Merge;
 use super::{LogMessage, NODE_WAIT};
 use crate::shell::agents::Agents;
@@ -24,6 +27,11 @@ use crate::shell::agents::Agents;
 const QUIET_MAX: Duration = Duration::from_secs(2);
 /// The same while a linked node looks for where a tail begins: it may have to read its whole log.
 const LOCATE_MAX: Duration = Duration::from_secs(10);
+
+/// An archive that has not all of a node's part was read, and the node may only be between two links: it is waited for so long.
+const ARCHIVED_WAIT: Duration = Duration::from_secs(5);
+/// Segments of one life of a node's disk: one that is new begins above all that were there before.
+const LIFE_SEGMENTS: u64 = 1 << 32;
 
 /// How far a source is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,18 +46,54 @@ enum Phase {
     Missing,
 }
 
+/// What is known of a node's part in the archive.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Shelved {
+    /// It was not asked.
+    Unread,
+    /// A linked node does not have what it may have: it comes first.
+    Wanted,
+    /// It gave all that it has, when the reader followed or when it did not; and what it lacks.
+    Read { follow: bool, lacks: Option<String> },
+}
+
+/// Where a stream that is open comes from.
+enum From {
+    Node,
+    Archive { credit: Arc<Semaphore>, task: AbortHandle },
+}
+
 /// A stream that is open. Closes it at the agent when it goes, however that happens.
 struct Stream {
     agents: Arc<Agents>,
     node: NodeId,
     id: u64,
     follow: bool,
+    from: From,
+}
+
+impl Stream {
+    fn is_archived(&self) -> bool {
+        matches!(self.from, From::Archive { .. })
+    }
+
+    /// A frame of so many bytes was taken: as many may follow.
+    fn taken(&self, bytes: usize) {
+        self.agents.streams.taken(self.id, bytes as u64);
+        match &self.from {
+            From::Node => self.agents.tell(&self.node, &ToAgent::LogCredit { stream: self.id, bytes: bytes as u64 }),
+            From::Archive { credit, .. } => credit.add_permits(bytes),
+        }
+    }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if self.agents.streams.open().remove(&self.id).is_some() {
-            self.agents.tell(&self.node, &ToAgent::CloseLog { stream: self.id });
+        let was_open = self.agents.streams.open().remove(&self.id).is_some();
+        match &self.from {
+            From::Node if was_open => self.agents.tell(&self.node, &ToAgent::CloseLog { stream: self.id }),
+            From::Node => {}
+            From::Archive { task, .. } => task.abort(),
         }
     }
 }
@@ -77,6 +121,13 @@ struct Source {
     error: Option<String>,
     quiet_since: Instant,
     away_since: Option<Instant>,
+    shelved: Shelved,
+    /// Its job has an archive.
+    has_archive: bool,
+    /// Something of it came.
+    came: bool,
+    /// What is told after all that came.
+    last_word: Option<LogItem>,
 }
 
 impl Source {
@@ -89,8 +140,19 @@ impl Source {
     }
 
     fn patience(&self) -> Duration {
-        let looks = self.stream.is_some() && matches!(self.start, LogStart::Tail { .. });
+        let looks = self.stream.as_ref().is_some_and(|own| own.is_archived() || matches!(self.start, LogStart::Tail { .. }));
         if looks { LOCATE_MAX } else { QUIET_MAX }
+    }
+
+    /// A linked node begins later than it was asked to, or has nothing at all: what was there before may be in the archive.
+    fn may_be_archived(&self, header: &LogFrame, records: &[u8]) -> bool {
+        let has_nothing = records.is_empty() && header.caught_up && !self.came;
+        let is_later = match self.start {
+            LogStart::Beginning => header.skipped > 0 || header.segment >= LIFE_SEGMENTS,
+            LogStart::At { segment, .. } => header.skipped > 0 || header.segment / LIFE_SEGMENTS > segment / LIFE_SEGMENTS,
+            LogStart::Tail { .. } => false,
+        } || has_nothing;
+        self.has_archive && is_later && self.shelved == Shelved::Unread && self.stream.as_ref().is_some_and(|own| !own.is_archived())
     }
 
     fn missing(&self, reason: &str) -> LogItem {
@@ -127,21 +189,43 @@ impl Sources {
     /// One more. `live`: the others do not wait for its history.
     pub(super) fn add(&mut self, node: NodeId, start: LogStart, live: bool, now: Instant) {
         let phase = if live { Phase::Live } else { Phase::History };
-        let source = Source { node, start, stream: None, frames: VecDeque::new(), phase, error: None, quiet_since: now, away_since: None };
+        let source = Source {
+            node,
+            start,
+            stream: None,
+            frames: VecDeque::new(),
+            phase,
+            error: None,
+            quiet_since: now,
+            away_since: None,
+            shelved: Shelved::Unread,
+            has_archive: false,
+            came: false,
+            last_word: None,
+        };
         self.list.push(source);
         self.merge.add(!live);
     }
 
     /// Opens what is not open and can be, and opens anew what must not follow any more.
-    pub(super) fn open(&mut self, follow: bool, now: Instant) {
+    pub(super) fn open(&mut self, follow: bool, at: &Whereabouts, now: Instant) {
         for source in self.list.iter_mut().filter(|source| !source.is_over()) {
-            if source.stream.as_ref().is_some_and(|stream| stream.follow == follow) {
+            // What is read from an archive has an end, whoever follows.
+            if source.stream.as_ref().is_some_and(|stream| stream.follow == follow || stream.is_archived()) {
                 continue;
             }
             source.stream = None;
-            if self.agents.is_linked(&source.node) {
+            source.has_archive = at.spec.archive(self.job).is_some();
+            let is_linked = self.agents.is_linked(&source.node);
+            let is_unread = source.shelved == Shelved::Unread || matches!(source.shelved, Shelved::Read { follow: true, .. } if !follow);
+            if source.has_archive && (source.shelved == Shelved::Wanted || (!is_linked && is_unread)) {
+                source.away_since = if is_linked { None } else { source.away_since.or(Some(now)) };
+                source.stream = Some(archived(&self.agents, &self.to, self.job, source, follow, at));
+                continue;
+            }
+            if is_linked {
                 let id = self.agents.streams.add(source.node.clone(), self.to.clone());
-                source.stream = Some(Stream { agents: self.agents.clone(), node: source.node.clone(), id, follow });
+                source.stream = Some(Stream { agents: self.agents.clone(), node: source.node.clone(), id, follow, from: From::Node });
                 self.agents.tell(&source.node, &ToAgent::OpenLog { stream: id, job: self.job, from: source.start, follow });
                 source.away_since = None;
             }
@@ -160,7 +244,12 @@ impl Sources {
         let source = &mut self.list[index];
         source.quiet_since = now;
         match message {
+            LogMessage::Frame(header, records) if source.may_be_archived(&header, &records) => {
+                source.shelved = Shelved::Wanted;
+                source.stream = None;
+            }
             LogMessage::Frame(header, records) => {
+                source.came = true;
                 let begins_tail = matches!(source.start, LogStart::Tail { .. });
                 source.start = LogStart::At { segment: header.segment, offset: header.offset + records.len() as u64 };
                 if header.caught_up && source.phase == Phase::History {
@@ -168,11 +257,20 @@ impl Sources {
                 }
                 source.frames.push_back(Frame { header, records, read: 0, begun: false, begins_tail, gave: false });
             }
+            LogMessage::Archived { lacks, failed } => {
+                let follow = source.stream.take().is_some_and(|stream| stream.follow);
+                if failed && source.shelved == Shelved::Wanted {
+                    source.last_word = lacks.as_ref().map(|why| source.missing(&format!("its archive can not be read: {why}")));
+                }
+                source.shelved = Shelved::Read { follow, lacks };
+            }
             LogMessage::Closed(error) => {
                 source.phase = if error.is_none() { Phase::Done } else { Phase::Missing };
                 source.error = error;
                 source.stream = None;
             }
+            // An archive is read on: its node's link is nothing to it.
+            LogMessage::Gone if source.stream.as_ref().is_some_and(Stream::is_archived) => {}
             LogMessage::Gone => source.stream = None,
         }
         let waited_for = source.phase == Phase::History;
@@ -235,8 +333,7 @@ impl Sources {
                 self.merge.push(index, last_us, LogItem::Passed { source: index, next: place(len) });
             }
             if let Some(stream) = source.stream.as_ref().filter(|stream| stream.id == frame.header.stream) {
-                self.agents.streams.taken(stream.id, len as u64);
-                self.agents.tell(&source.node, &ToAgent::LogCredit { stream: stream.id, bytes: len as u64 });
+                stream.taken(len);
             }
             source.frames.pop_front();
         }
@@ -246,6 +343,11 @@ impl Sources {
     fn tell_error(&mut self, index: usize) {
         let alone = self.list.len() == 1;
         let source = &mut self.list[index];
+        if source.frames.is_empty()
+            && let Some(item) = source.last_word.take()
+        {
+            self.merge.push(index, None, item);
+        }
         if source.frames.is_empty()
             && let Some(error) = source.error.take()
         {
@@ -264,12 +366,37 @@ impl Sources {
         }
     }
 
+    /// A node that is gone and whose archive was read is not waited for: at once when that was all, else when it does not come back soon.
+    pub(super) fn settle(&mut self, follow: bool, now: Instant) {
+        let alone = self.list.len() == 1;
+        for index in 0..self.list.len() {
+            let source = &mut self.list[index];
+            let Shelved::Read { lacks, .. } = &source.shelved else { continue };
+            let is_open = source.phase == Phase::History || (source.phase == Phase::Live && !follow);
+            let Some(since) = source.away_since.filter(|_| is_open && source.stream.is_none()) else { continue };
+            if lacks.is_some() && now < since + ARCHIVED_WAIT {
+                continue;
+            }
+            source.last_word = lacks.as_ref().map(|lacks| {
+                let reason = format!("it is not connected, and of its archive: {lacks}");
+                let problem = || Problem::new(Code::NodeUnavailable, format!("node {}: {reason}", source.node)).retry_after(3);
+                let nothing = alone && !follow && !source.came;
+                if nothing { LogItem::Failed(problem()) } else { source.missing(&reason) }
+            });
+            source.phase = if follow { Phase::Live } else { Phase::Done };
+            self.merge.wait_for(index, false);
+            self.fill(index);
+        }
+    }
+
     /// When to look again although nothing came.
     pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
         let missed = |index: &usize| self.list.len() > 1 && self.merge.misses(*index);
         let quiet = (0..self.list.len()).filter(missed).map(|index| self.list[index].quiet_since + self.list[index].patience());
         let away = self.list.iter().filter_map(|source| source.away_since.map(|since| since + NODE_WAIT)).filter(|at| *at > now);
-        quiet.chain(away).min()
+        let shelved = self.list.iter().filter(|source| source.phase == Phase::History && matches!(source.shelved, Shelved::Read { .. }));
+        let settled = shelved.filter_map(|source| source.away_since.map(|since| since + ARCHIVED_WAIT)).filter(|at| *at > now);
+        quiet.chain(away).chain(settled).min()
     }
 
     /// Everything that is there was taken, nobody is waited for, and somebody was at his end.
@@ -311,4 +438,30 @@ impl Sources {
         };
         Some(Err(Problem::new(Code::NodeUnavailable, why).retry_after(3)))
     }
+}
+
+/// A node's part as its job's archive has it.
+fn archived(
+    agents: &Arc<Agents>,
+    to: &mpsc::UnboundedSender<(u64, LogMessage)>,
+    job: JobId,
+    source: &Source,
+    follow: bool,
+    at: &Whereabouts,
+) -> Stream {
+    let node = source.node.clone();
+    let id = agents.streams.add(node.clone(), to.clone());
+    let credit = Arc::new(Semaphore::new(LOG_CREDIT_BYTES as usize));
+    let giver = Giver {
+        agents: agents.clone(),
+        stream: id,
+        credit: credit.clone(),
+        spec: at.spec.clone(),
+        job,
+        node: node.clone(),
+        start: source.start,
+        wanted: at.wanted.get(&node).copied(),
+    };
+    let task = tokio::spawn(giver.run()).abort_handle();
+    Stream { agents: agents.clone(), node, id, follow, from: From::Archive { credit, task } }
 }

@@ -97,9 +97,10 @@ impl Node {
         loop {
             let (bytes, at_end) = {
                 let log = self.log.lock().unwrap();
-                let rest = &log[offset..];
+                // A node with another disk may be asked for what it never had.
+                let rest = log.get(offset..).unwrap_or_default();
                 let end = Records::new(rest, true).take(self.records_per_frame).last().map_or(0, |record| record.end);
-                (rest[..end].to_vec(), offset + end == log.len())
+                (rest[..end].to_vec(), offset + end >= log.len())
             };
             let size = bytes.len() as u64;
             if under_way + size > LOG_CREDIT_BYTES + taken.load(Ordering::Relaxed) || (bytes.is_empty() && said) {
@@ -168,13 +169,15 @@ impl Node {
 struct Scene {
     agents: Arc<Agents>,
     news: broadcast::Sender<News>,
-    now: Arc<Mutex<(Vec<NodeId>, JobState)>>,
+    now: Arc<Mutex<Whereabouts>>,
 }
 
 impl Scene {
     fn new() -> Self {
         let agents = Arc::new(Agents::new(Millis(1_000), Millis(10_000)));
-        Self { agents, news: broadcast::channel(64).0, now: Arc::new(Mutex::new((Vec::new(), JobState::Running))) }
+        let spec = Arc::new(everlit_api::job::JobSpec::default_for(1));
+        let at = Whereabouts { nodes: Vec::new(), state: JobState::Running, spec, wanted: Default::default() };
+        Self { agents, news: broadcast::channel(64).0, now: Arc::new(Mutex::new(at)) }
     }
 
     /// Links a node; its link ends when the answer is dropped or aborted.
@@ -197,7 +200,7 @@ impl Scene {
     }
 
     fn placed(&self, nodes: &[&Node]) {
-        self.now.lock().unwrap().0 = nodes.iter().map(|node| node.id()).collect();
+        self.now.lock().unwrap().nodes = nodes.iter().map(|node| node.id()).collect();
         let view = EventView {
             id: "1".into(),
             job_id: Some(job()),
@@ -210,22 +213,22 @@ impl Scene {
     }
 
     fn end(&self, state: JobState) {
-        self.now.lock().unwrap().1 = state;
+        self.now.lock().unwrap().state = state;
         let _ = self.news.send(News::Final(job(), state));
     }
 
     fn read(&self, query: LogQuery) -> Seen {
         let (items, from) = mpsc::channel(ITEMS_MAX);
         let now = self.now.clone();
-        let (nodes, state) = now.lock().unwrap().clone();
+        let at = now.lock().unwrap().clone();
         let look = move || {
             let found = Some(now.lock().unwrap().clone());
             Box::pin(async move { found }) as futures_util::future::BoxFuture<'static, _>
         };
         let place = query.after.clone().unwrap_or_default();
-        let ended = state.is_final().then_some(state);
+        let ended = at.state.is_final().then_some(at.state);
         let (agents, news) = (self.agents.clone(), self.news.subscribe());
-        tokio::spawn(Reader { agents, job: job(), nodes, query, ended, news, look: Box::new(look), items }.run());
+        tokio::spawn(Reader { agents, job: job(), at, query, ended, news, look: Box::new(look), items }.run());
         Seen { from, place }
     }
 }
@@ -567,4 +570,140 @@ fn a_stream_is_its_node_s_and_takes_no_more_than_it_gave_credit_for() {
     let empty = (0..=FRAMES_WAITING_MAX).map(|_| streams.deliver(&own, stream, frame(0))).find(|came| *came == Delivery::Overrun);
     assert_eq!(empty, Some(Delivery::Overrun));
     assert_eq!(streams.deliver(&own, stream + 1, frame(1)), Delivery::Done, "of a stream that was closed nobody is told");
+}
+
+/// Nodes' parts in a folder that is the job's store.
+struct Shelf {
+    dir: tempfile::TempDir,
+    archive: everlit_api::store::Archive,
+}
+
+impl Shelf {
+    fn new(scene: &Scene) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut spec = everlit_api::job::JobSpec::default_for(1);
+        spec.logs.to = Some(dir.path().to_str().unwrap().parse().unwrap());
+        let archive = archive::open(&spec, job()).unwrap();
+        scene.now.lock().unwrap().spec = Arc::new(spec);
+        Self { dir, archive }
+    }
+
+    /// What the node has, in pieces of so many records, and that this was all.
+    async fn keep(&self, node: &Node, records_each: usize) -> Vec<everlit_api::store::Piece> {
+        let log = node.log.lock().unwrap().clone();
+        let ends: Vec<usize> = Records::new(&log, true).map(|record| record.end).collect();
+        let (mut from, mut pieces) = (0, Vec::new());
+        for end in ends.chunks(records_each).filter_map(|ends| ends.last().copied()) {
+            let piece = everlit_api::store::Piece { segment: 1, from: from as u64, to: end as u64, before: from as u64 };
+            self.archive.put(&node.id(), &piece, Bytes::copy_from_slice(&log[from..end])).await.unwrap();
+            pieces.push(piece);
+            from = end;
+        }
+        self.archive.end(&node.id(), 1, log.len() as u64).await.unwrap();
+        pieces
+    }
+
+    fn path(&self, node: &Node, piece: &everlit_api::store::Piece) -> std::path::PathBuf {
+        let name = format!("{:020}-{:010}-{:010}-{:020}", piece.segment, piece.from, piece.to, piece.before);
+        self.dir.path().join(job().to_string()).join("logs").join(node.name).join(name)
+    }
+}
+
+const FOUR: [(u32, u64, &str); 4] = [(0, 1, "one\n"), (1, 2, "two\n"), (0, 3, "three\n"), (0, 4, "four\n")];
+
+#[tokio::test(start_paused = true)]
+async fn what_a_node_that_is_gone_had_comes_from_the_store_at_the_same_places() {
+    let (scene, node) = (Scene::new(), Node::new("n1", &FOUR));
+    let shelf = Shelf::new(&scene);
+    shelf.keep(&node, 2).await;
+    scene.placed(&[&node]);
+    scene.end(JobState::Succeeded);
+    let link = scene.link(&node).await;
+    let (mut there, mut places) = (scene.read(LogQuery::default()), Vec::new());
+    while let Some(shown) = there.next().await {
+        places.push((shown, there.place.clone()));
+    }
+    link.abort();
+    while scene.agents.is_linked(&node.id()) {
+        sleep(Duration::from_millis(1)).await;
+    }
+    // From each place on, what follows there, with the same places.
+    for from in 0..places.len() - 1 {
+        let after = from.checked_sub(1).map(|last| places[last].1.clone());
+        let mut gone = scene.read(LogQuery { after, ..LogQuery::default() });
+        let mut seen = Vec::new();
+        while let Some(shown) = gone.next().await {
+            seen.push((shown, gone.place.clone()));
+        }
+        assert_eq!(seen, places[from..], "from {from}");
+    }
+    let shown = async |query| {
+        let (mut seen, mut all) = (scene.read(query), Vec::new());
+        while let Some(item) = seen.next().await {
+            all.push(item);
+        }
+        all.join(" ")
+    };
+    assert_eq!(shown(LogQuery { tail: Some(3), ..LogQuery::default() }).await, "two three four <succeeded>");
+    assert_eq!(shown(LogQuery { tail: Some(1), rank: Some(1), ..LogQuery::default() }).await, "two <succeeded>");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_missing_in_the_store_is_told_to_the_byte_and_what_overlaps_comes_once() {
+    let (scene, node) = (Scene::new(), Node::new("n1", &FOUR));
+    let shelf = Shelf::new(&scene);
+    let pieces = shelf.keep(&node, 1).await;
+    shelf.keep(&node, 3).await;
+    scene.placed(&[&node]);
+    scene.end(JobState::Failed);
+    assert_eq!(told(&scene).await, ["one", "two", "three", "four", "<failed>"], "pieces that overlap");
+    let whole = everlit_api::store::Piece { to: pieces[2].to, ..pieces[0] };
+    std::fs::remove_file(shelf.path(&node, &whole)).unwrap();
+    assert_eq!(told(&scene).await, ["one", "two", "three", "four", "<failed>"]);
+    // One is cut, one is gone.
+    std::fs::write(shelf.path(&node, &pieces[1]), "x").unwrap();
+    let gap = pieces[1].bytes();
+    assert_eq!(told(&scene).await, ["one".to_string(), format!("gap {gap}"), "three".into(), "four".into(), "<failed>".into()]);
+    std::fs::remove_file(shelf.path(&node, &pieces[3])).unwrap();
+    let seen = told(&scene).await;
+    let end = format!("{} bytes of it are missing in", pieces[3].bytes());
+    assert!(seen.len() == 5 && seen[3].contains(&end) && seen[4] == "<failed>", "{seen:?}");
+}
+
+async fn told(scene: &Scene) -> Vec<String> {
+    let (mut seen, mut all) = (scene.read(LogQuery::default()), Vec::new());
+    while let Some(item) = seen.next().await {
+        all.push(item);
+    }
+    all
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_can_not_be_read_or_has_nothing_is_told_and_holds_nobody_up() {
+    let (scene, gone, here) = (Scene::new(), Node::new("n1", &FOUR), Node::new("n2", &[(1, 9, "here\n")]));
+    let shelf = Shelf::new(&scene);
+    scene.placed(&[&gone, &here]);
+    scene.end(JobState::Failed);
+    let _link = scene.link(&here).await;
+    let seen = told(&scene).await;
+    assert!(seen[0] == "here" && seen[1].contains("(n1: it is not connected, and of its archive: nothing of it is in"), "{seen:?}");
+    shelf.dir.close().unwrap();
+    let seen = told(&scene).await;
+    assert!(seen[0] == "here" && seen[1].contains("make it, or mount it"), "{seen:?}");
+    scene.placed(&[&gone]);
+    let seen = told(&scene).await;
+    assert!(seen.len() == 1 && seen[0].starts_with("<NodeUnavailable node n1: it is not connected"), "{seen:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_came_back_with_nothing_is_read_from_the_store_first() {
+    let (scene, node) = (Scene::new(), Node::new("n1", &FOUR));
+    let shelf = Shelf::new(&scene);
+    shelf.keep(&node, 2).await;
+    scene.placed(&[&node]);
+    scene.end(JobState::Succeeded);
+    let empty = Node::new("n1", &[]);
+    let _link = scene.link(&empty).await;
+    let all = tokio::time::timeout(Duration::from_secs(60), told(&scene)).await.unwrap();
+    assert_eq!(all, ["one", "two", "three", "four", "<succeeded>"]);
 }

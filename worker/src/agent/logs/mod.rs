@@ -5,7 +5,8 @@
 //! link's own queue is bounded too, so a slow coordinator slows the reading and nothing else.
 
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use everlit_api::agent::log::LogStart;
@@ -14,6 +15,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::folders::Folders;
 use super::link::{FromLogs, Link};
+use crate::shim::segments::{MODE_SEALED, segment_name};
 
 mod reader;
 mod stream;
@@ -21,6 +23,21 @@ mod tail;
 mod thread;
 
 pub(super) use reader::Reader;
+
+/// Segments that a node's disk can have in its life: a folder that is begun in a later attempt begins above all that can have been there.
+const LIFE_SEGMENTS: u64 = 1 << 32;
+
+/// The number below the first segment of the life that a segment is of.
+pub(super) fn life(segment: u64) -> u64 {
+    segment / LIFE_SEGMENTS * LIFE_SEGMENTS
+}
+
+/// A node that comes to a job anew, with another disk than it had there before, goes on with other numbers: a position means one record for ever,
+/// also where the records of its life before are kept elsewhere. An empty segment that is sealed says where to begin.
+pub(super) fn begin_life(dir: &Path, attempt: u32) -> io::Result<()> {
+    let place = dir.join(segment_name(u64::from(attempt) * LIFE_SEGMENTS));
+    std::fs::OpenOptions::new().write(true).create(true).truncate(false).mode(MODE_SEALED).open(place).map(drop)
+}
 
 /// What the thread is told.
 #[derive(Debug)]

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use everlit_api::agent::LOG_FRAME_BYTES_MAX;
 use everlit_api::agent::log::{HEADER_BYTES, Records};
 
+use super::life;
 use crate::shim::segments::{is_sealed, segment_name, segment_numbers};
 
 /// What one read found.
@@ -68,7 +69,10 @@ impl Reader {
             };
             if number > self.segment {
                 let size = self.last_size.max(file.metadata()?.len()).max(1);
-                self.skipped += (number - self.segment).saturating_mul(size).saturating_sub(self.offset);
+                // A life that begins now had nothing before it.
+                let first = self.segment.max(life(number));
+                let begun = if first == self.segment { self.offset } else { 0 };
+                self.skipped += (number - first).saturating_mul(size).saturating_sub(begun);
                 (self.segment, self.offset) = (number, 0);
             }
             self.open = Some(file);

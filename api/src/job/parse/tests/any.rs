@@ -130,13 +130,14 @@ prop_compose! {
         name in proptest::option::of("[a-z0-9][a-zA-Z0-9 ._-]{0,20}"), labels in proptest::collection::btree_map("[a-z./-]{1,9}", "[ -~]{0,9}", 0..4),
         env in proptest::collection::btree_map("[A-Z_]{1,3}", "[^\0]{0,9}", 0..4), secrets in proptest::collection::btree_map("[a-z]{1,9}", "[a-z]{0,9}", 0..4),
         workdir in proptest::option::of("/[a-z/]{0,9}"), resume_from in proptest::option::of("/[a-z/]{0,9}"), metric in proptest::option::of("[a-z]{1,9}"),
-        shards in proptest::collection::vec("/[a-z.]{1}[a-z/]{0,9}", 0..4),
+        shards in proptest::collection::vec("/[a-z.]{1}[a-z/]{0,9}", 0..4), logs in proptest::option::of("s3://[a-z]{3,9}/[a-z]{1,5}"),
         priority in proptest::sample::select(vec![Priority::Low, Priority::Normal, Priority::High, Priority::Critical]),
     ) -> JobSpec {
         let policy = |name: &String| LogPolicy { name: Some(name.clone()), pattern: name.clone(), action: LogAction::ExcludeNode };
         let log_policies = metric.iter().map(policy).collect();
         let log_metrics = metric.map(|name| LogMetric { pattern: format!("{name}=(\\d+)"), field: name }).into_iter().collect();
-        JobSpec { name, labels, env, secrets, workdir, resume_from, log_metrics, log_policies, data: DataSpec { shards, ..DataSpec::default() }, priority, ..JobSpec::default_for(1) }
+        let logs = LogArchive { to: logs.map(|to| to.parse().expect("a place")) };
+        JobSpec { name, labels, env, secrets, workdir, resume_from, log_metrics, log_policies, logs, data: DataSpec { shards, ..DataSpec::default() }, priority, ..JobSpec::default_for(1) }
     }
 }
 
