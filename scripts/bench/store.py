@@ -41,7 +41,7 @@ def event(everlit, job, name):
 
 
 def store(row, runs):
-    with tempfile.TemporaryDirectory() as folder, Weed() as weed, Everlit() as everlit:
+    with tempfile.TemporaryDirectory() as folder, Weed(volumes=60) as weed, Everlit() as everlit:
         folder = pathlib.Path(folder)
         source = folder / "source"
         source.write_bytes(os.urandom(FILE_MB << 20))

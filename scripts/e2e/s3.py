@@ -135,7 +135,7 @@ def an_agent_that_lost_its_folder_fetches_what_is_in_the_bucket():
 
 
 # Answers of a store that does not do it, and what the event calls them.
-ANSWERS = {403: "denied", 404: "not_found", 409: "conflict", 412: "conflict", 429: "busy", 500: "busy", 503: "busy", 507: "full", "refuse": "unreachable"}
+ANSWERS = {403: "denied", 404: "not_found", 409: "conflict", 412: "conflict", 429: "busy", 500: "busy", 503: "busy", 507: "full", "skew": "clock", "refuse": "unreachable"}
 ENDLESS = {"model": "mlp-10k", "steps": 100_000_000}
 
 
@@ -149,6 +149,7 @@ def each_bad_answer_is_told_and_costs_nothing():
             before = len(named(everlit, job, "store_failed"))
             told = until(f"{answer} is told", lambda: (e := named(everlit, job, "store_failed"))[before:] and e[-1], 120)
             assert told["data"]["trouble"] == trouble, (answer, told)
+            assert answer != "skew" or "this machine's clock is off by 3600 s, behind the store's" in told["reason"], told
             assert proxy.fired[str(answer)] > 0
             step = everlit.summary(job)["step"]
             everlit.at_step(job, step + 100)
@@ -161,6 +162,24 @@ def each_bad_answer_is_told_and_costs_nothing():
         summary = everlit.summary(job)
         assert (summary["restarts"], summary["state"]) == (0, "running"), summary
         everlit.post(f"/jobs/{job}/stop")
+
+
+def a_last_checkpoint_outlives_the_store_s_faults_and_its_agent():
+    with Weed() as weed, Proxy(weed.port) as proxy, Everlit() as everlit:
+        for answer in (404, "refuse"):
+            proxy.rule = lambda method, path: answer if method in ("PUT", "POST") else None
+            job = everlit.submit(world_size=1, worker={"model": "mlp-10k", "steps": 300}, checkpoint={"every_steps": 100, "to": "s3://runs"}, **opened(proxy.url()))
+            assert everlit.final(job)["state"] == "succeeded"
+            until(f"{answer} is told", lambda: named(everlit, job, "store_failed"), 120)
+            assert proxy.fired[str(answer)] > 0 and not weed.committed(job)
+            if answer == "refuse":
+                # The agent after this one knows nothing of it but what it is told.
+                gone = everlit.agent_pid()
+                os.kill(gone, signal.SIGKILL)
+                until("another agent", lambda: everlit.agent_pid() not in (None, gone) and everlit.get("/status")["nodes"]["ready"], 60)
+            proxy.rule = lambda method, path: None
+            until("the last one is in the bucket", lambda: weed.committed(job)[-1:] == [300], 120)
+            until("it is told", lambda: named(everlit, job, "checkpoint_stored"), 30)
 
 
 def an_outage_of_two_minutes_costs_no_step():
@@ -394,6 +413,7 @@ CHECKS = [
     of_two_that_race_to_commit_a_step_exactly_one_wins,
     a_shared_folder_works_the_same,
     each_bad_answer_is_told_and_costs_nothing,
+    a_last_checkpoint_outlives_the_store_s_faults_and_its_agent,
     through_a_store_that_fails_now_and_then_the_weights_are_the_same,
     an_outage_of_two_minutes_costs_no_step,
 ]

@@ -37,6 +37,10 @@ def port_pair():
 class Weed:
     """SeaweedFS with two users: one that may do everything in its buckets, and one that may only read."""
 
+    def __init__(self, volumes=20):
+        """With room for so many times 256 MB."""
+        self.volumes = volumes
+
     def __enter__(self):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="everlit-s3-"))
         self.port, self.filer = port_pair(), port_pair()
@@ -48,15 +52,20 @@ class Weed:
         ports = {"s3.port": self.port, "filer.port": self.filer, "master.port": port_pair(), "volume.port": port_pair()}
         command = [
             os.environ["EVERLIT_WEED"], "server", "-s3", f"-s3.config={self.folder}/s3.json", f"-dir={self.folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-            "-volume.max=20", "-master.volumeSizeLimitMB=256", "-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0", *[f"-{name}={port}" for name, port in ports.items()],
+            f"-volume.max={self.volumes}", "-master.volumeSizeLimitMB=256", "-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0", *[f"-{name}={port}" for name, port in ports.items()],
         ]
         self.log = open(self.folder / "weed.log", "wb")
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, cwd=self.folder)
-        until("the S3 server", self.answers, 60)
-        self.make("runs")
-        # The first write waits for the first volume.
-        until("a volume", lambda: self.put("runs/warm", b"x"), 60)
-        self.remove("runs/warm")
+        try:
+            until("the S3 server", self.answers, 60)
+            self.make("runs")
+            # The first write waits for the first volume.
+            until("a volume", lambda: self.put("runs/warm", b"x"), 60)
+            self.remove("runs/warm")
+        except BaseException:
+            # Nobody else ends one that never came up.
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):
@@ -133,7 +142,7 @@ class Weed:
 
 class Proxy:
     """In front of a server. `rule(method, path)` answers what happens to a request: None (it goes through), a number (that status, with an
-    S3 error), "refuse", "cut" (half of the answer), "alter" (a byte of the answer is another), ("wait", seconds)."""
+    S3 error), "skew" (the clock that signed is an hour behind), "refuse", "cut" (half of the answer), "alter" (a byte of the answer is another), ("wait", seconds)."""
 
     def __init__(self, port):
         self.to = port
@@ -195,10 +204,11 @@ class Proxy:
             return False
         if isinstance(action, tuple):
             await asyncio.sleep(action[1])
-        if isinstance(action, int):
-            code = {403: "AccessDenied", 404: "NoSuchKey", 409: "OperationAborted", 412: "PreconditionFailed", 429: "TooManyRequests", 500: "InternalError", 503: "SlowDown", 507: "InsufficientStorage"}[action]
-            text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>the proxy says so</Message></Error>".encode()
-            writer.write(f"HTTP/1.1 {action} X\r\nContent-Type: application/xml\r\nContent-Length: {len(text)}\r\n\r\n".encode() + (b"" if method == "HEAD" else text))
+        if isinstance(action, int) or action == "skew":
+            code = {"skew": "RequestTimeTooSkewed", 403: "AccessDenied", 404: "NoSuchKey", 409: "OperationAborted", 412: "PreconditionFailed", 429: "TooManyRequests", 500: "InternalError", 503: "SlowDown", 507: "InsufficientStorage"}[action]
+            times = "<RequestTime>20260101T000000Z</RequestTime><ServerTime>2026-01-01T01:00:00Z</ServerTime>" if action == "skew" else ""
+            text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>the proxy says so</Message>{times}</Error>".encode()
+            writer.write(f"HTTP/1.1 {403 if action == 'skew' else action} X\r\nContent-Type: application/xml\r\nContent-Length: {len(text)}\r\n\r\n".encode() + (b"" if method == "HEAD" else text))
             await writer.drain()
             return True
         reader, other = await asyncio.open_connection("127.0.0.1", self.to)

@@ -13,6 +13,7 @@ use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::local::LocalFileSystem;
+use object_store::multipart::MultipartStore;
 use object_store::path::{Path, PathPart};
 use object_store::{
     BackoffConfig, ClientOptions, Error, GetOptions, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutPayload, RetryConfig,
@@ -20,6 +21,7 @@ use object_store::{
 };
 
 use super::fault::Fault;
+use super::parts::ByParts;
 use super::place::{Place, Scheme};
 use super::settings::Settings;
 use super::trouble::Trouble;
@@ -38,6 +40,8 @@ const LISTED_MAX: usize = 1_000_000;
 #[derive(Debug, Clone)]
 pub struct Store {
     inner: Arc<dyn ObjectStore>,
+    /// The same, but for a folder.
+    parts: Option<ByParts>,
     place: Place,
     /// Where all keys begin.
     base: Path,
@@ -76,11 +80,13 @@ impl Store {
         let client = || ClientOptions::new().with_connect_timeout(CONNECT_MAX).with_read_timeout(SILENCE_MAX).with_timeout(REQUEST_MAX);
         let plain = |endpoint: Option<&str>| endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"));
         let scheme = place.scheme();
-        let inner: Arc<dyn ObjectStore> = match scheme {
+        let (inner, parts): (Arc<dyn ObjectStore>, ByParts) = match scheme {
             Scheme::S3 => {
                 let endpoint = settings.get("AWS_ENDPOINT_URL_S3").or(settings.get("AWS_ENDPOINT_URL")).or(settings.get("AWS_ENDPOINT"));
                 let mut builder = AmazonS3Builder::new()
                     .with_client_options(client().with_allow_http(plain(endpoint)))
+                    // TLS proves what arrives; without it each body is hashed and signed.
+                    .with_unsigned_payload(!plain(endpoint))
                     .with_retry(retry)
                     .with_bucket_name(place.bucket());
                 for (name, value) in settings.of(scheme) {
@@ -93,7 +99,7 @@ impl Store {
                 if let Some(endpoint) = endpoint {
                     builder = builder.with_endpoint(endpoint);
                 }
-                Arc::new(builder.build().map_err(wrong)?)
+                both(builder.build().map_err(wrong)?)
             }
             Scheme::Gcs => {
                 let mut builder = GoogleCloudStorageBuilder::new()
@@ -107,7 +113,7 @@ impl Store {
                         builder = builder.with_config(key, value);
                     }
                 }
-                Arc::new(builder.build().map_err(wrong)?)
+                both(builder.build().map_err(wrong)?)
             }
             Scheme::Azure => {
                 let mut builder = MicrosoftAzureBuilder::new()
@@ -121,12 +127,12 @@ impl Store {
                         builder = builder.with_config(key, value);
                     }
                 }
-                Arc::new(builder.build().map_err(wrong)?)
+                both(builder.build().map_err(wrong)?)
             }
             Scheme::Folder => return Self::open_folder(place, settings),
         };
         let base = Path::parse(place.path()).map_err(|error| Fault::new(Trouble::Settings, asked(), error.to_string()))?;
-        Ok(Self { inner, place: place.clone(), base, who: settings.who(scheme) })
+        Ok(Self { inner, parts: Some(parts), place: place.clone(), base, who: settings.who(scheme) })
     }
 
     /// A folder must be there: one that is not mounted would be made on the wrong disk.
@@ -137,14 +143,15 @@ impl Store {
             Fault::new(Trouble::NoBucket, format!("open {place}"), why)
         })?;
         let who = settings.who(place.scheme());
-        Ok(Self { inner: Arc::new(local.with_fsync(true)), place: place.clone(), base: Path::default(), who })
+        Ok(Self { inner: Arc::new(local.with_fsync(true)), parts: None, place: place.clone(), base: Path::default(), who })
     }
 
     /// One that is only in memory.
     #[cfg(test)]
-    pub(super) fn in_memory(inner: Arc<dyn ObjectStore>) -> Self {
+    pub(super) fn in_memory(inner: impl ObjectStore + MultipartStore) -> Self {
         let place: Place = "s3://memory/jobs".parse().expect("a place");
-        Self { inner, base: Path::from(place.path()), place, who: "the test".into() }
+        let (inner, parts) = both(inner);
+        Self { inner, parts: Some(parts), base: Path::from(place.path()), place, who: "the test".into() }
     }
 
     /// Where it is.
@@ -157,7 +164,7 @@ impl Store {
         Self { place: self.place.join(name), base: self.base.clone().join(as_it_is(name)), ..self.clone() }
     }
 
-    fn key(&self, name: &str) -> Path {
+    pub(super) fn key(&self, name: &str) -> Path {
         let mut key = self.base.clone();
         for part in name.split('/').filter(|part| !part.is_empty()) {
             key = key.join(as_it_is(part));
@@ -165,7 +172,7 @@ impl Store {
         key
     }
 
-    fn fault(&self, verb: &str, name: &str, error: &Error) -> Fault {
+    pub(super) fn fault(&self, verb: &str, name: &str, error: &Error) -> Fault {
         let whole = if name.is_empty() { self.place.to_string() } else { format!("{}/{name}", self.place) };
         Fault::from_store(format!("{verb} {whole}"), error, &self.who, self.place.bucket())
     }
@@ -271,10 +278,23 @@ impl Store {
         put.map(drop).map_err(|error| self.fault("put", name, &error))
     }
 
-    /// Begins an object that comes in parts; it is there once its `complete` says so.
-    pub async fn begin(&self, name: &str) -> Result<Parts, Fault> {
-        let upload = self.inner.put_multipart(&self.key(name)).await.map_err(|error| self.fault("put", name, &error))?;
-        Ok(Parts { upload, store: self.clone(), name: name.into() })
+    pub(super) fn by_parts(&self) -> Option<&ByParts> {
+        self.parts.as_ref()
+    }
+
+    pub(super) async fn put_multipart(&self, key: &Path) -> Result<Box<dyn MultipartUpload>, Error> {
+        self.inner.put_multipart(key).await
+    }
+
+    /// How many bytes an object has. `None`: there is none.
+    pub async fn size(&self, name: &str) -> Result<Option<u64>, Fault> {
+        match self.inner.head(&self.key(name)).await {
+            Ok(about) => Ok(Some(about.size)),
+            Err(error) => {
+                let fault = self.fault("look at", name, &error);
+                if fault.trouble == Trouble::NotFound { Ok(None) } else { Err(fault) }
+            }
+        }
     }
 
     /// Removes an object; that there is none is no fault.
@@ -294,31 +314,7 @@ fn as_it_is(part: &str) -> PathPart<'_> {
     PathPart::parse(part).unwrap_or_else(|_| part.into())
 }
 
-/// An object that comes in parts.
-#[derive(Debug)]
-pub struct Parts {
-    upload: Box<dyn MultipartUpload>,
-    store: Store,
-    name: String,
-}
-
-impl Parts {
-    /// Sends the next part; all but the last have the same length. Parts may be under way at the same time.
-    pub fn put(&mut self, bytes: Bytes) -> impl Future<Output = Result<(), Fault>> + Send + use<> {
-        let part = self.upload.put_part(PutPayload::from(bytes));
-        let (store, name) = (self.store.clone(), self.name.clone());
-        async move { part.await.map_err(|error| store.fault("put a part of", &name, &error)) }
-    }
-
-    /// All parts are there: it becomes an object.
-    pub async fn complete(mut self) -> Result<(), Fault> {
-        let done = self.upload.complete().await;
-        done.map(drop).map_err(|error| self.store.fault("complete", &self.name, &error))
-    }
-
-    /// It is not wanted any more.
-    pub async fn abort(mut self) {
-        // What can not be taken back is left to the bucket's own rules for unfinished uploads.
-        let _ = self.upload.abort().await;
-    }
+fn both(store: impl ObjectStore + MultipartStore) -> (Arc<dyn ObjectStore>, ByParts) {
+    let store = Arc::new(store);
+    (store.clone(), ByParts(store))
 }

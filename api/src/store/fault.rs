@@ -3,6 +3,7 @@
 use std::error::Error as _;
 use std::fmt;
 
+use jiff::Timestamp;
 use object_store::Error;
 
 use super::trouble::Trouble;
@@ -50,6 +51,7 @@ impl Fault {
         short = short.chars().map(|c| if c.is_control() { ' ' } else { c }).take(SAID_MAX).collect();
         let why = match trouble {
             Trouble::Credentials => format!("{who} was not accepted: {short}"),
+            Trouble::Clock => format!("this machine's clock is off by {}: have a time service set it right ({short})", skew(&said)),
             Trouble::Denied => format!("{who} may not do this: {short}"),
             Trouble::NoBucket => format!("there is no bucket `{bucket}`: {short}"),
             Trouble::Full => format!("there is no room: {short}"),
@@ -59,16 +61,27 @@ impl Fault {
     }
 }
 
+/// How far the clock here is from the store's, by what it says of both.
+fn skew(said: &str) -> String {
+    let at = |from, to| between(said, from, to).and_then(|text| text.parse::<Timestamp>().ok());
+    match (at("<RequestTime>", "</RequestTime>"), at("<ServerTime>", "</ServerTime>")) {
+        (Some(here), Some(there)) => {
+            let seconds = here.duration_since(there).as_secs();
+            let which = if seconds < 0 { "behind" } else { "ahead of" };
+            format!("{} s, {which} the store's", seconds.unsigned_abs())
+        }
+        _ => "more than the store allows".into(),
+    }
+}
+
 fn trouble_of(error: &Error, said: &str, status: Option<u16>, code: &str) -> Trouble {
     let any = |words: &[&str]| words.iter().any(|word| said.contains(word));
     match code {
         "NoSuchBucket" | "ContainerNotFound" => return Trouble::NoBucket,
-        "InvalidAccessKeyId"
-        | "SignatureDoesNotMatch"
-        | "ExpiredToken"
-        | "InvalidToken"
-        | "RequestTimeTooSkewed"
-        | "AuthenticationFailed" => return Trouble::Credentials,
+        "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "ExpiredToken" | "InvalidToken" | "AuthenticationFailed" => {
+            return Trouble::Credentials;
+        }
+        "RequestTimeTooSkewed" => return Trouble::Clock,
         "QuotaExceeded" | "XMinioStorageFull" | "InsufficientStorage" => return Trouble::Full,
         _ => {}
     }
@@ -127,4 +140,27 @@ fn status_of(said: &str) -> Option<u16> {
 
 fn between<'a>(text: &'a str, from: &str, to: &str) -> Option<&'a str> {
     Some(text.split_once(from)?.1.split_once(to)?.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answered(body: &str) -> Fault {
+        let source = format!("Server returned non-2xx status code: 403 Forbidden: {body}");
+        let error = Error::PermissionDenied { path: "x".into(), source: source.into() };
+        Fault::from_store("put x".into(), &error, "the test", "runs")
+    }
+
+    #[test]
+    fn a_clock_that_is_off_is_told_as_such_and_tried_again() {
+        let times = "<RequestTime>20261123T220000Z</RequestTime><ServerTime>2026-11-23T22:20:05Z</ServerTime>";
+        let words = "<Code>RequestTimeTooSkewed</Code><Message>The difference is too large.</Message>";
+        let fault = answered(&format!("<Error>{words}{times}</Error>"));
+        assert_eq!((fault.trouble, fault.trouble.is_transient()), (Trouble::Clock, true));
+        assert!(fault.why.starts_with("this machine's clock is off by 1205 s, behind the store's: have a time service"), "{fault}");
+        let fault = answered(&format!("<Error>{words}<ServerTime>soon</ServerTime></Error>"));
+        assert!(fault.why.contains("is off by more than the store allows"), "{fault}");
+        assert_eq!(answered("<Error><Code>AccessDenied</Code></Error>").trouble, Trouble::Denied);
+    }
 }

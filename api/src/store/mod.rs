@@ -17,9 +17,15 @@ mod fault;
 #[cfg(feature = "store")]
 mod file;
 #[cfg(feature = "store")]
+mod parts;
+#[cfg(feature = "store")]
+mod send;
+#[cfg(feature = "store")]
 mod settings;
 #[cfg(feature = "store")]
 mod shelf;
+#[cfg(all(test, feature = "store"))]
+mod stand_in;
 #[cfg(all(test, feature = "store"))]
 mod tests;
 
@@ -36,6 +42,10 @@ pub use fault::Fault;
 #[cfg(feature = "store")]
 pub use file::CheckedFile;
 #[cfg(feature = "store")]
+pub use parts::Begun;
+#[cfg(feature = "store")]
+pub use send::{Open, PART_BYTES, Sending, Source, Window};
+#[cfg(feature = "store")]
 pub use settings::Settings;
 #[cfg(feature = "store")]
-pub use shelf::{Committed, Kept, NotKept, PART_BYTES, Shelf, Source, digest};
+pub use shelf::{Committed, Kept, NotKept, Shelf, digest};

@@ -10,13 +10,12 @@
 //! Files of different attempts never meet, since their manifests differ. A manifest counts when the newest lineage says so, so an older
 //! attempt that comes late commits nothing, even if its put arrives; where two want the same step the one that does not count makes room.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use sha2::{Digest, Sha256};
-use tokio::task::JoinSet;
 
 use super::door::Store;
 use super::fault::Fault;
@@ -25,12 +24,6 @@ use super::trouble::Trouble;
 use crate::join::to_hex;
 use crate::manifest::{MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, ManifestFile, folder_step, hex_sha256, step_folder};
 
-/// Bytes of a part of a large file, and of the largest that goes in one piece.
-pub const PART_BYTES: u64 = 8 * 1024 * 1024;
-/// Parts of one file that are under way at a time.
-const PARTS_AT_ONCE: usize = 3;
-/// Stores take ten thousand; larger files get larger parts.
-const PARTS_MAX: u64 = 9_000;
 /// Others that commit the same step at the same moment.
 const COMMIT_TRIES: usize = 4;
 const LINEAGE_BYTES_MAX: u64 = 64 * 1024;
@@ -84,14 +77,6 @@ pub enum NotKept {
     Fault(#[from] Fault),
 }
 
-/// Gives the bytes of a file in order.
-pub trait Source: Send {
-    /// The next piece, of `bytes` unless the file ends before. It may block.
-    fn next(&mut self, bytes: usize) -> Result<Vec<u8>, Fault>;
-    /// Waits until so many bytes may be sent, or says why no more are wanted. It may block.
-    fn wait_for_turn(&mut self, bytes: usize) -> Result<(), Fault>;
-}
-
 /// Where the files of a manifest are, beside it.
 pub fn digest(manifest_text: &[u8]) -> String {
     hex_sha256(manifest_text)[..16].to_string()
@@ -103,6 +88,10 @@ impl Shelf {
         Self { store }
     }
 
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+
     /// Where it is.
     pub fn place(&self) -> String {
         self.store.place().to_string()
@@ -110,7 +99,10 @@ impl Shelf {
 
     /// What the newest attempt has said of those before it.
     pub async fn lineage(&self) -> Result<Lineage, Fault> {
-        let all = self.store.list(ATTEMPTS).await?;
+        self.lineage_in(&self.store.list(ATTEMPTS).await?).await
+    }
+
+    async fn lineage_in(&self, all: &[(String, u64)]) -> Result<Lineage, Fault> {
         let Some((name, _)) = all.iter().rev().find(|(name, _)| attempt_of(name).is_some()) else { return Ok(Lineage::default()) };
         let text = self.store.get(name, LINEAGE_BYTES_MAX).await?;
         let known = text.and_then(|(text, _)| serde_json::from_slice::<Lineage>(&text).ok());
@@ -131,16 +123,13 @@ impl Shelf {
             Err(fault) if fault.trouble == Trouble::Conflict => {}
             Err(fault) => return Err(fault.into()),
         }
-        Ok(self.lineage().await?)
+        // A listing may not have it yet.
+        Ok(newer(self.lineage().await?, lineage))
     }
 
     /// Steps with a manifest, newest first.
     pub async fn steps(&self) -> Result<Vec<u64>, Fault> {
-        let all = self.store.list("").await?;
-        let mut steps: Vec<u64> =
-            all.iter().filter_map(|(name, _)| folder_step(name.strip_suffix(MANIFEST_NAME)?.strip_suffix('/')?)).collect();
-        steps.sort_unstable_by(|a, b| b.cmp(a));
-        Ok(steps)
+        Ok(steps_in(&self.store.list("").await?))
     }
 
     /// The manifest of a step. `None`: there is none. `Damaged`: it is none.
@@ -155,19 +144,27 @@ impl Shelf {
         Ok(Some(Committed { manifest, text }))
     }
 
-    /// The files of a checkpoint that are not there with their length.
+    /// The files of a checkpoint that are not there with their length. A listing may name what is gone: what it names is asked for.
     pub async fn lacking<'a>(&self, manifest: &'a Manifest, text: &[u8]) -> Result<Vec<&'a ManifestFile>, Fault> {
         let folder = format!("{}/{}", step_folder(manifest.step), digest(text));
-        let there: BTreeMap<String, u64> = self.store.list(&folder).await?.into_iter().collect();
-        Ok(manifest.files.iter().filter(|file| there.get(&format!("{folder}/{}", file.name)) != Some(&file.bytes)).collect())
+        let there = self.store.list(&folder).await?;
+        let mut lacking = Vec::new();
+        for file in &manifest.files {
+            let name = format!("{folder}/{}", file.name);
+            if !has(&there, &name, file.bytes) || self.store.size(&name).await? != Some(file.bytes) {
+                lacking.push(file);
+            }
+        }
+        Ok(lacking)
     }
 
     /// Everything that is there, newest first.
     pub async fn all(&self) -> Result<Vec<Kept>, Fault> {
-        let lineage = self.lineage().await?;
+        let there = self.store.list("").await?;
+        let lineage = self.lineage_in(&there).await?;
         let mut kept = Vec::new();
-        for step in self.steps().await? {
-            match self.look(step, &lineage).await {
+        for step in steps_in(&there) {
+            match self.look(step, &lineage, &there).await {
                 Ok(None) => {}
                 Ok(Some((found, not_used))) => {
                     kept.push(Kept { step, attempt: found.manifest.attempt, bytes: found.manifest.bytes(), not_used });
@@ -181,23 +178,31 @@ impl Shelf {
         Ok(kept)
     }
 
-    async fn look(&self, step: u64, lineage: &Lineage) -> Result<Option<(Committed, Option<String>)>, Fault> {
+    async fn look(&self, step: u64, lineage: &Lineage, there: &[(String, u64)]) -> Result<Option<(Committed, Option<String>)>, Fault> {
         let Some(found) = self.read(step).await? else { return Ok(None) };
-        let lacking = self.lacking(&found.manifest, &found.text).await?.first().map(|file| file.name.clone());
-        let not_used = if lineage.counts(found.manifest.attempt, step) {
-            lacking.map(|name| format!("{name} is missing, or has another length than its manifest says"))
-        } else {
-            Some("it was committed when a later attempt had begun elsewhere".to_string())
-        };
-        Ok(Some((found, not_used)))
+        if !lineage.counts(found.manifest.attempt, step) {
+            let why = "it was committed when a later attempt had begun elsewhere".to_string();
+            return Ok(Some((found, Some(why))));
+        }
+        let folder = format!("{}/{}", step_folder(step), digest(&found.text));
+        for file in &found.manifest.files {
+            let name = format!("{folder}/{}", file.name);
+            // A listing may lack what was put a moment ago.
+            if !has(there, &name, file.bytes) && self.store.size(&name).await? != Some(file.bytes) {
+                let why = format!("{} is missing, or has another length than its manifest says", file.name);
+                return Ok(Some((found, Some(why))));
+            }
+        }
+        Ok(Some((found, None)))
     }
 
     /// The newest that counts and is there, up to step `max`, and what was passed over.
     pub async fn newest(&self, max: Option<u64>) -> Result<(Option<Committed>, Vec<(u64, String)>), Fault> {
-        let lineage = self.lineage().await?;
+        let there = self.store.list("").await?;
+        let lineage = self.lineage_in(&there).await?;
         let mut passed = Vec::new();
-        for step in self.steps().await?.into_iter().filter(|step| max.is_none_or(|max| *step <= max)) {
-            match self.look(step, &lineage).await {
+        for step in steps_in(&there).into_iter().filter(|step| max.is_none_or(|max| *step <= max)) {
+            match self.look(step, &lineage, &there).await {
                 Ok(None) => {}
                 Ok(Some((found, None))) => return Ok((Some(found), passed)),
                 Ok(Some((_, Some(why)))) => passed.push((step, why)),
@@ -206,41 +211,6 @@ impl Shelf {
             }
         }
         Ok((None, passed))
-    }
-
-    /// Puts one file of a checkpoint there, in parts if it is large. It counts for nothing before the commit.
-    pub async fn put_file(&self, step: u64, digest: &str, file: &ManifestFile, source: &mut dyn Source) -> Result<(), Fault> {
-        let name = format!("{}/{digest}/{}", step_folder(step), file.name);
-        let part_bytes = PART_BYTES.max(file.bytes.div_ceil(PARTS_MAX).next_multiple_of(1024 * 1024));
-        let take = |left: u64| usize::try_from(left.min(part_bytes)).unwrap_or(usize::MAX);
-        if file.bytes <= part_bytes {
-            let bytes = take(file.bytes);
-            source.wait_for_turn(bytes)?;
-            return self.store.put(&name, source.next(bytes)?.into()).await;
-        }
-        let mut parts = self.store.begin(&name).await?;
-        let mut under_way: JoinSet<Result<(), Fault>> = JoinSet::new();
-        let mut left = file.bytes;
-        let mut sent = Ok(());
-        while sent.is_ok() && (left > 0 || !under_way.is_empty()) {
-            if left > 0 && under_way.len() < PARTS_AT_ONCE {
-                let bytes = take(left);
-                sent = source.wait_for_turn(bytes).and_then(|()| source.next(bytes)).map(|piece| {
-                    under_way.spawn(parts.put(piece.into()));
-                });
-                left -= bytes as u64;
-            } else if let Some(done) = under_way.join_next().await {
-                sent = done.unwrap_or_else(|error| Err(Fault::new(Trouble::Other, format!("put {name}"), error.to_string())));
-            }
-        }
-        under_way.shutdown().await;
-        match sent {
-            Ok(()) => parts.complete().await,
-            Err(fault) => {
-                parts.abort().await;
-                Err(fault)
-            }
-        }
     }
 
     /// All files are there: the manifest makes it a checkpoint, unless it must not be one.
@@ -288,11 +258,15 @@ impl Shelf {
     }
 
     /// Removes all but the newest `keep` that count, and files that no manifest names of steps before the newest. Answers what is kept.
-    pub async fn prune(&self, keep: usize) -> Result<Vec<u64>, Fault> {
-        let lineage = self.lineage().await?;
+    /// `step` was just committed, under `lineage`: a listing and what it leads to may be older than both.
+    pub async fn prune(&self, keep: usize, step: u64, lineage: &Lineage) -> Result<Vec<u64>, Fault> {
+        let there = self.store.list("").await?;
+        let lineage = newer(self.lineage_in(&there).await?, lineage);
+        let mut steps: BTreeSet<u64> = steps_in(&there).into_iter().collect();
+        steps.insert(step);
         let (mut kept, mut whole, mut gone) = (Vec::new(), BTreeSet::new(), Vec::new());
-        for step in self.steps().await? {
-            match self.look(step, &lineage).await {
+        for step in steps.into_iter().rev() {
+            match self.look(step, &lineage, &there).await {
                 Ok(Some((found, None))) if kept.len() < keep.max(1) => {
                     kept.push(step);
                     whole.insert(format!("{}/{}", step_folder(step), digest(&found.text)));
@@ -309,7 +283,7 @@ impl Shelf {
         for step in gone {
             self.store.remove(&format!("{}/{MANIFEST_NAME}", step_folder(step))).await?;
         }
-        for (name, _) in self.store.list("").await? {
+        for (name, _) in there {
             let mut parts = name.splitn(3, '/');
             let (Some(folder), Some(digest), Some(_)) = (parts.next(), parts.next(), parts.next()) else { continue };
             let is_named = whole.contains(folder) || whole.contains(&format!("{folder}/{digest}"));
@@ -383,7 +357,24 @@ fn check(asked: &dyn Fn() -> String, file: &ManifestFile, chunk: usize, hasher: 
     if is_right { Ok(()) } else { Err(Fault::new(Trouble::Damaged, asked(), format!("chunk {chunk} has another sha256 than committed"))) }
 }
 
+/// Steps with a manifest, newest first.
+fn steps_in(there: &[(String, u64)]) -> Vec<u64> {
+    let mut steps: Vec<u64> =
+        there.iter().filter_map(|(name, _)| folder_step(name.strip_suffix(MANIFEST_NAME)?.strip_suffix('/')?)).collect();
+    steps.sort_unstable_by(|a, b| b.cmp(a));
+    steps
+}
+
+fn has(there: &[(String, u64)], name: &str, bytes: u64) -> bool {
+    there.binary_search_by(|(own, _)| own.as_str().cmp(name)).is_ok_and(|at| there[at].1 == bytes)
+}
+
+/// The one that knows more attempts.
+fn newer(read: Lineage, known: &Lineage) -> Lineage {
+    if read.newest() < known.newest() { known.clone() } else { read }
+}
+
 fn attempt_of(name: &str) -> Option<u32> {
-    let digits = name.rsplit('/').next()?;
+    let digits = name.strip_prefix(ATTEMPTS)?.strip_prefix('/')?;
     if digits.len() == 10 { digits.parse().ok() } else { None }
 }

@@ -1,21 +1,21 @@
 //! The rules of a shelf, over a store in memory and over a folder.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 use object_store::memory::InMemory;
 
 use super::door::Store;
 use super::fault::Fault;
 use super::lineage::Lineage;
+use super::parts::Begun;
+use super::send::{PART_BYTES, Sending, Source, Window};
 use super::settings::Settings;
-use super::shelf::{NotKept, PART_BYTES, Shelf, Source, digest};
+use super::shelf::{NotKept, Shelf, digest};
 use super::trouble::Trouble;
 use crate::manifest::{MANIFEST_FORMAT, Manifest, ManifestFile, hex_sha256};
 use crate::time::Timestamp;
 
 /// A file's bytes, from memory.
-struct Given(Vec<u8>);
+pub(super) struct Given(pub Vec<u8>);
 
 impl Source for Given {
     fn next(&mut self, bytes: usize) -> Result<Vec<u8>, Fault> {
@@ -29,10 +29,10 @@ impl Source for Given {
 }
 
 /// Odd, and allowed.
-const NAME: &str = "ü {1} [a]~.safetensors";
+pub(super) const NAME: &str = "ü {1} [a]~.safetensors";
 
 /// A checkpoint of one file.
-fn checkpoint(attempt: u32, step: u64, content: &[u8]) -> (Manifest, Bytes) {
+pub(super) fn checkpoint(attempt: u32, step: u64, content: &[u8]) -> (Manifest, Bytes) {
     let chunk_bytes = 1 << 20;
     let sha256 = if content.is_empty() { vec![hex_sha256(b"")] } else { content.chunks(chunk_bytes).map(hex_sha256).collect() };
     let file = ManifestFile { name: NAME.into(), bytes: content.len() as u64, chunk_bytes: chunk_bytes as u64, sha256 };
@@ -57,15 +57,15 @@ fn checkpoint(attempt: u32, step: u64, content: &[u8]) -> (Manifest, Bytes) {
     (manifest, text)
 }
 
-async fn keep(shelf: &Shelf, attempt: u32, step: u64, content: &[u8]) -> Result<(), NotKept> {
+pub(super) async fn keep(shelf: &Shelf, attempt: u32, step: u64, content: &[u8]) -> Result<(), NotKept> {
     let (manifest, text) = checkpoint(attempt, step, content);
-    for file in shelf.lacking(&manifest, &text).await? {
-        shelf.put_file(step, &digest(&text), file, &mut Given(content.to_vec())).await?;
-    }
+    let open = |_: &ManifestFile| Ok(Box::new(Given(content.to_vec())) as Box<dyn Source>);
+    let how = Sending { open: &open, window: &Window::default(), begun: &Begun::default() };
+    shelf.put_files(step, &digest(&text), &shelf.lacking(&manifest, &text).await?, &how).await?;
     shelf.commit(&manifest, &text).await
 }
 
-fn lineage(starts: &[(u32, u64)]) -> Lineage {
+pub(super) fn lineage(starts: &[(u32, u64)]) -> Lineage {
     let mut lineage = Lineage::default();
     starts.iter().for_each(|(attempt, step)| lineage.begin(*attempt, *step));
     lineage
@@ -79,7 +79,7 @@ async fn shown(shelf: &Shelf) -> String {
 
 /// The same over both kinds.
 async fn over_both<F: Future<Output = ()>>(rules: impl Fn(Shelf) -> F) {
-    rules(Shelf::new(Store::in_memory(Arc::new(InMemory::new())).at("j"))).await;
+    rules(Shelf::new(Store::in_memory(InMemory::new()).at("j"))).await;
     let dir = tempfile::tempdir().expect("a folder");
     let place = dir.path().to_str().expect("text").parse().expect("a place");
     rules(Shelf::new(Store::open(&place, &Settings::default()).expect("opens").at("j"))).await;
@@ -100,7 +100,7 @@ async fn what_is_committed_is_found_whole_and_the_newest_first() {
         assert_eq!(shown(&shelf).await, "150/a1 100/a1 50/a1");
         let newest = async |max| shelf.newest(max).await.expect("readable").0.expect("one").manifest.step;
         assert_eq!((newest(None).await, newest(Some(149)).await), (150, 100));
-        assert_eq!(shelf.prune(2).await.expect("prunes"), [150, 100]);
+        assert_eq!(shelf.prune(2, 150, &lineage(&[])).await.expect("prunes"), [150, 100]);
         assert_eq!(shown(&shelf).await, "150/a1 100/a1");
         shelf.remove(100).await.expect("removes");
         assert_eq!(shown(&shelf).await, "150/a1");
@@ -144,7 +144,7 @@ async fn a_late_manifest_counts_for_nobody_and_makes_room() {
         assert_eq!((newest.expect("one").manifest.step, passed.len()), (50, 2));
         keep(&shelf, 2, 100, b"mine").await.expect("it makes room");
         assert_eq!(shown(&shelf).await, "150/a1! 100/a2 50/a1");
-        assert_eq!(shelf.prune(5).await.expect("prunes"), [100, 50]);
+        assert_eq!(shelf.prune(5, 100, &lineage(&[])).await.expect("prunes"), [100, 50]);
         assert_eq!(shown(&shelf).await, "100/a2 50/a1");
     })
     .await;
@@ -153,7 +153,7 @@ async fn a_late_manifest_counts_for_nobody_and_makes_room() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn of_two_attempts_that_race_for_a_step_exactly_one_wins() {
     for round in 0..60 {
-        let shelf = Shelf::new(Store::in_memory(Arc::new(InMemory::new())).at("j"));
+        let shelf = Shelf::new(Store::in_memory(InMemory::new()).at("j"));
         keep(&shelf, 1, 50, b"before").await.expect("kept");
         let (one, two) = (shelf.clone(), shelf.clone());
         let old = tokio::spawn(async move { keep(&one, 1, 100, b"old").await });
@@ -173,7 +173,7 @@ async fn of_two_attempts_that_race_for_a_step_exactly_one_wins() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_two_of_the_same_standing_the_first_stays() {
     for _ in 0..60 {
-        let shelf = Shelf::new(Store::in_memory(Arc::new(InMemory::new())).at("j"));
+        let shelf = Shelf::new(Store::in_memory(InMemory::new()).at("j"));
         let both = [b"one".as_slice(), b"two"].map(|content| {
             let shelf = shelf.clone();
             tokio::spawn(async move { keep(&shelf, 1, 100, content).await })
@@ -189,7 +189,7 @@ async fn of_two_of_the_same_standing_the_first_stays() {
 
 #[tokio::test]
 async fn damage_is_seen_and_passed_over() {
-    let store = Store::in_memory(Arc::new(InMemory::new())).at("j");
+    let store = Store::in_memory(InMemory::new()).at("j");
     let shelf = Shelf::new(store.clone());
     for step in [50, 100, 150, 200] {
         keep(&shelf, 1, step, format!("content of {step}").as_bytes()).await.expect("kept");
@@ -213,7 +213,7 @@ async fn damage_is_seen_and_passed_over() {
     assert!(fault.why.contains("chunk 0 has another sha256"), "{fault}");
     // A build that can not read a manifest leaves it alone.
     keep(&shelf, 1, 250, b"newer").await.expect("kept");
-    shelf.prune(1).await.expect("prunes");
+    shelf.prune(1, 250, &lineage(&[])).await.expect("prunes");
     assert_eq!(shelf.steps().await.expect("lists"), [250, 100]);
     store.put("attempts/0000000009", Bytes::from("nonsense")).await.expect("put");
     assert_eq!(shelf.newest(None).await.expect_err("unsound").trouble, Trouble::Damaged);

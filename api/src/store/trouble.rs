@@ -10,6 +10,8 @@ pub enum Trouble {
     Settings,
     /// It does not know who asks, or does not believe it.
     Credentials,
+    /// The clock here is off by more than it allows.
+    Clock,
     /// It knows who asks, and that one may not.
     Denied,
     /// There is no such bucket or folder.
@@ -38,6 +40,7 @@ impl Trouble {
         match self {
             Self::Settings => "settings",
             Self::Credentials => "credentials",
+            Self::Clock => "clock",
             Self::Denied => "denied",
             Self::NoBucket => "no_bucket",
             Self::NotFound => "not_found",
@@ -51,8 +54,8 @@ impl Trouble {
         }
     }
 
-    /// Whether the same may work later, without anybody changing what was asked for.
+    /// Whether the same may work later, without anybody changing what was asked for. A clock is set right.
     pub fn is_transient(self) -> bool {
-        matches!(self, Self::Full | Self::Busy | Self::Unreachable | Self::TimedOut | Self::Conflict | Self::Other)
+        matches!(self, Self::Clock | Self::Full | Self::Busy | Self::Unreachable | Self::TimedOut | Self::Conflict | Self::Other)
     }
 }

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use clap::{Args, Subcommand};
 use everlit_api::client::Client;
-use everlit_api::manifest::{MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, folder_step, step_folder};
-use everlit_api::store::{CheckedFile, Committed, Fault, Place, Settings, Shelf, Source, Store, digest};
+use everlit_api::manifest::{MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, ManifestFile, folder_step, step_folder};
+use everlit_api::store::{Begun, CheckedFile, Committed, Fault, Place, Sending, Settings, Shelf, Source, Store, Trouble, Window, digest};
 use serde::Serialize;
 
 use super::out::{age, size};
@@ -202,10 +202,16 @@ async fn put(shelf: &Shelf, from: &Path) -> Result<(u64, u64), Fail> {
     let text = fs::read(&place)?;
     let manifest = Manifest::parse(&text).map_err(|error| Fail::Refused(format!("{}: {error}", from.display())))?;
     let (digest, text) = (digest(&text), Bytes::from(text));
-    for file in shelf.lacking(&manifest, &text).await? {
-        let open = File::open(from.join(&file.name)).map_err(|error| Fail::Refused(format!("{}: {error}", file.name)))?;
-        shelf.put_file(manifest.step, &digest, file, &mut Sent(CheckedFile::new(open, from, file))).await?;
-    }
+    let open = |file: &ManifestFile| -> Result<Box<dyn Source + '_>, Fault> {
+        let asked = || format!("read {}", from.display());
+        let open = File::open(from.join(&file.name));
+        let open = open.map_err(|error| Fault { trouble: Trouble::Damaged, asked: asked(), why: format!("{}: {error}", file.name) })?;
+        Ok(Box::new(Sent(CheckedFile::new(open, from, file))))
+    };
+    let (window, begun, lacking) = (Window::default(), Begun::default(), shelf.lacking(&manifest, &text).await?);
+    let sent = shelf.put_files(manifest.step, &digest, &lacking, &Sending { open: &open, window: &window, begun: &begun }).await;
+    begun.abandon().await;
+    sent?;
     shelf.commit(&manifest, &text).await.map_err(|error| Fail::Refused(error.to_string()))?;
     Ok((manifest.step, manifest.bytes()))
 }

@@ -11,12 +11,13 @@ use everlit_api::agent::ToAgent;
 use everlit_api::agent::stored::{ArchiveOrder, Archived};
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::job::JobSpec;
+use everlit_api::rank::Cause;
 use everlit_api::store::Trouble;
 use everlit_api::time::Timestamp;
 
 use super::command::Command;
 use super::limits::LAST_ARCHIVES_MAX;
-use super::state::{Facts, Job, Then};
+use super::state::{Ending, Facts, Job, Then};
 use super::{Engine, Turn};
 
 /// What jobs that are over still have to put in their stores.
@@ -46,7 +47,8 @@ impl Engine {
             job.archiving.insert(share.node.clone(), gang.attempt);
             turn.tell(&share.node, frame.clone());
         }
-        if gang.ending.as_ref().is_some_and(|ending| matches!(ending.then, Then::Judge | Then::Fail)) {
+        let failed = |ending: &Ending| matches!(ending.then, Then::Judge | Then::Fail) || ending.cause == Some(Cause::NodeLost);
+        if gang.ending.as_ref().is_some_and(failed) {
             turn.step.commands.push(Command::KeepPostmortem { job: id, attempt: gang.attempt });
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! The newest verified checkpoint is ordered from one node that has it, until that node says that it is there; the node itself tries again
 //! when the store fails. Nothing waits for a store but an attempt that has nothing else to begin from. The trap: a job that is over leaves
-//! the engine at once, so its last upload is only remembered for the event.
+//! the engine at once, so its last upload is remembered beside the jobs, and ordered again from a node that is back; not by the next coordinator.
 
 use std::collections::BTreeMap;
 
@@ -27,8 +27,16 @@ pub struct Uploading {
     told: Option<(Trouble, Timestamp)>,
 }
 
-/// Last uploads of jobs that are over, and the fault that was told of each.
-pub(super) type LastUploads = BTreeMap<JobId, Option<(Trouble, Timestamp)>>;
+/// The last upload of a job that is over.
+#[derive(Debug, Clone)]
+pub(super) struct LastUpload {
+    node: NodeId,
+    order: UploadOrder,
+    told: Option<(Trouble, Timestamp)>,
+}
+
+/// Those that are not known to be done.
+pub(super) type LastUploads = BTreeMap<JobId, LastUpload>;
 
 impl Engine {
     /// Has the newest verified checkpoint of a job put in its store, if it is not there.
@@ -50,7 +58,7 @@ impl Engine {
         if self.last_uploads.len() >= LAST_UPLOADS_MAX {
             self.last_uploads.pop_first();
         }
-        self.last_uploads.insert(id, None);
+        self.last_uploads.insert(id, LastUpload { node: to.clone(), order: order.clone(), told: None });
         turn.tell(&to, ToAgent::Upload(order));
     }
 
@@ -83,6 +91,10 @@ impl Engine {
             }
             self.upload_newest(turn, id);
         }
+        let linked = self.nodes.get(node).is_some_and(|own| own.linked);
+        for last in self.last_uploads.values().filter(|last| linked && last.node == *node) {
+            turn.tell(node, ToAgent::Upload(last.order.clone()));
+        }
     }
 
     pub(super) fn on_uploaded(&mut self, turn: &mut Turn, node: &NodeId, done: &Uploaded) {
@@ -114,8 +126,12 @@ impl Engine {
     pub(super) fn on_store_fault(&mut self, turn: &mut Turn, node: &NodeId, fault: &StoreFault) {
         *self.store_faults.entry(fault.trouble).or_default() += 1;
         let active = self.jobs.get_mut(&fault.job).map(|job| &mut job.uploading.told);
-        let last = active.or_else(|| self.last_uploads.get_mut(&fault.job));
-        let Some(told) = last.or_else(|| self.last_archives.get_mut(&fault.job).map(|last| &mut last.told)) else { return };
+        let gives_up = fault.trouble == Trouble::Damaged;
+        // What its node has given up for good is not ordered again.
+        let mut over = if active.is_none() && gives_up { self.last_uploads.remove(&fault.job) } else { None };
+        let last = over.as_mut().or_else(|| self.last_uploads.get_mut(&fault.job));
+        let archive = self.last_archives.get_mut(&fault.job);
+        let Some(told) = active.or(last.map(|last| &mut last.told)).or(archive.map(|last| &mut last.told)) else { return };
         if told.is_some_and(|(trouble, at)| trouble == fault.trouble && turn.now.since_ms(at) < STORE_FAULT_EVERY_MS) {
             return;
         }

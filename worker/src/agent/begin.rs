@@ -31,7 +31,7 @@ pub(super) fn run(args: &RunArgs, dir: &Path) -> anyhow::Result<End> {
     // SAFETY: sets a disposition to a constant. Shims are never waited for, and the kernel reaps them then.
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn)? };
     let gpus = args.fake_gpus.map_or_else(gpu::Gpus::find, gpu::Gpus::fake);
-    let node = node(folders, !gpus.infos().is_empty())?;
+    let node = node(folders, !gpus.infos().is_empty(), args.data_cache)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS)
@@ -43,7 +43,7 @@ pub(super) fn run(args: &RunArgs, dir: &Path) -> anyhow::Result<End> {
     Ok(end)
 }
 
-fn node(folders: Folders, has_gpus: bool) -> anyhow::Result<Node> {
+fn node(folders: Folders, has_gpus: bool, data_cache: u64) -> anyhow::Result<Node> {
     let programs = std::env::current_exe()?.parent().map(PathBuf::from).unwrap_or_default();
     let env = environment::PASSED.iter().filter_map(|name| Some(((*name).to_string(), std::env::var(name).ok()?)));
     let memory = Memory::find(folders.root());
@@ -56,6 +56,7 @@ fn node(folders: Folders, has_gpus: bool) -> anyhow::Result<Node> {
         open_files: raise_open_files(),
         boot_id: load::boot_id(),
         reach: Mutex::default(),
+        data_cache,
         late: Late::default(),
     })
 }

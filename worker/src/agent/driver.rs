@@ -125,7 +125,7 @@ impl Driver {
         Ok(Self {
             started: Instant::now(),
             engine: Engine::new(0, linger.0),
-            effects: Effects::new(node, gpus, packages, watcher, Pace::new(args.upload_rate), args.data_cache, shims_tx, done_tx),
+            effects: Effects::new(node, gpus, packages, watcher, Pace::new(args.upload_rate), shims_tx, done_tx),
             policies: Policies::default(),
             hello,
             coordinator,

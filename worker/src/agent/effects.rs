@@ -106,11 +106,10 @@ impl Effects {
         packages: Packages,
         watcher: Watcher,
         pace: Pace,
-        data_cache: u64,
         shims: mpsc::Sender<(Incarnation, ShimNews)>,
         done: mpsc::Sender<Done>,
     ) -> Self {
-        let folders = node.folders.clone();
+        let (folders, data_cache) = (node.folders.clone(), node.data_cache);
         Self {
             node: Arc::new(node),
             ranks: Ranks::new(folders.clone(), shims),
@@ -171,7 +170,7 @@ impl Effects {
             }
             Action::Probe(incarnation) => {
                 let folder = self.node.folders.run(incarnation);
-                self.work(move || Done::Probed(probe(&folder)));
+                self.work(move || Done::Probed(procs::probe(&folder)));
             }
             Action::RemoveRuns(incarnations) => self.remove_runs(incarnations),
             Action::RetireJob(job) => {
@@ -588,14 +587,6 @@ impl Effects {
         }
         None
     }
-}
-
-/// Milliseconds that a small file takes to be written and renamed, as a heartbeat is.
-fn probe(folder: &std::path::Path) -> Option<u64> {
-    let begun = std::time::Instant::now();
-    let (draft, place) = (folder.join("probe.tmp"), folder.join("probe"));
-    fs::write(&draft, "{}").and_then(|()| fs::rename(&draft, &place)).ok()?;
-    u64::try_from(begun.elapsed().as_millis()).ok()
 }
 
 pub(super) fn not_found_is_fine(error: io::Error) -> io::Result<()> {

@@ -17,7 +17,8 @@ use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use tokio::runtime::{Handle, Runtime};
 
-use super::limits::STORE_FILES_AT_ONCE;
+use super::limits::{COPY_SPARE_BYTES, STORE_FILES_AT_ONCE};
+use super::load::disk_free;
 use crate::checkpoint::{Copy, CopyError};
 
 /// Looks at a checkpoint whose bytes are wrong: what was altered on its way may be right the next time.
@@ -55,6 +56,16 @@ impl From<Fault> for NotFetched {
 
 /// Brings the newest that is wanted into `dir`; answers its step. `None`: there is none.
 pub(super) fn fetch(dir: &Path, wanted: Wanted<'_>, is_wanted: &(dyn Fn() -> bool + Sync)) -> Result<Option<u64>, NotFetched> {
+    fetch_with(dir, wanted, is_wanted, disk_free)
+}
+
+/// The same; `free` says how many bytes are free where a folder is.
+pub(super) fn fetch_with(
+    dir: &Path,
+    wanted: Wanted<'_>,
+    is_wanted: &(dyn Fn() -> bool + Sync),
+    free: fn(&Path) -> Option<u64>,
+) -> Result<Option<u64>, NotFetched> {
     let here = |error: io::Error| NotFetched::Here(error.to_string());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("fetch").enable_all().build().map_err(here)?;
     let settings = Settings::of_process().with_job(wanted.env);
@@ -73,10 +84,12 @@ pub(super) fn fetch(dir: &Path, wanted: Wanted<'_>, is_wanted: &(dyn Fn() -> boo
         }
         let Some(found) = found.filter(|found| wanted.above.is_none_or(|above| found.manifest.step > above)) else { break Ok(None) };
         let step = found.manifest.step;
-        match take(dir, &shelf, &found, wanted.attempt, &runtime, is_wanted) {
-            Err(NotFetched::Fault(fault)) if fault.trouble == Trouble::Damaged => {
+        let copy = Copy::begin(dir, step, wanted.attempt, &found.text).map_err(|error| told(error, None));
+        match copy.and_then(|copy| has_room(dir, copy, free)).and_then(|copy| take(copy, &shelf, &found, &runtime, is_wanted)) {
+            // A listing may name what was removed since.
+            Err(NotFetched::Fault(fault)) if matches!(fault.trouble, Trouble::Damaged | Trouble::NotFound) => {
                 looks += 1;
-                tracing::warn!(place = %wanted.place, step, %fault, "a checkpoint in the store is damaged");
+                tracing::warn!(place = %wanted.place, step, %fault, "a checkpoint in the store is damaged, or gone");
                 if looks == LOOKS {
                     looks = 0;
                     let Some(older) = step.checked_sub(1) else { break Ok(None) };
@@ -98,15 +111,20 @@ fn open(place: &Place, settings: &Settings) -> Result<Store, Fault> {
     }
 }
 
-fn take(
-    dir: &Path,
-    shelf: &Shelf,
-    found: &Committed,
-    attempt: u32,
-    runtime: &Runtime,
-    is_wanted: &(dyn Fn() -> bool + Sync),
-) -> Result<(), NotFetched> {
-    let copy = Copy::begin(dir, found.manifest.step, attempt, &found.text).map_err(|error| told(error, None))?;
+/// What is still to come fits, and leaves what ranks that save here need.
+fn has_room(dir: &Path, copy: Copy, free: fn(&Path) -> Option<u64>) -> Result<Copy, NotFetched> {
+    let lacking: u64 = copy.manifest().files.iter().map(|file| file.bytes.saturating_sub(copy.bytes_there(file))).sum();
+    match free(dir) {
+        Some(free) if free < lacking.saturating_add(COPY_SPARE_BYTES) => {
+            copy.abandon();
+            let why = format!("there is no room for {lacking} bytes here: {free} are free, and {COPY_SPARE_BYTES} are kept");
+            Err(NotFetched::Here(why))
+        }
+        _ => Ok(copy),
+    }
+}
+
+fn take(copy: Copy, shelf: &Shelf, found: &Committed, runtime: &Runtime, is_wanted: &(dyn Fn() -> bool + Sync)) -> Result<(), NotFetched> {
     let (next, is_useless) = (AtomicUsize::new(0), AtomicBool::new(false));
     let failed: Mutex<Option<NotFetched>> = Mutex::new(None);
     let work = || {

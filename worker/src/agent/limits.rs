@@ -158,7 +158,7 @@ pub(super) const LAST_COPIES_MAX: Duration = Duration::from_secs(600);
 /// An agent that ends waits so long for uploads; what is not in its store then stays on this node's disk.
 pub(super) const LAST_UPLOADS_WAIT: Duration = Duration::from_secs(30);
 pub(super) const LAST_COPIES_LOOK: Duration = Duration::from_millis(100);
-/// A copy leaves so much of the disk free.
+/// A copy, or what is fetched from a store, leaves so much of the disk free.
 pub(super) const COPY_SPARE_BYTES: u64 = 256 * 1024 * 1024;
 /// Checkpoints that are fetched at once.
 pub(super) const COPIES_AT_ONCE: usize = 2;
@@ -173,6 +173,8 @@ pub(super) const SHARDS_AT_ONCE: usize = 4;
 /// Between two tries to read data that fail: at first, doubled with each that fails in a row, and at most.
 pub(super) const DATA_WAIT_MIN: Duration = Duration::from_millis(500);
 pub(super) const DATA_WAIT_MAX: Duration = Duration::from_secs(15);
+/// Parts of files that nobody goes on with are taken back within this, or left to the bucket's own rules.
+pub(super) const ABANDON_MAX: Duration = Duration::from_secs(10);
 /// Files of a checkpoint that are fetched from a store at once.
 pub(super) const STORE_FILES_AT_ONCE: usize = 4;
 

@@ -233,6 +233,7 @@ mod tests {
             open_files: None,
             boot_id,
             reach: Mutex::default(),
+            data_cache: 0,
             late: Late::default(),
         };
         let mut spec = gang_spec(2);

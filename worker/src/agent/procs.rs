@@ -85,6 +85,14 @@ pub(super) fn own_memory() -> u64 {
     pages * u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
 }
 
+/// Milliseconds that a small file takes to be written and renamed, as a heartbeat is.
+pub(super) fn probe(folder: &std::path::Path) -> Option<u64> {
+    let begun = std::time::Instant::now();
+    let (draft, place) = (folder.join("probe.tmp"), folder.join("probe"));
+    std::fs::write(&draft, "{}").and_then(|()| std::fs::rename(&draft, &place)).ok()?;
+    u64::try_from(begun.elapsed().as_millis()).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -50,6 +50,8 @@ pub(super) struct Node {
     pub boot_id: String,
     /// How other nodes reach it, once that is known.
     pub reach: Mutex<Option<Reach>>,
+    /// Bytes of data shards of stores that are kept for all jobs.
+    pub data_cache: u64,
     /// Checkpoints that came too late and are still to be put aside.
     pub late: Late,
 }

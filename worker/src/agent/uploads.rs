@@ -1,11 +1,13 @@
 //! Checkpoints on their way into stores, behind training: on threads of their own that yield to ranks, some at a time, with bounded memory
 //! and at most so many bytes a second.
 //!
-//! Each job has one task that holds the newest order until it is done: a fault is told and tried again after a pause that grows. A newer
+//! Each job has one task that holds the newest order until it is done: a fault is told and tried again after a pause that grows, unless what is
+//! here is damaged. A newer
 //! order is taken up when the one under way is done or has failed. What is being uploaded is held by links of its own, so that ranks and
 //! agent may remove older checkpoints meanwhile.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,15 +18,15 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use everlit_api::agent::stored::{StoreFault, UploadOrder, Uploaded};
 use everlit_api::ids::JobId;
-use everlit_api::manifest::Manifest;
-use everlit_api::store::{CheckedFile, Fault, NotKept, Settings, Shelf, Source, Store, Trouble, digest};
+use everlit_api::manifest::{Manifest, ManifestFile};
+use everlit_api::store::{Begun, CheckedFile, Fault, NotKept, Sending, Settings, Shelf, Source, Store, Trouble, Window, digest};
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::effects::{Done, not_found_is_fine};
 use super::folders::Folders;
-use super::limits::{UPLOAD_WAIT_MAX, UPLOAD_WAIT_MIN, UPLOADS_AT_ONCE};
-use crate::checkpoint;
+use super::limits::{ABANDON_MAX, UPLOAD_WAIT_MAX, UPLOAD_WAIT_MIN, UPLOADS_AT_ONCE};
+use crate::checkpoint::{self, Damage};
 
 /// How many bytes a second all uploads of this node take together.
 #[derive(Debug)]
@@ -56,6 +58,7 @@ pub(super) struct Uploads {
     jobs: BTreeMap<JobId, watch::Sender<UploadOrder>>,
     pace: Arc<Pace>,
     room: Arc<Semaphore>,
+    window: Window,
     busy: Arc<AtomicUsize>,
 }
 
@@ -67,6 +70,7 @@ impl Uploads {
             jobs: BTreeMap::new(),
             pace: Arc::new(pace),
             room: Arc::new(Semaphore::new(UPLOADS_AT_ONCE)),
+            window: Window::default(),
             busy: Arc::default(),
         }
     }
@@ -90,6 +94,8 @@ impl Uploads {
             folders: folders.clone(),
             pace: self.pace.clone(),
             room: self.room.clone(),
+            window: self.window.clone(),
+            begun: Begun::default(),
             busy: self.busy.clone(),
             done: done.clone(),
         };
@@ -152,56 +158,70 @@ struct Tended {
     folders: Folders,
     pace: Arc<Pace>,
     room: Arc<Semaphore>,
+    window: Window,
+    /// What a try that broke off has brought of large files.
+    begun: Begun,
     busy: Arc<AtomicUsize>,
     done: mpsc::Sender<Done>,
 }
 
 impl Tended {
     async fn run(mut self) {
-        let mut wait = UPLOAD_WAIT_MIN;
+        let (mut wait, mut last) = (UPLOAD_WAIT_MIN, None);
         loop {
             let order = self.orders.borrow_and_update().clone();
             self.busy.fetch_add(1, Ordering::Relaxed);
+            if last.replace(order.step).is_some_and(|last| last != order.step) {
+                self.abandon().await;
+            }
             let outcome = self.upload(&order).await;
-            let again = match &outcome {
-                Err(NotKept::Fault(fault)) => fault.trouble != Trouble::Damaged && fault.trouble != Trouble::NotFound,
-                _ => false,
-            };
+            let gone = self.orders.has_changed().is_err();
+            let again = !gone && matches!(&outcome, Err(NotKept::Fault(fault)) if is_tried_again(fault.trouble));
             if !again {
                 tokio::task::block_in_place(|| self.let_go());
+                self.abandon().await;
             }
             let news = match outcome {
                 Ok(done) => {
                     wait = UPLOAD_WAIT_MIN;
-                    Done::Uploaded(done)
+                    Some(Done::Uploaded(done))
                 }
-                Err(NotKept::Fault(fault)) => Done::StoreFault(StoreFault {
-                    job: self.job,
-                    step: Some(order.step),
-                    trouble: fault.trouble,
-                    reason: fault.to_string(),
-                }),
-                Err(fenced @ NotKept::Fenced { .. }) => Done::StoreFault(StoreFault {
-                    job: self.job,
-                    step: Some(order.step),
-                    trouble: Trouble::Conflict,
-                    reason: fenced.to_string(),
-                }),
+                // Nobody waits for it.
+                Err(_) if gone => None,
+                Err(NotKept::Fault(fault)) => Some(self.failed(order.step, fault.trouble, &fault)),
+                Err(fenced @ NotKept::Fenced { .. }) => Some(self.failed(order.step, Trouble::Conflict, &fenced)),
             };
-            // The driver is gone only when the agent ends.
-            let mut ends = self.done.send(news).await.is_err();
+            if let Some(news) = news {
+                // The driver is gone only when the agent ends.
+                let _ = self.done.send(news).await;
+            }
             if again {
-                // A newer order does not make a store that fails work.
-                tokio::time::sleep(wait).await;
+                self.pause(wait).await;
                 wait = (wait * 2).min(UPLOAD_WAIT_MAX);
             }
             self.busy.fetch_sub(1, Ordering::Relaxed);
-            ends |= if again { self.orders.has_changed().is_err() } else { self.orders.changed().await.is_err() };
-            if ends {
+            let ends = if again { self.orders.has_changed().is_err() } else { self.orders.changed().await.is_err() };
+            if ends || self.done.is_closed() {
                 break;
             }
         }
         tokio::task::block_in_place(|| self.let_go());
+        self.abandon().await;
+    }
+
+    fn failed(&self, step: u64, trouble: Trouble, why: &dyn fmt::Display) -> Done {
+        Done::StoreFault(StoreFault { job: self.job, step: Some(step), trouble, reason: why.to_string() })
+    }
+
+    /// Waits before the next try, as long as the job is there. A newer order does not make a store that fails work.
+    async fn pause(&mut self, wait: Duration) {
+        let until = tokio::time::Instant::now() + wait;
+        while let Ok(Ok(())) = tokio::time::timeout_at(until, self.orders.changed()).await {}
+    }
+
+    /// Takes back parts of files that nobody goes on with, if the store does it soon.
+    async fn abandon(&self) {
+        let _ = tokio::time::timeout(ABANDON_MAX, self.begun.abandon()).await;
     }
 
     /// Links of a checkpoint's files, which stay when the checkpoint is removed.
@@ -212,9 +232,11 @@ impl Tended {
             return Ok(held);
         }
         self.let_go();
+        // Nothing is made for a checkpoint that is not there.
+        let found = fs::read_dir(&from)?;
         fs::create_dir_all(&held)?;
         let mut manifest = None;
-        for entry in fs::read_dir(&from)? {
+        for entry in found {
             let entry = entry?;
             if entry.file_name() == checkpoint::MANIFEST_NAME {
                 manifest = Some(entry.path());
@@ -238,8 +260,9 @@ impl Tended {
         let Ok(_room) = self.room.acquire().await else { return Err(ended().into()) };
         let begun = Instant::now();
         let held = tokio::task::block_in_place(|| self.hold(order.step));
-        let path = held.map_err(|error| here(&self.folders.checkpoints(order.job), &format!("step {}: {error}", order.step)))?;
-        let text = tokio::task::block_in_place(|| checkpoint::manifest_bytes(&path)).map_err(|damage| here(&path, &damage.to_string()))?;
+        let path =
+            held.map_err(|error| unread(&self.folders.checkpoints(order.job), &format!("step {}: {error}", order.step), error.kind()))?;
+        let text = tokio::task::block_in_place(|| checkpoint::manifest_bytes(&path)).map_err(|damage| damaged(&path, &damage))?;
         let (manifest, text) = (Manifest::parse(&text).map_err(|error| here(&path, &error.to_string()))?, Bytes::from(text));
         let settings = Settings::of_process().with_job(&order.env);
         let base = order.to.parent().ok_or_else(|| here(&path, "its place in the store is none"))?;
@@ -250,16 +273,15 @@ impl Tended {
             shelf.commit(&manifest, &text).await?;
         }
         let digest = digest(&text);
-        let mut bytes = 0;
-        for file in shelf.lacking(&manifest, &text).await? {
-            let open =
-                tokio::task::block_in_place(|| checkpoint::open_named(&path, file)).map_err(|damage| here(&path, &damage.to_string()))?;
-            let mut source = FileSource { file: CheckedFile::new(open, &path, file), tended: self };
-            shelf.put_file(order.step, &digest, file, &mut source).await?;
-            bytes += file.bytes;
-        }
+        let lacking = shelf.lacking(&manifest, &text).await?;
+        let open = |file: &ManifestFile| -> Result<Box<dyn Source + '_>, Fault> {
+            let open = tokio::task::block_in_place(|| checkpoint::open_named(&path, file)).map_err(|damage| damaged(&path, &damage))?;
+            Ok(Box::new(FileSource { file: CheckedFile::new(open, &path, file), tended: self }))
+        };
+        shelf.put_files(order.step, &digest, &lacking, &Sending { open: &open, window: &self.window, begun: &self.begun }).await?;
+        let bytes = lacking.iter().map(|file| file.bytes).sum();
         shelf.commit(&manifest, &text).await?;
-        let kept = match shelf.prune(order.keep as usize).await {
+        let kept = match shelf.prune(order.keep as usize, order.step, &counts).await {
             Ok(kept) => kept,
             Err(fault) => {
                 tracing::warn!(job = %order.job, %fault, "older checkpoints are left in the store");
@@ -271,6 +293,11 @@ impl Tended {
     }
 }
 
+/// Whether the same upload may work later: not where what is here is not what was committed.
+fn is_tried_again(trouble: Trouble) -> bool {
+    trouble != Trouble::Damaged
+}
+
 fn ended() -> Fault {
     Fault { trouble: Trouble::NotFound, asked: "go on".into(), why: "the job is gone".into() }
 }
@@ -278,6 +305,20 @@ fn ended() -> Fault {
 /// What is to be uploaded is not what it was.
 fn here(path: &Path, why: &str) -> Fault {
     Fault { trouble: Trouble::Damaged, asked: format!("read {}", path.display()), why: why.into() }
+}
+
+/// What says so is damaged, or can not be read now.
+fn damaged(path: &Path, damage: &Damage) -> Fault {
+    match damage {
+        Damage::Unreadable { source, .. } => unread(path, &damage.to_string(), source.kind()),
+        _ => here(path, &damage.to_string()),
+    }
+}
+
+/// This node's own disk: what it can not give now it may give later, what is not there never.
+fn unread(path: &Path, why: &str, kind: io::ErrorKind) -> Fault {
+    let trouble = if kind == io::ErrorKind::NotFound { Trouble::Damaged } else { Trouble::Other };
+    Fault { trouble, ..here(path, why) }
 }
 
 /// A file on its way, as long as its job is there, and at the pace of all.
@@ -305,193 +346,4 @@ impl Source for FileSource<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use everlit_api::store::{Lineage, Place};
-
-    use super::*;
-    use crate::agent::copies::tests::{Node, job, node};
-    use crate::agent::fetch_stored::{self, NotFetched, Wanted};
-
-    /// A node that uploads into a folder.
-    struct Scene {
-        uploads: Uploads,
-        node: Node,
-        shared: tempfile::TempDir,
-        to: mpsc::Sender<Done>,
-        done: mpsc::Receiver<Done>,
-    }
-
-    impl Scene {
-        fn new() -> Self {
-            let (to, done) = mpsc::channel(8);
-            Self { uploads: Uploads::new(Pace::new(None)), node: node(), shared: tempfile::tempdir().unwrap(), to, done }
-        }
-
-        fn place(&self) -> Place {
-            self.shared.path().join(job().to_string()).to_str().unwrap().parse().unwrap()
-        }
-
-        fn shelf(&self) -> PathBuf {
-            self.shared.path().join(job().to_string())
-        }
-
-        fn order(&mut self, step: u64, attempt: u32, from: u64) -> Done {
-            let mut lineage = Lineage::default();
-            lineage.begin(attempt, from);
-            let order = UploadOrder { job: job(), step, to: self.place(), env: BTreeMap::new(), lineage, keep: 2 };
-            self.uploads.order(order, &self.node.folders, &self.to);
-            self.done.blocking_recv().unwrap()
-        }
-
-        fn fetch(&self, into: &Node, above: Option<u64>) -> Result<Option<u64>, NotFetched> {
-            let (place, env) = (self.place(), BTreeMap::new());
-            let wanted = Wanted { place: &place, env: &env, max: None, above, attempt: 9 };
-            fetch_stored::fetch(&into.checkpoints(), wanted, &|| true)
-        }
-
-        fn files(&self, step: u64) -> Vec<PathBuf> {
-            let folder = self.shelf().join(checkpoint::step_folder(step));
-            let inner = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).find(|path| path.is_dir()).unwrap();
-            let mut files: Vec<PathBuf> = fs::read_dir(inner).unwrap().map(|entry| entry.unwrap().path()).collect();
-            files.sort();
-            files
-        }
-    }
-
-    fn kept(done: Done) -> Vec<u64> {
-        match done {
-            Done::Uploaded(done) => done.kept,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn fault(done: Done) -> StoreFault {
-        match done {
-            Done::StoreFault(fault) => fault,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[test]
-    fn what_is_uploaded_comes_back_byte_for_byte_on_a_node_without_anything() {
-        let mut scene = Scene::new();
-        let path = scene.node.commit(50, 1);
-        assert_eq!(kept(scene.order(50, 1, 0)), [50]);
-        assert!(!scene.node.folders.uploads(job()).exists(), "nothing is held any more");
-        let other = node();
-        assert_eq!(scene.fetch(&other, None).unwrap(), Some(50));
-        let fetched = other.checkpoints().join(checkpoint::step_folder(50));
-        assert_eq!(fs::read(path.join("large ü")).unwrap(), fs::read(fetched.join("large ü")).unwrap());
-        assert_eq!(checkpoint::verify(&path).unwrap(), checkpoint::verify(&fetched).unwrap());
-        assert_eq!(scene.fetch(&other, Some(50)).unwrap(), None, "nothing newer is there");
-        scene.node.commit(60, 1);
-        scene.node.commit(70, 1);
-        assert_eq!(kept(scene.order(60, 1, 0)), [60, 50]);
-        assert_eq!(kept(scene.order(70, 1, 0)), [70, 60], "and what is beyond `keep` goes");
-    }
-
-    #[test]
-    fn what_has_rotted_here_is_not_spread() {
-        let mut scene = Scene::new();
-        let path = scene.node.commit(50, 1).join("large ü");
-        let mut content = fs::read(&path).unwrap();
-        content[5_000] ^= 1;
-        fs::write(&path, content).unwrap();
-        let told = fault(scene.order(50, 1, 0));
-        assert_eq!(told.trouble, Trouble::Damaged);
-        assert!(told.reason.contains("chunk 0 has another sha256 than committed"), "{}", told.reason);
-        assert!(!scene.shelf().join(checkpoint::step_folder(50)).join(checkpoint::MANIFEST_NAME).exists());
-        // The next one is not held up by it.
-        scene.node.commit(60, 1);
-        assert_eq!(kept(scene.order(60, 1, 0)), [60]);
-    }
-
-    #[test]
-    fn one_that_was_removed_here_while_it_waits_is_uploaded_all_the_same_and_one_that_never_was_is_told() {
-        let mut scene = Scene::new();
-        let path = scene.node.commit(50, 1);
-        let orders = watch::channel(UploadOrder {
-            job: job(),
-            step: 50,
-            to: scene.place(),
-            env: BTreeMap::new(),
-            lineage: Lineage::default(),
-            keep: 1,
-        });
-        let tended = Tended {
-            job: job(),
-            orders: orders.1,
-            folders: scene.node.folders.clone(),
-            pace: Arc::new(Pace::new(None)),
-            room: Arc::new(Semaphore::new(1)),
-            busy: Arc::default(),
-            done: scene.to.clone(),
-        };
-        let held = tended.hold(50).unwrap();
-        fs::remove_dir_all(&path).unwrap();
-        assert!(checkpoint::verify(&held).is_ok());
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let order = tended.orders.borrow().clone();
-        let done = runtime.block_on(async { tokio::spawn(async move { tended.upload(&order).await }).await });
-        assert_eq!(done.unwrap().unwrap().step, 50);
-        assert_eq!(fault(scene.order(90, 1, 0)).trouble, Trouble::Damaged);
-    }
-
-    #[test]
-    fn an_attempt_that_was_left_behind_is_told_so_and_leaves_nothing() {
-        let mut scene = Scene::new();
-        scene.node.commit(50, 1);
-        assert_eq!(kept(scene.order(50, 1, 0)), [50]);
-        let mut other = Scene { shared: scene.shared, ..Scene::new() };
-        other.node.commit(60, 2);
-        assert_eq!(kept(other.order(60, 2, 50)), [60, 50]);
-        scene.shared = other.shared;
-        scene.node.commit(70, 1);
-        let told = fault(scene.order(70, 1, 0));
-        assert_eq!(told.trouble, Trouble::Conflict);
-        assert!(told.reason.contains("attempt 2 has begun before that step"), "{}", told.reason);
-        assert!(!scene.shelf().join(checkpoint::step_folder(70)).exists());
-    }
-
-    #[test]
-    fn a_damaged_one_in_the_store_is_passed_over_and_a_transfer_that_broke_off_goes_on() {
-        let mut scene = Scene::new();
-        scene.node.commit(50, 1);
-        scene.node.commit(60, 1);
-        assert_eq!(kept(scene.order(50, 1, 0)), [50]);
-        assert_eq!(kept(scene.order(60, 1, 0)), [60, 50]);
-        let large = scene.files(60).pop().unwrap();
-        let mut content = fs::read(&large).unwrap();
-        content[7] ^= 1;
-        fs::write(&large, &content).unwrap();
-        let other = node();
-        assert_eq!(scene.fetch(&other, None).unwrap(), Some(50));
-        // It is right again: what had come of it is not fetched twice.
-        content[7] ^= 1;
-        fs::write(&large, &content).unwrap();
-        let small = scene.files(60).remove(0);
-        let third = node();
-        let draft = third.checkpoints().join(checkpoint::draft_folder(60, 9, u32::MAX));
-        fs::create_dir_all(&draft).unwrap();
-        fs::copy(scene.shelf().join(checkpoint::step_folder(60)).join(checkpoint::MANIFEST_NAME), draft.join(checkpoint::MANIFEST_NAME))
-            .unwrap();
-        fs::copy(&small, draft.join(small.file_name().unwrap())).unwrap();
-        let inode = |path: &Path| std::os::unix::fs::MetadataExt::ino(&fs::metadata(path).unwrap());
-        let before = inode(&draft.join(small.file_name().unwrap()));
-        assert_eq!(scene.fetch(&third, None).unwrap(), Some(60));
-        let place = third.checkpoints().join(checkpoint::step_folder(60));
-        assert_eq!(inode(&place.join(small.file_name().unwrap())), before);
-        assert!(checkpoint::verify(&place).is_ok());
-    }
-
-    #[test]
-    fn all_uploads_together_keep_to_the_pace() {
-        let pace = Pace::new(Some(1_000_000));
-        let begun = Instant::now();
-        let turns: Vec<Duration> = (0..4).map(|_| pace.turn(500_000).saturating_duration_since(begun)).collect();
-        for (index, turn) in turns.iter().enumerate() {
-            assert!(*turn >= Duration::from_millis(500 * index as u64), "{turns:?}");
-        }
-        assert!(Pace::new(None).turn(usize::MAX) <= Instant::now());
-    }
-}
+mod tests;

@@ -79,6 +79,11 @@ impl Copy {
         verify_file(&self.draft, file).is_ok()
     }
 
+    /// Bytes of a file that a transfer that broke off has brought, right or not.
+    pub fn bytes_there(&self, file: &ManifestFile) -> u64 {
+        fs::metadata(self.draft.join(&file.name)).map_or(0, |about| about.len())
+    }
+
     /// Takes a file as it comes. The first chunk that is not what the manifest says ends it; no more is taken than it says.
     pub fn take(&self, file: &ManifestFile, from: &mut dyn Read) -> Result<(), CopyError> {
         let path = self.draft.join(&file.name);

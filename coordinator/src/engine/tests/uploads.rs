@@ -123,6 +123,7 @@ fn a_gang_elsewhere_is_told_what_the_store_has() {
         10000 job 1: attempt_placed: attempt 2 is starting on n2
         10000 job 1: checkpoint_out_of_reach: the checkpoint of step 60 is on n1 and can not be fetched from there: the job goes on from step 50
         10000   n1 <- ArchiveLogs(ArchiveOrder { job: JobId(1), attempt: 1, to: Place { scheme: S3, bucket: "runs", path: "00000000000000000000000001" }, .. })
+        10000   keep the post-mortem of job 1 attempt 1
         10000   n1 <- forget 1.1.0
         10000   n2 <- start job 1 attempt 2 ranks 0+1 port 29501 or 50 from s3://runs/00000000000000000000000001
     "#]]);
@@ -153,6 +154,25 @@ fn the_last_checkpoint_of_a_job_is_put_there_and_told_of_after_its_end() {
         1200 job 1: store_failed: n1: it says no
         1400 job 1: checkpoint_stored: step 100 is in the job's store
     "#]]);
+}
+
+#[test]
+fn the_last_upload_of_a_job_that_is_over_is_ordered_again_from_a_node_that_is_back_until_it_is_done_or_given_up() {
+    let ordered = |scene: &mut Scene| scene.take().matches("n1 <- Upload(UploadOrder").count();
+    for (end, why) in [(uploaded("n1", 100, &[100]), "it is there"), (fault("n1", Trouble::Damaged), "it will never be there")] {
+        let mut scene = running(&["n2"]);
+        scene.at(1_000, seen("n1", saved(1, 1, 100)));
+        scene.exits(1_100, rank(1, 1, 0), exit(0, 1_100));
+        assert_eq!(ordered(&mut scene), 1);
+        scene.at(1_200, fault("n1", Trouble::Busy)).at(2_000, Event::NodeUnlinked { node: node("n1") });
+        assert_eq!(ordered(&mut scene), 0, "nobody is told who is not linked");
+        scene.at(2_500, hello("n1", vec![]));
+        assert_eq!(ordered(&mut scene), 1, "its agent is another and knows nothing of it");
+        scene.at(2_600, hello("n2", vec![]));
+        assert_eq!(ordered(&mut scene), 0, "it is not on that one");
+        scene.at(3_000, end).at(3_100, hello("n1", vec![]));
+        assert_eq!(ordered(&mut scene), 0, "{why}");
+    }
 }
 
 #[test]
