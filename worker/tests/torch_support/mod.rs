@@ -41,7 +41,7 @@ impl Job {
         worker.data = Some(text.to_string_lossy().into());
         worker.seed = 11;
         let checkpoint = CheckpointPolicy { every_steps: 10, keep: 100, ..CheckpointPolicy::default() };
-        let config = TrainConfig { worker, checkpoint, shards: Vec::new(), mean_seconds_between_failures: None };
+        let config = TrainConfig { worker, checkpoint, shards: Vec::new(), stored: None, mean_seconds_between_failures: None };
         Self { dir, config }
     }
 
