@@ -331,6 +331,7 @@ impl Bench {
             workdir: Some(self.dir.path().display().to_string()),
             package: None,
             shards: Vec::new(),
+            data: None,
             resume_from: None,
             fetch: None,
             stored: None,
