@@ -417,7 +417,7 @@ fn policies_are_checked() {
             x /heartbeat/required must be true or false, not a number
             x /checkpoint/every_steps 0 means by time only: give checkpoint.every too, or a number of steps
             x /checkpoint/keep must be a whole number from 1 to 1000
-            x /data/shards/0 must be an absolute path, one that starts with `/`
+            x /data/shards/0 must be an absolute path, one that starts with `/`, or be in a store, like "s3://bucket/text/" or "s3://bucket/text/*.txt"
             x /time_limit must be from 1s to 36500d
         "#]],
     );
@@ -553,6 +553,44 @@ fn which_nodes_a_job_may_go_to_is_read_and_its_faults_named() {
             x /tolerations/1/value must be a text in quotes, not a number
             x /tolerations/1/key a taint's name must be 1 to 63 letters, digits, `.`, `_`, `-` and `/`
             x /tolerations/2 must be an object, not a text
+        "#]],
+    );
+}
+
+#[test]
+fn shards_of_a_store_are_read_and_their_faults_named() {
+    let read = |data: Value| parse(&json!({"command": ["x"], "data": data})).map(|job| job.data).expect("good");
+    let stored = read(json!({"shards": ["s3://b", "file:///mnt/text/*.txt"], "fallback": "/mnt/copy"}));
+    assert_eq!((stored.shards.clone(), stored.stream), (vec!["s3://b/".to_string(), "file:///mnt/text/*.txt".into()], false));
+    assert_eq!(stored.sources().map(|all| all.len()), Some(2));
+    assert!(read(json!({"shards": ["s3://b/x/"], "stream": true})).stream);
+    assert!(parse(&json!({"data": {"shards": ["s3://b/x/"]}})).expect("good").data.stream, "the built-in program asks as it goes");
+    assert_eq!(read(json!({"shards": ["/a", "/b"]})).sources(), None);
+    check(
+        json!({"command": ["x"], "data": {"shards": ["s3://b/x/", "/a", "s3://k:s@b/x", "s3://b//x"]}}),
+        expect![[r#"
+            x /data/shards/2 must not hold credentials: give them in the job's `secrets`
+            x /data/shards/3 must have no empty part, `.` or `..` in it
+            x /data/shards must be all files of the nodes, or all in stores (file:///folder/ reads a shared folder as one)
+        "#]],
+    );
+    check(
+        json!({"command": ["x"], "data": {"shards": ["s3://b/x/", "/a"]}}),
+        expect![[r#"
+            x /data/shards must be all files of the nodes, or all in stores (file:///folder/ reads a shared folder as one)
+        "#]],
+    );
+    check(
+        json!({"command": ["x"], "data": {"shards": ["/a"], "stream": true, "fallback": "/b"}}),
+        expect![[r#"
+            x /data/stream is for shards in a store: files of the nodes are there already
+            x /data/fallback is for shards in a store: leave it out, or give data.shards like "s3://bucket/text/"
+        "#]],
+    );
+    check(
+        json!({"data": {"shards": ["s3://b/x/"], "stream": false}}),
+        expect![[r#"
+            x /data/stream the built-in program always asks for shards as it goes: leave it out
         "#]],
     );
 }

@@ -73,7 +73,7 @@ impl Store {
     /// Jobs that have ended since a time, and had not all of their logs in their stores then; newest first.
     pub async fn jobs_to_archive(&self, since: Timestamp, limit: u32) -> Result<Vec<StoredJob>, StoreError> {
         let rows = sqlx::query(
-            "SELECT job_id, spec, body, ranks, NULL FROM jobs WHERE finished_at >= ? AND json_extract(body, '$.archiving') IS NOT NULL \
+            "SELECT job_id, spec, body, ranks, NULL, NULL FROM jobs WHERE finished_at >= ? AND json_extract(body, '$.archiving') IS NOT NULL \
              ORDER BY job_id DESC LIMIT ?",
         );
         let rows = rows.bind(since.0 as i64).bind(limit).fetch_all(&self.readers).await?;
