@@ -119,7 +119,7 @@ fn a_gang_that_waits_for_its_package_is_stopped_at_once() {
     bench.order(&spec);
     bench.answer("200 OK", &bytes, 1);
     bench.stop(&spec, everlit_api::time::Millis(60_000));
-    assert_eq!(bench.start_failed(&spec), ("it was stopped before its package was here".into(), false));
+    assert_eq!(bench.start_failed(&spec), ("it was stopped before its package or its data was here".into(), false));
     // The next one is not held up by it.
     let next = with(bench.gang(1, "cat a"), &name, None);
     bench.order(&next);
