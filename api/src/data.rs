@@ -161,6 +161,9 @@ pub struct GangData {
     /// A folder of the nodes that has the same files under the same names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fallback: Option<String>,
+    /// Where outputs go, one of each shard: the job's own folder in `data.to`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<Place>,
 }
 
 /// A job's data was listed.
@@ -192,6 +195,42 @@ pub fn file_name(index: usize, name: &str) -> String {
     // The end tells what kind of file it is.
     let skip = last.chars().count().saturating_sub(FILE_NAME_CHARS_MAX);
     format!("{index:06}-{}", plain.skip(skip).collect::<String>())
+}
+
+/// Characters of an output's name after that of its shard's file.
+const OUTPUT_SUFFIX_CHARS_MAX: usize = 40;
+/// An output that ends so is not finished.
+pub const DRAFT_END: &str = ".tmp";
+
+/// Which shard a file is the output of: its name is that of the shard's file, and may go on (`000007-a.txt`, `000007-a.txt.bin`).
+pub fn output_of(name: &str, shards: &[ListedShard]) -> Option<usize> {
+    let index = shard_number(name)?;
+    is_output_of(name, &file_name(index, &shards.get(index)?.name)).then_some(index)
+}
+
+/// Whether this may be the name of the output of the shard that has this file.
+pub fn is_output_of(name: &str, file: &str) -> bool {
+    let fits = |more: &str| more.chars().count() <= OUTPUT_SUFFIX_CHARS_MAX && !more.chars().any(|c| c.is_control() || c == '/');
+    !name.ends_with(DRAFT_END) && name.strip_prefix(file).is_some_and(fits)
+}
+
+/// The shard's number at the beginning of a name.
+pub fn shard_number(name: &str) -> Option<usize> {
+    name.split_once('-').and_then(|(digits, _)| digits.parse().ok())
+}
+
+/// What a rank's record of its shards and outputs is called.
+pub fn record_name(rank: u32, world_size: u32) -> String {
+    format!("rank-{rank:05}-of-{world_size:05}.json")
+}
+
+/// What became of a shard, as a rank's record has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Output {
+    /// The name of the object.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
 }
 
 #[cfg(test)]
@@ -232,6 +271,19 @@ mod tests {
         assert_eq!(file_name(0, "a\n/\u{1}x"), "000000-_x");
         let long = file_name(1, &format!("{}.txt", "ä".repeat(500)));
         assert!(long.ends_with(".txt") && long.chars().count() == 7 + FILE_NAME_CHARS_MAX && long.len() < 255);
+    }
+
+    #[test]
+    fn an_output_is_named_like_its_shard() {
+        let shards: Vec<_> = ["x/a.txt", "b"].map(|name| ListedShard { source: 0, name: name.into(), bytes: 1, etag: None }).into();
+        let of = |name: &str| output_of(name, &shards);
+        assert_eq!((of("000000-a.txt"), of("000000-a.txt.bin"), of("000001-b.jsonl")), (Some(0), Some(0), Some(1)));
+        for name in ["a.txt", "000000-b", "000001-a.txt", "000002-c", "000000-a.txt.tmp", "000000-a.txt/../x", "-b", "x-b", "000001-b\n"] {
+            assert_eq!(of(name), None, "{name}");
+        }
+        assert_eq!(of(&format!("000001-b{}", "x".repeat(OUTPUT_SUFFIX_CHARS_MAX + 1))), None);
+        // Other spellings of a number are other names.
+        assert_eq!(of("1-b"), None);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! The door refuses them and the agent overwrites them, so that no rank ever believes a wrong rank, port or folder.
 
 /// Set for each rank by everlit.
-pub const RESERVED: [&str; 33] = [
+pub const RESERVED: [&str; 34] = [
     "RANK",
     "LOCAL_RANK",
     "GROUP_RANK",
@@ -29,6 +29,7 @@ pub const RESERVED: [&str; 33] = [
     "EVERLIT_RESUME_FROM",
     "EVERLIT_DATA_SHARDS",
     "EVERLIT_SHARD_FEED",
+    "EVERLIT_OUTPUT_DIR",
     "EVERLIT_RENDEZVOUS",
     SERVER,
     SERVER_SECRET,

@@ -18,7 +18,7 @@ mod parse;
 mod policy;
 mod worker;
 pub use inherit::{inherit, resumes};
-pub use parse::{Fault, FaultKind, parse, size};
+pub use parse::{Fault, FaultKind, INPUT, OUTPUT, parse, size};
 pub use policy::{LogAction, LogPolicy};
 pub use worker::{Auto, BatchSize, Device, EvaluationSpec, ModelSpec, OnNan, Precision, WorkerSpec};
 
@@ -127,6 +127,8 @@ pub enum JobKind {
     Train,
     /// The built-in program measures a checkpoint (`resume_from`) on held-out text and ends.
     Evaluate,
+    /// Independent ranks over the shards of `data.shards`: each shard gives one output in `data.to`.
+    Preprocess,
 }
 
 /// Order in the queue.
@@ -357,6 +359,10 @@ pub struct DataSpec {
     /// Absolute path of a folder of the nodes that has the same files under the same names: read while the store can not be.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<String>,
+    /// Kind preprocess: where outputs go, each named after its shard, as `<to>/<job id>/shards/<number>-<name>…`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub to: Option<Place>,
 }
 
 impl DataSpec {

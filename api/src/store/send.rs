@@ -1,4 +1,4 @@
-//! Sending the files of a checkpoint: several files and several parts at a time, within a bound of memory that all who send share.
+//! Sending files: several files of a checkpoint and several parts at a time, within a bound of memory that all who send share.
 //!
 //! The reader is one task, so what is read and hashed is read while other parts are under way. A part takes its room before it is read and
 //! gives it back when the store has it.
@@ -10,6 +10,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
+use super::door::Store;
 use super::fault::Fault;
 use super::parts::{Begun, Parts};
 use super::shelf::Shelf;
@@ -74,7 +75,8 @@ impl Shelf {
             while under_way.len() < FILES_AT_ONCE
                 && let Some(file) = rest.next()
             {
-                under_way.push(self.put_file(format!("{folder}/{}", file.name), file, how));
+                let name = format!("{folder}/{}", file.name);
+                under_way.push(async move { self.store().send(&name, file.bytes, (how.open)(file)?, how.window, how.begun).await });
             }
             match under_way.next().await {
                 Some(done) => done?,
@@ -82,23 +84,40 @@ impl Shelf {
             }
         }
     }
+}
 
-    async fn put_file(&self, name: String, file: &ManifestFile, how: &Sending<'_>) -> Result<(), Fault> {
-        let part_bytes = PART_BYTES.max(file.bytes.div_ceil(PARTS_MAX).next_multiple_of(MIB));
-        if file.bytes > part_bytes {
-            return self.put_parts(&name, file.bytes, part_bytes, file, how).await;
+impl Store {
+    /// Puts a file there, in parts when it is large; it is there once all of it is. `begun` has what an earlier try has brought, and gets what
+    /// this one leaves if it breaks off.
+    pub async fn send(
+        &self,
+        name: &str,
+        bytes: u64,
+        mut source: Box<dyn Source + '_>,
+        window: &Window,
+        begun: &Begun,
+    ) -> Result<(), Fault> {
+        let part_bytes = PART_BYTES.max(bytes.div_ceil(PARTS_MAX).next_multiple_of(MIB));
+        if bytes > part_bytes {
+            return self.send_parts(name, bytes, part_bytes, source, window, begun).await;
         }
-        let _entered = how.window.enter(file.bytes).await?;
-        let mut source = (how.open)(file)?;
-        let bytes = usize::try_from(file.bytes).unwrap_or(usize::MAX);
+        let _entered = window.enter(bytes).await?;
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
         source.wait_for_turn(bytes)?;
         let piece = source.next(bytes)?;
-        self.store().put(&name, piece.into()).await
+        self.put(name, piece.into()).await
     }
 
-    async fn put_parts(&self, name: &str, mut left: u64, part_bytes: u64, file: &ManifestFile, how: &Sending<'_>) -> Result<(), Fault> {
-        let mut source = (how.open)(file)?;
-        let mut parts = Parts::begin(self.store(), name, how.begun).await?;
+    async fn send_parts(
+        &self,
+        name: &str,
+        mut left: u64,
+        part_bytes: u64,
+        mut source: Box<dyn Source + '_>,
+        window: &Window,
+        begun: &Begun,
+    ) -> Result<(), Fault> {
+        let mut parts = Parts::begin(self, name, begun).await?;
         let mut under_way: JoinSet<Result<(), Fault>> = JoinSet::new();
         let ended = |done: Result<_, tokio::task::JoinError>| {
             done.unwrap_or_else(|error| Err(Fault::new(Trouble::Other, format!("put {name}"), error.to_string())))
@@ -107,7 +126,7 @@ impl Shelf {
         while sent.is_ok() && left > 0 {
             let bytes = left.min(part_bytes);
             left -= bytes;
-            let entered = how.window.enter(bytes).await?;
+            let entered = window.enter(bytes).await?;
             let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
             sent = source.wait_for_turn(bytes).and_then(|()| source.next(bytes)).map(|piece| {
                 if let Some(part) = parts.put(piece.into()) {

@@ -100,6 +100,11 @@ impl Job {
         self.spec.kind == JobKind::Evaluate
     }
 
+    /// Its ranks are independent, and a step is a shard whose output is in the store.
+    fn is_preprocessing(&self) -> bool {
+        self.spec.kind == JobKind::Preprocess
+    }
+
     /// What the ranks' steps mean for the job. True when the record should know: a first step, the end of repeating.
     pub(super) fn advance(&mut self, now: Timestamp) -> bool {
         let Some(gang) = self.gang.as_ref().filter(|g| g.ending.is_none() && g.regroup.is_none()) else { return false };
@@ -108,14 +113,20 @@ impl Job {
         let before = self.book.activity;
         let reporting = self.ranks.list().iter().filter_map(|r| r.step);
         let all = self.spec.worker.is_none() || self.ranks.list().iter().all(|r| r.step.is_some());
-        if let Some(slowest) = reporting.min().filter(|_| all) {
+        if self.is_preprocessing() {
+            // Each rank tells its own outputs, which stay: a rank that begins again has them all.
+            self.progress.advance(now, reporting.sum(), from, 0);
+            self.progress.total_steps = self.listing.as_ref().map(|listing| listing.shards.len() as u64);
+        } else if let Some(slowest) = reporting.min().filter(|_| all) {
             self.progress.advance(now, slowest, from, gang.floor);
         }
         let saving = self.ranks.get(0).is_some_and(|r| r.phase == Some(Phase::Checkpoint));
         let next = match self.progress.step {
             None => before,
             Some(_) if saving => Activity::Checkpointing,
-            Some(step) if step <= gang.floor && gang.floor > 0 && gang.attempt > 1 && !self.is_evaluation() => Activity::Repeated,
+            Some(step) if step <= gang.floor && gang.floor > 0 && gang.attempt > 1 && self.spec.kind == JobKind::Train => {
+                Activity::Repeated
+            }
             Some(_) => Activity::Training,
         };
         self.book.turn(now, next);

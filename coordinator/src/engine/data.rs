@@ -75,6 +75,7 @@ impl Job {
     pub(super) fn gang_data(&self) -> Option<GangData> {
         let data = &self.spec.data;
         let shards = self.listing.as_ref().map(|listing| listing.shards.to_vec());
-        Some(GangData { sources: data.sources()?, shards, stream: data.stream, fallback: data.fallback.clone() })
+        let to = data.to.as_ref().map(|to| to.join(&self.id.to_string()));
+        Some(GangData { sources: data.sources()?, shards, stream: data.stream, fallback: data.fallback.clone(), to })
     }
 }

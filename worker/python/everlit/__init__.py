@@ -6,7 +6,7 @@ package imports neither torch nor numpy and starts nothing.
 
 from __future__ import annotations
 
-from .distributed import DistributedContext, data_shards, distributed_context, reduce_metrics, stream_shards
+from .distributed import DistributedContext, data_shards, distributed_context, output_file, reduce_metrics, stream_shards
 from .errors import Busy, CheckpointError, Damage, Fenced, Failed, Refused
 from .manager import CheckpointManager
 from .manifest import Manifest
@@ -35,6 +35,7 @@ __all__ = [
     "distributed_context",
     "exit_terminated",
     "heartbeat",
+    "output_file",
     "read_manifest",
     "record",
     "reduce_metrics",

@@ -112,6 +112,26 @@ def stream_shards(ahead: int = 2) -> Iterator[str]:
         yield path
 
 
+@contextlib.contextmanager
+def output_file(shard: str, suffix: str = "") -> Iterator[str]:
+    """Where to write what becomes of a shard, in a job of kind preprocess; what was written is stored when the block ends without an exception.
+    The output's name is the shard's with `suffix` (at most 40 characters, no `/`) after it."""
+    folder = Environment.read().output_dir
+    if folder is None:
+        raise RuntimeError("EVERLIT_OUTPUT_DIR is not set: this is for jobs of kind preprocess, with a command that has no {input}")
+    if "/" in suffix or len(suffix) > 40:
+        raise ValueError(f"suffix is `{suffix}`, which must have at most 40 characters and no `/`")
+    place = os.path.join(folder, os.path.basename(shard) + suffix)
+    draft = f"{place}.tmp"
+    try:
+        yield draft
+        os.rename(draft, place)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+        raise
+
+
 def _ask(feed: str, line: str) -> None:
     # Without an agent nobody has the other end, and opening must not wait for one; what is needed is asked for again.
     with contextlib.suppress(OSError):

@@ -28,6 +28,8 @@ class Environment:
     data_shards: Optional[str]
     #: The folder where shards of a store are asked for.
     shard_feed: Optional[str]
+    #: The folder where outputs of a preprocessing job go.
+    output_dir: Optional[str]
 
     @staticmethod
     def read() -> "Environment":
@@ -49,6 +51,7 @@ class Environment:
             resume_from=os.environ.get("EVERLIT_RESUME_FROM"),
             data_shards=os.environ.get("EVERLIT_DATA_SHARDS") or None,
             shard_feed=os.environ.get("EVERLIT_SHARD_FEED") or None,
+            output_dir=os.environ.get("EVERLIT_OUTPUT_DIR") or None,
         )
 
 

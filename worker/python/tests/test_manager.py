@@ -465,6 +465,24 @@ class ProgramTest(Case):
         with self.assertRaises(ValueError):
             everlit.reduce_metrics({}, op="median")
 
+    def test_an_output_is_there_when_it_is_whole(self):
+        with self.assertRaisesRegex(RuntimeError, "kind preprocess"):
+            with everlit.output_file("/x/000003-a.txt"):
+                pass
+        out = pathlib.Path(self.path("out"))
+        out.mkdir()
+        os.environ["EVERLIT_OUTPUT_DIR"] = str(out)
+        with everlit.output_file("/x/000003-a.txt", ".bin") as path:
+            pathlib.Path(path).write_bytes(b"tokens")
+            self.assertEqual([file.name for file in out.iterdir()], ["000003-a.txt.bin.tmp"])
+        self.assertEqual((out / "000003-a.txt.bin").read_bytes(), b"tokens")
+        with self.assertRaises(KeyError), everlit.output_file("/x/000004-b") as path:
+            pathlib.Path(path).write_bytes(b"half")
+            raise KeyError("lost")
+        self.assertEqual([file.name for file in out.iterdir()], ["000003-a.txt.bin"])
+        with self.assertRaises(ValueError), everlit.output_file("/x/000004-b", "/../y"):
+            pass
+
     def test_an_exception_is_written_where_torchrun_looks(self):
         os.environ["TORCHELASTIC_ERROR_FILE"] = self.path("error.json")
 

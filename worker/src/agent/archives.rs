@@ -18,13 +18,13 @@ use everlit_api::agent::log::{HEADER_BYTES, Records};
 use everlit_api::agent::stored::{ArchiveOrder, Archived, StoreFault};
 use everlit_api::ids::{JobId, NodeId};
 use everlit_api::store::{Archive, Fault, PIECE_BYTES, Piece, Settings, Store, Trouble};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 
 use super::effects::Done;
 use super::folders::Folders;
 use super::limits::{UPLOAD_WAIT_MAX, UPLOAD_WAIT_MIN};
 use super::logs::life;
-use super::uploads::{Pace, Uploads};
+use super::uploads::{Lane, Uploads};
 use crate::shim::segments::{segment_name, segment_numbers};
 
 /// An order, and how far the log went when it came.
@@ -64,9 +64,9 @@ impl Archives {
         }
         let Some(runtime) = uploads.runtime() else { return };
         let (to, orders) = watch::channel(wanted);
-        let (pace, room) = uploads.shared();
+        let lane = uploads.lane();
         let busy = Busy::new(&self.busy);
-        let task = Tended { job, node: node.clone(), orders, folders: folders.clone(), pace, room, done: done.clone() };
+        let task = Tended { job, node: node.clone(), orders, folders: folders.clone(), lane, done: done.clone() };
         runtime.spawn(task.run(busy));
         self.jobs.insert(job, to);
     }
@@ -110,8 +110,7 @@ struct Tended {
     node: NodeId,
     orders: watch::Receiver<Wanted>,
     folders: Folders,
-    pace: Arc<Pace>,
-    room: Arc<Semaphore>,
+    lane: Lane,
     done: mpsc::Sender<Done>,
 }
 
@@ -156,7 +155,7 @@ impl Tended {
     async fn archive(&self, wanted: &Wanted) -> Result<Archived, Fault> {
         let begun = Instant::now();
         let ended = || here("go on", "the job is gone");
-        let _room = self.room.acquire().await.map_err(|_| ended())?;
+        let _room = self.lane.room.acquire().await.map_err(|_| ended())?;
         let order = &wanted.order;
         let settings = tokio::task::block_in_place(Settings::of_process).with_job(&order.env);
         let base = order.to.parent().ok_or_else(|| here("open the archive", "its place in the store is none"))?;
@@ -173,7 +172,7 @@ impl Tended {
             if self.orders.has_changed().is_err() {
                 return Err(ended());
             }
-            let turn = self.pace.turn(bytes.len()).saturating_duration_since(Instant::now());
+            let turn = self.lane.pace.turn(bytes.len()).saturating_duration_since(Instant::now());
             tokio::time::sleep(turn).await;
             archive.put(&self.node, &piece, bytes).await?;
             (at, before, sent) = ((segment, piece.to), piece.after(), sent + piece.bytes());
@@ -256,6 +255,7 @@ mod tests {
     use super::*;
     use crate::agent::copies::tests::{Node, job, node};
     use crate::agent::logs::begin_life;
+    use crate::agent::uploads::Pace;
 
     /// A node with a log, and a folder as its job's store.
     struct Scene {

@@ -13,7 +13,7 @@ use everlit_api::time::{Millis, Timestamp};
 use tracing_subscriber::EnvFilter;
 
 use super::place::{self, FakeGpus};
-use super::{begin, identity, status};
+use super::{begin, identity, preprocess, status};
 use crate::checkpoint;
 
 /// Supervises training processes on one node.
@@ -48,6 +48,13 @@ enum Verb {
     /// Checkpoints of programs that are not ours.
     #[command(subcommand)]
     Checkpoint(CheckpointVerb),
+    /// What a rank of a `kind: preprocess` job runs: a program for each of its shards, or one that goes through them, until all outputs are stored.
+    #[command(hide = true)]
+    Preprocess {
+        /// The program and its arguments.
+        #[arg(required = true, last = true)]
+        command: Vec<String>,
+    },
 }
 
 /// Settings of `run`.
@@ -136,6 +143,7 @@ pub fn main() -> ExitCode {
         Verb::Stacks { pids, json } => stacks(&pids, json),
         Verb::Checkpoint(CheckpointVerb::Commit { dir, step }) => commit(&dir, step),
         Verb::Checkpoint(CheckpointVerb::Verify { dir }) => verify(&dir),
+        Verb::Preprocess { command } => return preprocess::run(&command),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

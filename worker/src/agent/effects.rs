@@ -110,6 +110,8 @@ impl Effects {
         done: mpsc::Sender<Done>,
     ) -> Self {
         let (folders, data_cache) = (node.folders.clone(), node.data_cache);
+        let uploads = Uploads::new(pace);
+        let feeds = Feeds::new(Cache::new(folders.shards(), data_cache), folders.clone(), uploads.lane(), done.clone());
         Self {
             node: Arc::new(node),
             ranks: Ranks::new(folders.clone(), shims),
@@ -117,7 +119,7 @@ impl Effects {
             gpus: Arc::new(gpus),
             packages: Arc::new(packages),
             preparing: BTreeMap::new(),
-            done: done.clone(),
+            done,
             link: None,
             logs: Logs::new(folders.clone()),
             prepared: BTreeMap::new(),
@@ -125,8 +127,8 @@ impl Effects {
             checkpoints: Tracker::default(),
             verifying: Arc::new(Semaphore::new(VERIFY_AT_ONCE)),
             copies: Copies::default(),
-            uploads: Uploads::new(pace),
-            feeds: Feeds::new(Cache::new(folders.shards(), data_cache), folders.clone(), done),
+            uploads,
+            feeds,
             archives: Archives::default(),
             outputs: Outputs::new(folders),
             meter: Some(LoadMeter::default()),

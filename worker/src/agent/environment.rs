@@ -286,7 +286,7 @@ pub(crate) mod tests {
         assert_eq!(shards_of(&spec, 1, feed), "");
         let shard = |name: &str| ListedShard { source: 0, name: name.into(), bytes: 1, etag: None };
         let shards = Some(["x/a", "x/b c", "x/d"].map(shard).into());
-        spec.data = Some(GangData { sources: Vec::new(), shards, stream: false, fallback: None });
+        spec.data = Some(GangData { sources: Vec::new(), shards, stream: false, fallback: None, to: None });
         assert_eq!(shards_of(&spec, 0, feed), "/j/data/have/000000-a\n/j/data/have/000002-d\n");
         assert_eq!(shards_of(&spec, 1, feed), "/j/data/have/000001-b c\n");
     }

@@ -33,6 +33,7 @@ mod metrics;
 mod packages;
 mod place;
 mod policies;
+mod preprocess;
 mod procs;
 mod progress;
 mod ranks;

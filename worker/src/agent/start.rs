@@ -295,6 +295,10 @@ fn argv(node: &Node, spec: &GangSpec, attempt: &Path) -> Result<Vec<CString>, Re
         return Err(Refused::forever(missing("everlit-shim")));
     }
     let argv = match &spec.program {
+        Program::Command { argv } if spec.data.as_ref().is_some_and(|data| data.to.is_some()) => {
+            let runner = node.programs.join("everlit-agent").display().to_string();
+            [runner, "preprocess".into(), "--".into()].into_iter().chain(argv.iter().cloned()).collect()
+        }
         Program::Command { argv } => argv.clone(),
         Program::Worker { evaluate, .. } => {
             let worker = node.programs.join("everlit-worker");

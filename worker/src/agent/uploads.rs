@@ -52,13 +52,22 @@ impl Pace {
     }
 }
 
+/// What all that is sent to stores shares.
+#[derive(Clone)]
+pub(super) struct Lane {
+    /// How fast.
+    pub pace: Arc<Pace>,
+    /// How many at a time.
+    pub room: Arc<Semaphore>,
+    /// How much in memory.
+    pub window: Window,
+}
+
 /// The uploads of this node.
 pub(super) struct Uploads {
     runtime: Option<Runtime>,
     jobs: BTreeMap<JobId, watch::Sender<UploadOrder>>,
-    pace: Arc<Pace>,
-    room: Arc<Semaphore>,
-    window: Window,
+    lane: Lane,
     busy: Arc<AtomicUsize>,
 }
 
@@ -68,9 +77,7 @@ impl Uploads {
         Self {
             runtime: None,
             jobs: BTreeMap::new(),
-            pace: Arc::new(pace),
-            room: Arc::new(Semaphore::new(UPLOADS_AT_ONCE)),
-            window: Window::default(),
+            lane: Lane { pace: Arc::new(pace), room: Arc::new(Semaphore::new(UPLOADS_AT_ONCE)), window: Window::default() },
             busy: Arc::default(),
         }
     }
@@ -92,9 +99,7 @@ impl Uploads {
             job,
             orders,
             folders: folders.clone(),
-            pace: self.pace.clone(),
-            room: self.room.clone(),
-            window: self.window.clone(),
+            lane: self.lane.clone(),
             begun: Begun::default(),
             busy: self.busy.clone(),
             done: done.clone(),
@@ -120,9 +125,9 @@ impl Uploads {
         self.runtime.as_ref().map(|runtime| runtime.handle().clone())
     }
 
-    /// What all that is sent to stores shares: how fast, and how many at a time.
-    pub(super) fn shared(&self) -> (Arc<Pace>, Arc<Semaphore>) {
-        (self.pace.clone(), self.room.clone())
+    /// What all that is sent to stores shares.
+    pub(super) fn lane(&self) -> Lane {
+        self.lane.clone()
     }
 
     /// The job goes: what is under way of it is given up.
@@ -156,9 +161,7 @@ struct Tended {
     job: JobId,
     orders: watch::Receiver<UploadOrder>,
     folders: Folders,
-    pace: Arc<Pace>,
-    room: Arc<Semaphore>,
-    window: Window,
+    lane: Lane,
     /// What a try that broke off has brought of large files.
     begun: Begun,
     busy: Arc<AtomicUsize>,
@@ -257,7 +260,7 @@ impl Tended {
     }
 
     async fn upload(&self, order: &UploadOrder) -> Result<Uploaded, NotKept> {
-        let Ok(_room) = self.room.acquire().await else { return Err(ended().into()) };
+        let Ok(_room) = self.lane.room.acquire().await else { return Err(ended().into()) };
         let begun = Instant::now();
         let held = tokio::task::block_in_place(|| self.hold(order.step));
         let path =
@@ -278,7 +281,7 @@ impl Tended {
             let open = tokio::task::block_in_place(|| checkpoint::open_named(&path, file)).map_err(|damage| damaged(&path, &damage))?;
             Ok(Box::new(FileSource { file: CheckedFile::new(open, &path, file), tended: self }))
         };
-        shelf.put_files(order.step, &digest, &lacking, &Sending { open: &open, window: &self.window, begun: &self.begun }).await?;
+        shelf.put_files(order.step, &digest, &lacking, &Sending { open: &open, window: &self.lane.window, begun: &self.begun }).await?;
         let bytes = lacking.iter().map(|file| file.bytes).sum();
         shelf.commit(&manifest, &text).await?;
         let kept = match shelf.prune(order.keep as usize, order.step, &counts).await {
@@ -337,7 +340,7 @@ impl Source for FileSource<'_> {
         if self.tended.orders.has_changed().is_err() {
             return Err(ended());
         }
-        let wait = self.tended.pace.turn(bytes).saturating_duration_since(Instant::now());
+        let wait = self.tended.lane.pace.turn(bytes).saturating_duration_since(Instant::now());
         if !wait.is_zero() {
             tokio::task::block_in_place(|| std::thread::sleep(wait));
         }

@@ -91,6 +91,9 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
     if kind == JobKind::Evaluate {
         evaluate(&mut top);
     }
+    if kind == JobKind::Preprocess {
+        preprocess(&mut top, command.as_deref());
+    }
     let (env, secrets) = environment::variables(&mut top);
     let package = top.read("package", values::package);
     if package.is_some() && command.is_none() {
@@ -103,12 +106,15 @@ fn job(mut top: Reader<'_, '_>) -> JobSpec {
     let resources = top.object("resources", policies::resources);
     let (node_selector, tolerations) = nodes::nodes(&mut top);
     let in_place = kind == JobKind::Train && command.is_none() && world_size > 1;
-    let restart = top.object("restart", |fields| policies::restart(fields, in_place, command.is_some()));
+    let mut restart = top.object("restart", |fields| policies::restart(fields, in_place, command.is_some()));
+    if kind == JobKind::Preprocess && restart.scope == RestartScope::Auto {
+        restart.scope = RestartScope::Rank;
+    }
     let min_world_size = elastic(&mut top, world_size, in_place && restart.scope != RestartScope::Gang);
     let heartbeat = top.object("heartbeat", policies::heartbeat);
     let checkpoint = top.object("checkpoint", checkpoint);
     let logs = top.object("logs", |fields| LogArchive { to: fields.read("to", place) });
-    let data = top.object("data", |fields| data(fields, command.is_none()));
+    let data = top.object("data", |fields| data(fields, kind, command.as_deref()));
     let stop_grace = top.read_or("stop_grace", super::default_stop_grace(), |v| duration(v, Millis(0), DAY));
     let time_limit = top.read("time_limit", |v| duration(v, Millis::secs(1), CENTURY));
     top.not_built("image", |_| false, "containers are not built: give a command that is installed on the nodes");
@@ -163,10 +169,11 @@ fn kind(top: &mut Reader<'_, '_>) -> JobKind {
     match top.get("kind").map(|v| v.as_str().unwrap_or_default()) {
         None | Some("train") => {}
         Some("evaluate") => return JobKind::Evaluate,
-        Some(other @ ("serve" | "preprocess")) => {
-            top.refuse("kind", format!("kind {other} is not built: only \"train\" and \"evaluate\" are"));
+        Some("preprocess") => return JobKind::Preprocess,
+        Some("serve") => {
+            top.refuse("kind", "kind serve is not built: only \"train\", \"evaluate\" and \"preprocess\" are".into());
         }
-        Some(_) => top.fault("kind", "must be \"train\" or \"evaluate\"".into()),
+        Some(_) => top.fault("kind", "must be \"train\", \"evaluate\" or \"preprocess\"".into()),
     }
     JobKind::Train
 }
@@ -186,6 +193,34 @@ fn evaluate(top: &mut Reader<'_, '_>) {
     }
 }
 
+/// In a command that is run for each shard: where it reads, and where it writes.
+pub const INPUT: &str = "{input}";
+/// See [`INPUT`].
+pub const OUTPUT: &str = "{output}";
+
+/// What runs for each shard, from where and to where must all be said.
+fn preprocess(top: &mut Reader<'_, '_>, command: Option<&[String]>) {
+    let Some(command) = command else {
+        return top.fault("command", format!("kind preprocess needs it: a program for each shard, with {INPUT} and {OUTPUT}, or one that goes through EVERLIT_DATA_SHARDS"));
+    };
+    let has = |word: &str| command.iter().any(|argument| argument.contains(word));
+    if has(INPUT) != has(OUTPUT) {
+        let (one, other) = if has(INPUT) { (INPUT, OUTPUT) } else { (OUTPUT, INPUT) };
+        top.fault("command", format!("has {one} and no {other}: a program that runs for each shard needs both"));
+    }
+    if top.get("resume_from").is_some() {
+        top.fault("resume_from", "kind preprocess has no checkpoints, and never does again what is in data.to: leave it out".into());
+    }
+    for (field, words) in [
+        ("shards", "what is to be read, in a store, like [\"s3://bucket/text/\"]"),
+        ("to", "where outputs go, like \"s3://bucket/tokens\""),
+    ] {
+        if top.get("data").is_none_or(|data| data.get(field).is_none_or(Value::is_null)) {
+            top.fault_in("data", field, format!("kind preprocess needs it: {words}"));
+        }
+    }
+}
+
 fn resume_from(value: &Value) -> Result<String, String> {
     let text = values::text(value, PATH_BYTES_MAX)?;
     if text.parse::<JobId>().is_ok() {
@@ -197,25 +232,37 @@ fn resume_from(value: &Value) -> Result<String, String> {
     path(value).map_err(|_| "must be a job id (26 lower-case characters), an absolute path without `..`, or a place in a store".into())
 }
 
-/// `ours`: the built-in program reads it.
-fn data(fields: &mut Reader<'_, '_>, ours: bool) -> DataSpec {
+/// No command: the built-in program reads it.
+fn data(fields: &mut Reader<'_, '_>, kind: JobKind, command: Option<&[String]>) -> DataSpec {
+    let ours = command.is_none();
     let shards = fields.list("shards", SHARDS_MAX, shard).unwrap_or_default();
     let is_stored = shards.first().is_some_and(|shard| Place::is_url(shard));
     if shards.iter().any(|shard| Place::is_url(shard) != is_stored) {
         fields.fault("shards", "must be all files of the nodes, or all in stores (file:///folder/ reads a shared folder as one)".into());
+    } else if kind == JobKind::Preprocess && !is_stored && !shards.is_empty() {
+        fields.fault("shards", "kind preprocess reads from stores, which may be a shared folder like \"file:///mnt/text/\"".into());
     }
     let stream = fields.read("stream", boolean);
     if !is_stored && stream == Some(true) {
         fields.fault("stream", "is for shards in a store: files of the nodes are there already".into());
     }
-    if is_stored && ours && stream == Some(false) {
-        fields.fault("stream", "the built-in program always asks for shards as it goes: leave it out".into());
+    let each = kind == JobKind::Preprocess && command.is_some_and(|command| command.iter().any(|argument| argument.contains(INPUT)));
+    if is_stored && stream == Some(false) {
+        if ours {
+            fields.fault("stream", "the built-in program always asks for shards as it goes: leave it out".into());
+        } else if each {
+            fields.fault("stream", format!("a command with {INPUT} has its shards one by one: leave it out"));
+        }
     }
     let fallback = fields.read("fallback", path);
     if !is_stored && fallback.is_some() {
         fields.fault("fallback", "is for shards in a store: leave it out, or give data.shards like \"s3://bucket/text/\"".into());
     }
-    DataSpec { shards, stream: is_stored && stream.unwrap_or(ours), fallback }
+    let to = fields.read("to", place);
+    if to.is_some() && kind != JobKind::Preprocess {
+        fields.fault("to", "is for kind preprocess: leave it out".into());
+    }
+    DataSpec { shards, stream: is_stored && stream.unwrap_or(ours || each), fallback, to }
 }
 
 fn shard(value: &Value) -> Result<String, String> {

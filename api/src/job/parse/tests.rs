@@ -78,7 +78,7 @@ fn what_is_not_built_is_refused_as_such() {
             "resources": {"gpus": 0.5},
         }),
         expect![[r#"
-            - /kind kind serve is not built: only "train" and "evaluate" are
+            - /kind kind serve is not built: only "train", "evaluate" and "preprocess" are
             - /resources/gpus fractions of a GPU are not built: give gpu_memory, the part of a GPU's memory that a rank takes
             - /image containers are not built: give a command that is installed on the nodes
             - /replicas belongs to kind serve, which is not built
@@ -311,7 +311,7 @@ fn an_evaluation_names_what_it_measures_and_runs_the_built_in_program() {
     check(
         json!({"kind": "judge"}),
         expect![[r#"
-            x /kind must be "train" or "evaluate"
+            x /kind must be "train", "evaluate" or "preprocess"
         "#]],
     );
 }

@@ -1,7 +1,7 @@
 //! A job's shards on this node: one task that has them listed if nobody has, makes them ready, and brings what ranks ask for.
 //!
 //! Asking is a line with a file's name, written to the pipe `want`; with `!` before it, a rank stands still until it has it. The answer is
-//! the file in `have`, or one beside it with `.error` at its end.
+//! the file in `have`, or one beside it with `.error` at its end. With `>` before it, a file of `out` is to go to the store ([`Outputs`]).
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use everlit_api::agent::GangSpec;
 use everlit_api::agent::stored::StoreFault;
-use everlit_api::data::{DataTurn, GangData, Listed, ListedShard, file_name};
+use everlit_api::data::{DataTurn, GangData, Listed, ListedShard, file_name, shard_number};
 use everlit_api::ids::JobId;
-use everlit_api::store::{Fault, Settings, Store, Trouble};
+use everlit_api::store::{Fault, Place, Settings, Store, Trouble};
 use nix::sys::stat::Mode;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
@@ -25,11 +25,13 @@ use tokio::task::JoinSet;
 
 use super::cache::Cache;
 use super::fetch::{Doubt, NotHere, fetch};
+use super::outputs::{self, Outputs, is_made};
 use super::{HAVE_NAME, WANT_NAME, list};
 use crate::agent::effects::{Done, not_found_is_fine};
 use crate::agent::folders::Folders;
 use crate::agent::limits::{DATA_WAIT_MAX, DATA_WAIT_MIN, SHARDS_AT_ONCE};
 use crate::agent::start::Refused;
+use crate::agent::uploads::Lane;
 
 /// Bytes of one line that asks.
 const LINE_BYTES_MAX: usize = 1024;
@@ -42,6 +44,7 @@ pub(in crate::agent) struct Feeds {
     under_way: Arc<Keys>,
     jobs: BTreeMap<JobId, Feed>,
     folders: Folders,
+    lane: Lane,
     done: mpsc::Sender<Done>,
 }
 
@@ -65,9 +68,9 @@ struct Health {
 
 /// What a gang was told.
 #[derive(Clone)]
-struct Order {
+pub(super) struct Order {
     data: GangData,
-    env: BTreeMap<String, String>,
+    pub env: BTreeMap<String, String>,
     /// It is the one that lists.
     lists: bool,
     /// This node's ranks, and all of them: whose shards are to be here when the program does not ask.
@@ -87,8 +90,8 @@ enum Ready {
 
 impl Feeds {
     /// None yet.
-    pub(in crate::agent) fn new(cache: Cache, folders: Folders, done: mpsc::Sender<Done>) -> Self {
-        Self { runtime: None, cache: Arc::new(cache), under_way: Arc::default(), jobs: BTreeMap::new(), folders, done }
+    pub(in crate::agent) fn new(cache: Cache, folders: Folders, lane: Lane, done: mpsc::Sender<Done>) -> Self {
+        Self { runtime: None, cache: Arc::new(cache), under_way: Arc::default(), jobs: BTreeMap::new(), folders, lane, done }
     }
 
     /// A gang is told, perhaps again.
@@ -131,6 +134,7 @@ impl Feeds {
             health: health.clone(),
             cache: self.cache.clone(),
             under_way: self.under_way.clone(),
+            lane: self.lane.clone(),
             done: self.done.clone(),
         };
         runtime.spawn(task.run());
@@ -185,26 +189,36 @@ struct Task {
     health: Arc<Health>,
     cache: Arc<Cache>,
     under_way: Arc<Keys>,
+    lane: Lane,
     done: mpsc::Sender<Done>,
 }
 
 impl Task {
     async fn run(mut self) {
         let Some(shards) = self.listing().await else { return };
+        let to = self.orders.borrow().data.to.clone();
+        let outputs = match to {
+            None => None,
+            Some(to) => match self.outputs(to, &shards).await {
+                Some(outputs) => Some(outputs),
+                None => return,
+            },
+        };
         let (pipe, bringer) = match self.open(shards.clone()) {
             Ok(opened) => opened,
             Err(error) => return drop(self.ready.send_replace(Ready::No(format!("`{}` can not be made: {error}", self.folder.display())))),
         };
         let order = self.orders.borrow().clone();
         if !order.data.stream {
-            let own =
-                (0..shards.len()).filter(|index| order.ranks.contains(&((*index as u64 % u64::from(order.world_size.max(1))) as u32)));
+            let is_own = |index: &usize| order.ranks.contains(&((*index as u64 % u64::from(order.world_size.max(1))) as u32));
+            let is_left = |index: &usize| outputs.is_none() || !is_made(&self.folder, *index);
+            let own = (0..shards.len()).filter(|index| is_own(index) && is_left(index));
             if let Err(why) = self.bring_all(&bringer, own.collect()).await {
                 return drop(self.ready.send_replace(Ready::No(why)));
             }
         }
         self.ready.send_replace(Ready::Yes(shards));
-        self.serve(pipe, bringer).await;
+        self.serve(pipe, bringer, outputs).await;
     }
 
     /// What the job's data is: told with the order, or listed here. `None`: it is not wanted any more, or can not be.
@@ -240,6 +254,26 @@ impl Task {
             // It comes again with the listing, or without it when that was not heard.
             self.orders.changed().await.ok()?;
         }
+    }
+
+    /// What the store has of the job's outputs is known when this answers. `None`: it never will be, or nobody wants it.
+    async fn outputs(&mut self, to: Place, shards: &[ListedShard]) -> Option<Outputs> {
+        let (job, folder, orders) = (self.job, self.folder.clone(), self.orders.clone());
+        let outputs = Outputs { job, to, folder, orders, lane: self.lane.clone(), done: self.done.clone() };
+        let mut wait = DATA_WAIT_MIN;
+        while let Err(fault) = outputs.look(shards).await {
+            self.tell_fault(&fault).await;
+            if !fault.trouble.is_transient() {
+                self.ready.send_replace(Ready::No(fault.to_string()));
+                return None;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                changed = self.orders.changed() => changed.ok()?,
+            }
+            wait = (wait * 2).min(DATA_WAIT_MAX);
+        }
+        Some(outputs)
     }
 
     fn open(&self, shards: Arc<Vec<ListedShard>>) -> io::Result<(pipe::Receiver, Arc<Bringer>)> {
@@ -289,7 +323,9 @@ impl Task {
         }
     }
 
-    async fn serve(&mut self, mut pipe: pipe::Receiver, bringer: Arc<Bringer>) {
+    async fn serve(&mut self, mut pipe: pipe::Receiver, bringer: Arc<Bringer>, outputs: Option<Outputs>) {
+        let world_size = self.orders.borrow().world_size;
+        let (mut leaving, mut storing) = (BTreeSet::new(), JoinSet::<String>::new());
         let mut asked = Asked::default();
         let mut bringing: JoinSet<usize> = JoinSet::new();
         let (mut text, mut piece) = (Vec::new(), vec![0; 4096]);
@@ -309,8 +345,19 @@ impl Task {
                 read = pipe.read(&mut piece) => match read {
                     Ok(bytes) => {
                         text.extend_from_slice(&piece[..bytes]);
-                        for (index, is_urgent) in lines(&mut text, &bringer.shards) {
-                            asked.add(index, is_urgent);
+                        for line in lines(&mut text) {
+                            if let Some((index, is_urgent)) = question(&line, &bringer.shards) {
+                                asked.add(index, is_urgent);
+                            } else if let Some(outputs) = &outputs
+                                && let Some((name, mark)) = outputs::named(&line, &bringer.shards, world_size)
+                                && leaving.insert(name.clone())
+                            {
+                                let outputs = outputs.clone();
+                                storing.spawn(async move {
+                                    outputs.bring(&name, &mark).await;
+                                    name
+                                });
+                            }
                         }
                     }
                     Err(error) => return tracing::error!(job = %self.job, %error, "ranks can not ask for shards any more"),
@@ -320,6 +367,7 @@ impl Task {
                         asked.done(index);
                     }
                 }
+                Some(stored) = storing.join_next() => drop(stored.map(|name| leaving.remove(&name))),
                 changed = self.orders.changed() => if changed.is_err() { return },
             }
             if let Some(waiting) = asked.turned() {
@@ -339,22 +387,24 @@ impl Task {
     }
 }
 
-/// Whole lines of what was read: the shard that each names, and whether somebody stands still for it. What names none is no question.
-fn lines(text: &mut Vec<u8>, shards: &[ListedShard]) -> Vec<(usize, bool)> {
+/// Whole lines of what was read.
+fn lines(text: &mut Vec<u8>) -> Vec<String> {
     let mut found = Vec::new();
     while let Some(end) = text.iter().position(|byte| *byte == b'\n') {
         let line: Vec<u8> = text.drain(..=end).collect();
-        let Ok(line) = std::str::from_utf8(&line[..end]) else { continue };
-        let (name, is_urgent) = line.strip_prefix('!').map_or((line, false), |name| (name, true));
-        let index = name.split_once('-').and_then(|(digits, _)| digits.parse::<usize>().ok());
-        if let Some(index) = index.filter(|index| shards.get(*index).is_some_and(|shard| file_name(*index, &shard.name) == name)) {
-            found.push((index, is_urgent));
-        }
+        found.extend(std::str::from_utf8(&line[..end]).map(String::from));
     }
     if text.len() > LINE_BYTES_MAX {
         text.clear();
     }
     found
+}
+
+/// The shard that a line asks for, and whether somebody stands still for it. What names none is no question.
+fn question(line: &str, shards: &[ListedShard]) -> Option<(usize, bool)> {
+    let (name, is_urgent) = line.strip_prefix('!').map_or((line, false), |name| (name, true));
+    let index = shard_number(name)?;
+    (file_name(index, &shards.get(index)?.name) == name).then_some((index, is_urgent))
 }
 
 /// What ranks have asked for: who stands still comes first.

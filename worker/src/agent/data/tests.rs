@@ -13,6 +13,7 @@ use crate::agent::copies::tests::{Node, job, node};
 use crate::agent::effects::Done;
 use crate::agent::environment::tests::spec;
 use crate::agent::start::Refused;
+use crate::agent::uploads::{Pace, Uploads};
 
 struct Scene {
     node: Node,
@@ -33,7 +34,8 @@ impl Scene {
             fs::write(path, content).unwrap();
         }
         let (to, done) = mpsc::channel(64);
-        let feeds = Feeds::new(Cache::new(node.folders.shards(), cache_bytes), node.folders.clone(), to);
+        let feeds =
+            Feeds::new(Cache::new(node.folders.shards(), cache_bytes), node.folders.clone(), Uploads::new(Pace::new(None)).lane(), to);
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         Self { node, store, feeds, done, runtime }
     }
@@ -43,7 +45,7 @@ impl Scene {
         spec.job = job();
         let sources = vec![format!("file://{}/", self.store.path().display()).parse().unwrap()];
         let fallback = fallback.map(|path| path.display().to_string());
-        spec.data = Some(GangData { sources, shards, stream, fallback });
+        spec.data = Some(GangData { sources, shards, stream, fallback, to: None });
         spec
     }
 
