@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use everlit_api::data::{DRAFT_END, Output, is_output_of, record_name, shard_number};
 use everlit_api::job::{INPUT, OUTPUT};
 use nix::libc;
-use nix::sys::signal::{SigHandler, Signal, signal};
+use nix::sys::signal::{SigHandler, Signal, raise, signal};
 use serde::Serialize;
 
 use super::data::{DONE_NAME, HAVE_NAME, OUT_NAME, WANT_NAME, is_made, mark_of};
@@ -62,16 +62,18 @@ extern "C" fn pass_on(number: libc::c_int) {
 #[derive(Debug)]
 struct Failed {
     code: u8,
+    /// What ended the program: its rank is to end in the same way.
+    signal: Option<Signal>,
     why: String,
 }
 
 impl Failed {
     fn new(why: impl Into<String>) -> Self {
-        Self { code: 1, why: why.into() }
+        Self { code: 1, signal: None, why: why.into() }
     }
 
     fn config(why: impl Into<String>) -> Self {
-        Self { code: EXIT_CONFIG, why: why.into() }
+        Self { code: EXIT_CONFIG, signal: None, why: why.into() }
     }
 
     fn here(what: &str, path: &Path) -> impl FnOnce(io::Error) -> Self {
@@ -98,6 +100,11 @@ pub(super) fn run(command: &[String]) -> ExitCode {
         {
             eprintln!("everlit-agent preprocess: could not write `{}`: {error}", place.display());
         }
+    }
+    if let Some(number) = failed.signal {
+        // SAFETY: sets a disposition to a constant.
+        let _ = unsafe { signal(number, SigHandler::SigDfl) };
+        let _ = raise(number);
     }
     ExitCode::from(failed.code)
 }
@@ -276,15 +283,17 @@ impl Share {
         if status.success() && !STOPPED.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let code = status.code().or_else(|| status.signal().map(|number| 128 + number)).unwrap_or(1);
-        let code = if STOPPED.load(Ordering::Relaxed) && code == 0 { 128 + libc::SIGTERM } else { code };
-        Err(Failed { code: u8::try_from(code).unwrap_or(1), why: format!("{what} ended with {status}") })
+        let number = status.signal().unwrap_or(if status.success() { libc::SIGTERM } else { 0 });
+        let code = status.code().filter(|_| !status.success()).unwrap_or(128 + number);
+        let why = format!("{what} ended with {status}");
+        Err(Failed { code: u8::try_from(code).unwrap_or(1), signal: Signal::try_from(number).ok(), why })
     }
 
     /// Whatever is waited for.
     fn turn(&mut self) -> Result<(), Failed> {
         if STOPPED.load(Ordering::Relaxed) {
-            return Err(Failed { code: 128 + libc::SIGTERM as u8, why: "stopped before all of its outputs were stored".into() });
+            let why = "stopped before all of its outputs were stored".into();
+            return Err(Failed { code: 128 + libc::SIGTERM as u8, signal: Some(Signal::SIGTERM), why });
         }
         self.look()?;
         sleep(LOOK_EVERY);
