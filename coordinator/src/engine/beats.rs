@@ -67,6 +67,9 @@ impl Job {
         let moved = fresh.is_some() && fresh != own.step;
         own.step = fresh.or(own.step);
         let step = own.step;
+        if self.is_preprocessing() {
+            return;
+        }
         self.progress.total_steps = beat.total_steps.or(self.progress.total_steps);
         let leads = self.ranks.list().iter().take(rank as usize).all(|r| r.step.is_none());
         if !leads {

@@ -200,11 +200,13 @@ pub const OUTPUT: &str = "{output}";
 
 /// What runs for each shard, from where and to where must all be said.
 fn preprocess(top: &mut Reader<'_, '_>, command: Option<&[String]>) {
-    let Some(command) = command else {
-        return top.fault("command", format!("kind preprocess needs it: a program for each shard, with {INPUT} and {OUTPUT}, or one that goes through EVERLIT_DATA_SHARDS"));
-    };
-    let has = |word: &str| command.iter().any(|argument| argument.contains(word));
-    if has(INPUT) != has(OUTPUT) {
+    let has = |word: &str| command.is_some_and(|command| command.iter().any(|argument| argument.contains(word)));
+    if command.is_none() {
+        let why = format!(
+            "kind preprocess needs it: a program for each shard, with {INPUT} and {OUTPUT}, or one that goes through EVERLIT_DATA_SHARDS"
+        );
+        top.fault("command", why);
+    } else if has(INPUT) != has(OUTPUT) {
         let (one, other) = if has(INPUT) { (INPUT, OUTPUT) } else { (OUTPUT, INPUT) };
         top.fault("command", format!("has {one} and no {other}: a program that runs for each shard needs both"));
     }

@@ -594,3 +594,42 @@ fn shards_of_a_store_are_read_and_their_faults_named() {
         "#]],
     );
 }
+
+#[test]
+fn preprocessing_says_what_runs_from_where_and_to_where() {
+    let command = json!(["cp", "{input}", "{output}"]);
+    let data = json!({"shards": ["s3://b/x/"], "to": "s3://b/y"});
+    let read = parse(&json!({"kind": "preprocess", "command": command, "data": data})).expect("good");
+    assert_eq!((read.kind, read.restart.scope, read.data.stream), (JobKind::Preprocess, RestartScope::Rank, true));
+    let own = parse(&json!({"kind": "preprocess", "command": ["x"], "data": data, "restart": {"scope": "gang"}})).expect("good");
+    assert_eq!((own.restart.scope, own.data.stream), (RestartScope::Gang, false));
+    check(
+        json!({"kind": "preprocess", "resume_from": "s3://b/z", "data": {"to": "s3://k:s@b/y"}}),
+        expect![[r#"
+            x /command kind preprocess needs it: a program for each shard, with {input} and {output}, or one that goes through EVERLIT_DATA_SHARDS
+            x /resume_from kind preprocess has no checkpoints, and never does again what is in data.to: leave it out
+            x /data/shards kind preprocess needs it: what is to be read, in a store, like ["s3://bucket/text/"]
+            x /data/to must not hold credentials: give them in the job's `secrets`
+        "#]],
+    );
+    check(
+        json!({"kind": "preprocess", "command": ["x", "{output}"], "data": {"shards": ["/a"]}}),
+        expect![[r#"
+        x /command has {output} and no {input}: a program that runs for each shard needs both
+        x /data/to kind preprocess needs it: where outputs go, like "s3://bucket/tokens"
+        x /data/shards kind preprocess reads from stores, which may be a shared folder like "file:///mnt/text/"
+    "#]],
+    );
+    check(
+        json!({"kind": "preprocess", "command": command, "data": {"shards": ["s3://b/x/"], "to": "s3://b/y", "stream": false}}),
+        expect![[r#"
+            x /data/stream a command with {input} has its shards one by one: leave it out
+        "#]],
+    );
+    check(
+        json!({"command": ["x"], "data": {"to": "s3://b/y"}}),
+        expect![[r#"
+        x /data/to is for kind preprocess: leave it out
+    "#]],
+    );
+}

@@ -90,3 +90,28 @@ fn where_shards_are_read_is_told() {
         300 job 1: data_from_store: n1 reads its shards from the store again: so
     "#]]);
 }
+
+#[test]
+fn the_step_of_preprocessing_is_what_all_ranks_have_stored() {
+    let mut scene = Scene::with_node();
+    let mut spec = stored(2);
+    spec.kind = everlit_api::job::JobKind::Preprocess;
+    spec.data.to = Some("s3://runs/made".parse().expect("a place"));
+    scene.submit(0, 1, spec).at(50, listed("n1", 1, &["a", "b", "c", "d", "e"]));
+    let data = scene.engine.job(job(1)).and_then(|job| job.gang_data()).expect("its data is in a store");
+    assert_eq!(data.to.map(|to| to.to_string()), Some(format!("s3://runs/made/{}", job(1))), "each job has a folder of its own");
+    scene.start_all(100, 1, 1, 2);
+    let told = |scene: &Scene| {
+        let progress = &scene.engine.job(job(1)).expect("active").progress;
+        (progress.step, progress.total_steps)
+    };
+    let stored = |rank_of: u32, step| Beat { heartbeat: false, total_steps: Some(3), ..beat(rank(1, 1, rank_of), step) };
+    scene.at(200, Event::RanksBeat(vec![stored(1, 2)]));
+    assert_eq!(told(&scene), (Some(2), Some(5)));
+    scene.at(300, Event::RanksBeat(vec![stored(0, 1), stored(1, 3)]));
+    assert_eq!(told(&scene), (Some(4), Some(5)));
+    // One that begins again tells what was stored before it did.
+    scene.at(400, Event::RanksBeat(vec![stored(0, 0)]));
+    assert_eq!(told(&scene), (Some(4), Some(5)));
+    scene.take();
+}
