@@ -3,7 +3,7 @@
 //! Promised: the order of a node's lines is the order in its segments, for ever; over any reconnect no line is lost or repeated, for an id is the
 //! vector of the places on all nodes. Between nodes history is merged by time as long as every node answers; one that is silent for 2 s (10 s
 //! while it looks for where a tail begins) is not waited for, and its lines come when they come. What is new comes in the order of arrival.
-//! A node that is gone: what its job's store has of its log comes from there ([`archive`]), at the same positions; what is not there is told.
+//! A node that is gone: what its job's store has of its log comes from there (`logs::archive`), at the same positions; what is not there is told.
 //! Not promised: that two readers see lines of different nodes in the same order; a tail has no lines of nodes that did not answer in time.
 //! A job's end: once it is final the log is read once more without following, so nothing written before the end is missed.
 
