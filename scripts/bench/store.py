@@ -11,6 +11,7 @@ from lib import BIN, Everlit, until
 from stores import KEY, SECRET, Weed
 
 FILES, FILE_MB = 4, 256
+PYTHON = pathlib.Path(__file__).parents[2] / "worker" / "python"
 # Commits what the check has made, says its first word once it has begun from it, and waits to be told to end.
 WRITER = f"""
 set -e
@@ -19,6 +20,31 @@ mkdir "$draft"
 for n in 1 2 3 4; do head -c {FILE_MB}M "$SOURCE" > "$draft/part-$n.bin"; done
 "{BIN}/everlit-agent" checkpoint commit "$draft" --step 100
 sleep 1000
+"""
+# Reads every shard as it comes, then again and again: as they come, and the same files from a folder. It prints the first epoch's time
+# and the others' pairs, all in seconds.
+SHARDS, SHARD_MB = 64, 8
+EPOCHS = """
+import os, sys, time
+import everlit
+
+def epoch(paths):
+    began = time.monotonic()
+    length = 0
+    for path in paths:
+        with open(path, "rb") as file:
+            length += len(file.read())
+    assert length == int(os.environ["BYTES"]), length
+    return time.monotonic() - began
+
+folder, rounds = os.environ["COPY"], int(os.environ["ROUNDS"])
+local = lambda: epoch(os.path.join(folder, name) for name in sorted(os.listdir(folder)))
+cached = lambda: epoch(everlit.stream_shards())
+print("first", cached(), flush=True)
+local()
+for n in range(rounds):
+    pair = (cached(), local()) if n % 2 else (local(), cached())[::-1]
+    print("pair", *pair, flush=True)
 """
 READER = 'test -e "$EVERLIT_RESUME_FROM/MANIFEST.json" && echo begun; sleep 1000'
 
@@ -90,3 +116,22 @@ def store(row, runs):
                 everlit.final(job)
             shares.append(rates[1] / rates[0] * 100)
         row("steps with uploads each 50 steps, of those without", shares, "%", 98, "more")
+    epochs(row, runs)
+
+
+def epochs(row, runs):
+    with tempfile.TemporaryDirectory() as folder, Weed() as weed, Everlit() as everlit:
+        for n in range(SHARDS):
+            content = os.urandom(SHARD_MB << 20)
+            (pathlib.Path(folder) / f"{n:03}.bin").write_bytes(content)
+            assert weed.look("PUT", f"runs/data/{n:03}.bin", content) is not None
+        settings = opened(weed)
+        env = {"PYTHONPATH": str(PYTHON), "COPY": folder, "BYTES": str(SHARDS * SHARD_MB << 20), "ROUNDS": str(max(runs, 3) * 3)}
+        settings["env"] = {**settings["env"], **env}
+        job = everlit.submit(command=["python3", "-c", EPOCHS], data={"shards": ["s3://runs/data/"], "stream": True}, **settings)
+        assert everlit.final(job)["state"] == "succeeded", everlit.get(f"/jobs/{job}/logs", raw=True)
+        said = [line.split() for line in everlit.get(f"/jobs/{job}/logs", raw=True).decode().splitlines()]
+        pairs = [(float(cached), float(local)) for _, cached, local in (line[-3:] for line in said if "pair" in line)]
+        first = next(float(line[-1]) for line in said if "first" in line)
+        print(f"-- {SHARDS * SHARD_MB} MB: first epoch {first:.2f} s, then {min(c for c, _ in pairs):.3f} s from the cache, {min(l for _, l in pairs):.3f} s from a folder", file=sys.stderr)
+        row("epochs after the first, of local files' speed", [local / cached * 100 for cached, local in pairs], "%", 100, "more")
